@@ -1,0 +1,226 @@
+"""Running a plan.
+
+Streams are cut into chunks, and chunks are independent of each other: each says where it is read, what is done to it
+and where it goes. So a few workers take them in the plan's order, one slab of memory each, and reading, computing and
+writing overlap without any queue between them. Taking a slab waits until one is free, which bounds the memory of a run
+whatever the size of a tensor. A kernel waits for the chunks before it, since it needs whole tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from executor import kernels as elementwise
+from executor.buffers import SlabPool, WholeTensors
+from executor.memory import peak_resident_nbytes
+from executor.reader import SourceReader
+from executor.writer import ShardWriter
+from planner.plan import BufferSink, BufferView, FileRoot, FileSink, KernelStep, Plan, StreamStep
+
+if TYPE_CHECKING:
+    import torch
+
+Kernel = Callable[[Any, Sequence["torch.Tensor"], "torch.Tensor"], None]
+"""`kernel(params, inputs, output)` computes `output` in place. `params` is the kernel step's JSON, parsed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. `doing` says what runs now, where it is not copying."""
+
+    read_nbytes: int
+    written_nbytes: int
+    doing: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run did."""
+
+    read_nbytes: int
+    written_nbytes: int
+    seconds: float
+    peak_buffer_nbytes: int
+    peak_resident_nbytes: int
+
+
+def run(
+    plan: Plan,
+    directory: Path,
+    kernels: Mapping[str, Kernel] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Write the plan's shards into `directory`, which exists, and wait until they are on the disk.
+
+    `kernels` are the functions for the plan's kernel steps, by name. Raises RunError when a source changed or cannot
+    be read, or when the disk is full or fails; what was written until then stays where it is.
+    """
+    started = time.monotonic()
+    _allow_open_files(len(plan.sources) + len(plan.shards))
+    with (
+        closing(SourceReader(plan.sources)) as reader,
+        closing(ShardWriter(directory, plan.shards)) as writer,
+        ThreadPoolExecutor(plan.pool.workers, initializer=_prepare_torch(plan)) as workers,
+    ):
+        engine = _Run(plan, reader, writer, workers, kernels or {}, on_progress)
+        try:
+            engine.run_steps()
+        except BaseException:
+            workers.shutdown(wait=True, cancel_futures=True)
+            raise
+        engine.report("syncing")
+        writer.sync()
+        reader.check_unchanged()
+        return RunResult(
+            read_nbytes=engine.read_nbytes,
+            written_nbytes=engine.written_nbytes,
+            seconds=time.monotonic() - started,
+            peak_buffer_nbytes=engine.peak_buffer_nbytes,
+            peak_resident_nbytes=peak_resident_nbytes(),
+        )
+
+
+class _Run:
+    """A run under way."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        reader: SourceReader,
+        writer: ShardWriter,
+        workers: ThreadPoolExecutor,
+        kernels: Mapping[str, Kernel],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._writer = writer
+        self._workers = workers
+        self._kernels = kernels
+        self._on_progress = on_progress
+        self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
+        self._tensors = WholeTensors(plan.buffer_nbytes)
+        self._under_way: deque[Future[tuple[int, int]]] = deque()
+        self.read_nbytes = 0
+        self.written_nbytes = sum(shard.data_start for shard in plan.shards)
+        self.peak_buffer_nbytes = 0
+
+    def run_steps(self) -> None:
+        for step, forecast in zip(self._plan.steps, self._plan.memory_nbytes, strict=True):
+            if isinstance(step, KernelStep):
+                self._finish_chunks()
+                self._run_kernel(step, forecast)
+            else:
+                self._run_stream(step, forecast)
+            if step.frees:
+                self._finish_chunks()
+                self._tensors.free(step.frees)
+        self._finish_chunks()
+
+    def report(self, doing: str = "") -> None:
+        if self._on_progress is not None:
+            self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
+
+    def _run_stream(self, step: StreamStep, forecast: int) -> None:
+        for branch in step.branches:
+            for sink in branch.sinks:
+                if isinstance(sink, BufferSink):
+                    self._tensors.get(sink.buffer)
+        self._check_forecast(forecast)
+        for first, numel in _chunks(step):
+            slab = self._slabs.take()
+            self._under_way.append(self._workers.submit(self._run_chunk, step, first, numel, slab))
+            while self._under_way and self._under_way[0].done():
+                self._count(self._under_way.popleft())
+
+    def _run_chunk(self, step: StreamStep, first: int, numel: int, slab: memoryview) -> tuple[int, int]:
+        """Read, transform and write one chunk; returns the bytes read from and written to files."""
+        try:
+            root = step.root
+            nbytes = numel * root.dtype.itemsize
+            begin = first * root.dtype.itemsize
+            read = written = 0
+            if isinstance(root, FileRoot):
+                chunk, scratch = slab[:nbytes], slab[nbytes:]
+                self._reader.read_into(root.source, root.offset + begin, chunk)
+                read = nbytes
+            else:
+                chunk, scratch = self._tensors.get(root.buffer)[begin : begin + nbytes], slab
+            for branch in step.branches:
+                data = chunk
+                if branch.ops:
+                    data = elementwise.apply(branch.ops, chunk, root.dtype, first, numel, scratch)
+                for sink in branch.sinks:
+                    offset = sink.offset + first * branch.dtype.itemsize
+                    if isinstance(sink, FileSink):
+                        self._writer.write(sink.shard, offset, data)
+                        written += len(data)
+                    else:
+                        self._tensors.get(sink.buffer)[offset : offset + len(data)] = data
+            return read, written
+        finally:
+            self._slabs.give_back(slab)
+
+    def _run_kernel(self, step: KernelStep, forecast: int) -> None:
+        self.report(step.kernel)
+        inputs = [self._view(view) for view in step.inputs]
+        output = self._view(step.output)
+        self._check_forecast(forecast)
+        self._kernels[step.kernel](json.loads(step.params), inputs, output)
+
+    def _view(self, view: BufferView) -> torch.Tensor:
+        memory = self._tensors.get(view.buffer)
+        numel = len(memory) // view.dtype.itemsize
+        return elementwise.as_tensor(memory, view.dtype, numel).view(view.shape)
+
+    def _finish_chunks(self) -> None:
+        while self._under_way:
+            self._count(self._under_way.popleft())
+
+    def _count(self, chunk: Future[tuple[int, int]]) -> None:
+        read, written = chunk.result()
+        self.read_nbytes += read
+        self.written_nbytes += written
+        self.report()
+
+    def _check_forecast(self, forecast: int) -> None:
+        used = self._slabs.nbytes + self._tensors.nbytes
+        self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used)
+        if used > forecast:
+            raise AssertionError(f"buffers take {used} bytes where the plan forecast {forecast}")
+
+
+def _chunks(step: StreamStep) -> Iterator[tuple[int, int]]:
+    for first in range(0, step.numel, step.chunk_numel):
+        yield first, min(step.chunk_numel, step.numel - first)
+
+
+def _prepare_torch(plan: Plan) -> Callable[[], None]:
+    """Import torch where the plan computes anything; returns what each worker does first.
+
+    Chunks are many, so torch must not split each of them over all cores again. A kernel, in the main thread, runs
+    alone and has all cores: its thread count is fixed here, before a worker's becomes the default of new threads.
+    """
+    if not any(isinstance(step, KernelStep) or any(branch.ops for branch in step.branches) for step in plan.steps):
+        return lambda: None
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
+    return lambda: torch.set_num_threads(1)
+
+
+def _allow_open_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256  # what Python and torch have open is far below
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

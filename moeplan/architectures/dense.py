@@ -1,0 +1,184 @@
+"""The dense families that merges are made from: which tensors they have, and what their configs leave unsaid.
+
+`config.json` may leave out what equals the family's default, and the defaults of two families differ (an absent
+`sliding_window` is 4096 in Mistral; an absent `num_key_value_heads` is 8 there and the number of heads in Llama). So
+each family lists its defaults, from its configuration class in transformers 5, and everything downstream sees
+complete settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeplan.checkpoint import Checkpoint, CheckpointError
+from planner.expr import Read
+
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+"""Buffers that old checkpoints hold and every reader computes for itself."""
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that a family has, under `name`; `{layer}` in it stands for each layer's number.
+
+    `shape` names the sizes: settings, or `q_size` and `kv_size`, all heads' rows of the projections.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    optional: bool = False
+
+
+LAYER = "model.layers.{layer}."
+
+DECODER = (
+    TensorSpec("model.embed_tokens.weight", ("vocab_size", "hidden_size")),
+    TensorSpec(LAYER + "input_layernorm.weight", ("hidden_size",)),
+    TensorSpec(LAYER + "self_attn.q_proj.weight", ("q_size", "hidden_size")),
+    TensorSpec(LAYER + "self_attn.k_proj.weight", ("kv_size", "hidden_size")),
+    TensorSpec(LAYER + "self_attn.v_proj.weight", ("kv_size", "hidden_size")),
+    TensorSpec(LAYER + "self_attn.o_proj.weight", ("hidden_size", "q_size")),
+    TensorSpec(LAYER + "post_attention_layernorm.weight", ("hidden_size",)),
+    TensorSpec(LAYER + "mlp.gate_proj.weight", ("intermediate_size", "hidden_size")),
+    TensorSpec(LAYER + "mlp.up_proj.weight", ("intermediate_size", "hidden_size")),
+    TensorSpec(LAYER + "mlp.down_proj.weight", ("hidden_size", "intermediate_size")),
+    TensorSpec("model.norm.weight", ("hidden_size",)),
+    TensorSpec("lm_head.weight", ("vocab_size", "hidden_size"), optional=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFamily:
+    """A dense family, under its `model_type`. `defaults` are its settings where config.json is silent."""
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    tensors: tuple[TensorSpec, ...] = DECODER
+
+
+_COMMON = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "rope_theta": 10000.0,
+}
+
+DENSE_FAMILIES = {
+    family.model_type: family
+    for family in (
+        DenseFamily(
+            "llama",
+            _COMMON | {"intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048},
+        ),
+        DenseFamily(
+            "mistral",
+            _COMMON
+            | {
+                "intermediate_size": 14336,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "sliding_window": 4096,
+            },
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A checkpoint seen as a model of its family.
+
+    `settings` are complete: what config.json says, else the family's default. `sizes` are the numbers that shapes
+    are named by.
+    """
+
+    checkpoint: Checkpoint
+    family: DenseFamily
+    settings: Mapping[str, Any]
+    sizes: Mapping[str, int]
+
+    @property
+    def num_layers(self) -> int:
+        return self.sizes["num_hidden_layers"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.sizes["hidden_size"]
+
+    def specs(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
+        """Each tensor that the family has: its name, its spec, its layer if it is in one; layer after layer."""
+        in_layer = [spec for spec in self.family.tensors if "{layer}" in spec.name]
+        before = self.family.tensors.index(in_layer[0])
+        for spec in self.family.tensors[:before]:
+            yield spec.name, spec, None
+        for layer in range(self.num_layers):
+            for spec in in_layer:
+                yield spec.name.format(layer=layer), spec, layer
+        for spec in self.family.tensors[before + len(in_layer) :]:
+            yield spec.name, spec, None
+
+    def tensor(self, name: str, spec: TensorSpec) -> Read | None:
+        """Where the tensor lies; None for an optional one that is not there.
+
+        Raises CheckpointError for one that is missing or of another shape than the config says.
+        """
+        read = self.checkpoint.tensors.get(name)
+        if read is None:
+            if spec.optional:
+                return None
+            raise CheckpointError(f"{self.checkpoint.path}: there is no tensor {name}, which a {self.name} model has")
+        expected = tuple(self.sizes[size] for size in spec.shape)
+        if read.shape != expected:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name} has shape {list(read.shape)}, and config.json makes it "
+                f"{list(expected)} ({' × '.join(spec.shape)})"
+            )
+        return read
+
+    @property
+    def name(self) -> str:
+        return self.family.model_type
+
+    def unknown_tensors(self) -> list[str]:
+        """Tensors of the checkpoint that the family does not have, such as biases."""
+        known = {name for name, _, _ in self.specs()}
+        return [n for n in self.checkpoint.tensors if n not in known and not n.endswith(IGNORED_SUFFIXES)]
+
+
+def dense_model(checkpoint: Checkpoint) -> DenseModel:
+    """See `checkpoint` as a model of its family. Raises CheckpointError where it is of none, or its sizes are wrong."""
+    family = DENSE_FAMILIES.get(checkpoint.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: models of type {checkpoint.model_type} cannot be merged; "
+            f"moeplan knows {', '.join(sorted(DENSE_FAMILIES))}"
+        )
+    settings = {key: checkpoint.config.get(key, default) for key, default in family.defaults.items()}
+    if settings["num_key_value_heads"] is None:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    if settings["head_dim"] is None:
+        heads = checkpoint.integer("num_attention_heads", default=settings["num_attention_heads"])
+        settings["head_dim"] = checkpoint.integer("hidden_size", default=settings["hidden_size"]) // heads
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {name: checkpoint.integer(name, default=settings[name]) for name in names}
+    sizes["num_hidden_layers"] = checkpoint.integer(
+        "num_hidden_layers", default=settings["num_hidden_layers"], maximum=10_000
+    )
+    sizes["q_size"] = sizes["num_attention_heads"] * sizes["head_dim"]
+    sizes["kv_size"] = sizes["num_key_value_heads"] * sizes["head_dim"]
+    return DenseModel(checkpoint, family, settings | {n: sizes[n] for n in (*names, "num_hidden_layers")}, sizes)

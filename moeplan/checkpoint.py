@@ -1,0 +1,342 @@
+"""Checkpoints: a source model's directory, opened by reading its `config.json` and its headers, never its weights.
+
+Everything in the directory may come from a stranger, so every file is read in bounded time and memory, nothing outside
+the directory is opened, and nothing is executed. What is wrong is a CheckpointError that names the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moeplan.errors import UserError
+from moeplan.safetensors_header import LENGTH_NBYTES, HeaderError, parse_header
+from moeplan.untrusted_json import JSONError, parse_object, show
+from planner.expr import Read, SourceFile
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+MAX_CONFIG_NBYTES = 2**20
+MAX_INDEX_NBYTES = 8 * 2**20
+MAX_HEADERS_NBYTES = 8 * 2**20
+"""The most bytes of headers, over all shards, that a checkpoint may have.
+
+The format allows 100 MB a file, which Python would turn into gigabytes of objects. The largest honest case, 128 experts
+of a 70B model, is 31,000 tensors in 4 MB of headers; a dense model of 70B has 0.1 MB.
+"""
+MAX_TENSORS = 2**16
+MAX_SHARDS = 2**12
+
+_LFS_POINTER = b"version https://git-lfs"
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_READS = "moeplan reads local directories of safetensors"
+_MERGE_ADAPTER = (
+    "merge the adapter into its base model first (peft's merge_and_unload), save the result, and give its directory"
+)
+_INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
+_INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
+_INSTEAD = {
+    ".safetensors": f"if it is one of several shards, download {INDEX} too; if it is the whole, name it {WEIGHTS}",
+    ".bin": _INSTEAD_OF_PICKLE,
+    ".pth": _INSTEAD_OF_PICKLE,
+    ".pt": _INSTEAD_OF_PICKLE,
+    ".gguf": _INSTEAD_OF_GGUF,
+}
+
+
+class CheckpointError(UserError):
+    """A source model cannot be read: it is not there, not a safetensors checkpoint, broken, or hostile."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened source model: what it is and where its tensors lie.
+
+    `path` is the directory as the user typed it, `config` the parsed `config.json`, `tensors` a `Read` for each
+    tensor name.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Read]
+
+    @property
+    def model_type(self) -> str:
+        """The family that the model says it is of: "llama", "mistral" ..."""
+        model_type: str = self.config["model_type"]
+        return model_type
+
+    def integer(self, key: str, *, default: int | None = None, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        """The whole number from `minimum` to `maximum` that `config.json` has for `key`.
+
+        `default` stands in where the key is absent or null. Raises CheckpointError for anything else: text, true, 1.0.
+        """
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        # type() and not isinstance(): True is an int to Python, but not to JSON.
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise self._wrong_value(key, f"a whole number from {minimum:,} to {maximum:,}")
+        return value
+
+    def number(self, key: str, *, default: float | None = None, maximum: float = 1e15) -> float:
+        """The number above 0 and up to `maximum` that `config.json` has for `key`, as `integer` does it."""
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None or type(value) not in (int, float) or not 0 < value <= maximum:
+            raise self._wrong_value(key, f"a number above 0, up to {maximum:g}")
+        return float(value)
+
+    def _wrong_value(self, key: str, expected: str) -> CheckpointError:
+        value = self.config.get(key)
+        found = f"`{key}` is missing" if value is None else f"`{key}` is {show(value)}"
+        return CheckpointError(f"{self.path / CONFIG}: {found}; it must be {expected}")
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in the local directory `path`. Reads its config, its index and its headers.
+
+    Which files are its weights is decided as transformers does: `model.safetensors`, else the shards that
+    `model.safetensors.index.json` names. Raises CheckpointError.
+    """
+    path = Path(path)
+    _check_is_directory(path)
+    weights = next((name for name in (WEIGHTS, INDEX) if os.path.lexists(path / name)), None)
+    if weights is None:
+        raise CheckpointError(f"{path}: {_why_no_weights(path)}")
+    config = _read_config(path, weights)
+    tensors = _read_single_file(path) if weights == WEIGHTS else _read_shards(path)
+    return Checkpoint(path, config, tensors)
+
+
+def _check_is_directory(path: Path) -> None:
+    if not str(path).isprintable():
+        raise CheckpointError(
+            f"{show(str(path))}: is not the path of a directory; it has characters that cannot be shown"
+        )
+    try:
+        is_directory = path.is_dir()
+        exists = is_directory or path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+    if not exists:
+        raise CheckpointError(f"{path}: no such directory; {_READS}. {_how_to_get(str(path))}")
+    if not is_directory:
+        give = _INSTEAD_OF_GGUF if path.suffix == ".gguf" else "give the directory that holds it"
+        raise CheckpointError(f"{path}: is a file; {_READS}: {give}")
+
+
+def _how_to_get(path: str) -> str:
+    if "+" in path:
+        return f"If this is a model plus a LoRA adapter: {_MERGE_ADAPTER}"
+    hub = _HUB_NAME.fullmatch(path)
+    if hub is None:
+        return "A model on the Hub must be downloaded first (`hf download`)"
+    revision = f" --revision {hub['revision']}" if hub["revision"] else ""
+    command = f"hf download {hub['name']}{revision} --local-dir {hub['name'].split('/')[1]}"
+    return f"If this is a model on the Hub, download it first: `{command}`"
+
+
+def _why_no_weights(path: Path) -> str:
+    """What a directory without safetensors weights is instead, and what to do about it."""
+    try:
+        by_suffix = {file.suffix: file.name for file in sorted(path.iterdir(), reverse=True)}
+    except OSError as error:
+        return f"cannot be listed ({error.strerror})"
+    if os.path.lexists(path / "adapter_config.json"):
+        return f"holds a LoRA adapter, not a model; {_MERGE_ADAPTER}"
+    found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)
+    advice = (
+        "is the download complete, and is this the model's directory?"
+        if found is None
+        else f"there is {show(found)}: {_INSTEAD[Path(found).suffix]}"
+    )
+    return f"has no {WEIGHTS} and no {INDEX}; {_READS}; {advice}"
+
+
+def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
+    config = _read_json(path, CONFIG, MAX_CONFIG_NBYTES)
+    file = path / CONFIG
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{file}: `model_type` must be text, not {show(config.get('model_type'))}")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{file}: the model is quantised (`quantization_config`: {show(method)}); moeplan reads F32, F16 and BF16 "
+            "weights: give the model that it was quantised from, or dequantise it first"
+        )
+    named = config.get("transformers_weights")
+    if named not in (None, weights):
+        raise CheckpointError(
+            f"{file}: `transformers_weights` says that {show(named)} holds the weights, but moeplan reads {weights}: "
+            f"remove the key, or name the weights {WEIGHTS}"
+        )
+    return config
+
+
+def _read_single_file(path: Path) -> dict[str, Read]:
+    tensors, _ = _read_tensors(path, WEIGHTS, MAX_HEADERS_NBYTES)
+    return tensors
+
+
+def _read_shards(path: Path) -> dict[str, Read]:
+    """The tensors of all shards. Index and shards must name the same ones.
+
+    Of a tensor that a shard holds and the index does not map there, transformers 4 takes no notice, and transformers 5
+    loads it; so neither reading is safe.
+    """
+    weight_map = _read_weight_map(path)
+    mapped: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        mapped.setdefault(shard, []).append(name)
+    if len(mapped) > MAX_SHARDS:
+        raise CheckpointError(f"{path / INDEX}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
+    tensors: dict[str, Read] = {}
+    headers_nbytes = 0
+    for shard, names in sorted(mapped.items()):
+        held, header_nbytes = _read_tensors(path, shard, MAX_HEADERS_NBYTES - headers_nbytes)
+        headers_nbytes += header_nbytes
+        for name in names:
+            if name not in held:
+                raise CheckpointError(f"{path / shard}: tensor {show(name)} is not there; {INDEX} says that it is")
+        if len(held) > len(names):
+            name = next(name for name in held if weight_map.get(name) != shard)
+            elsewhere = f"maps to {weight_map[name]}" if name in weight_map else "does not list"
+            raise CheckpointError(
+                f"{path / shard}: holds tensor {show(name)}, which {INDEX} {elsewhere}; index and shards are not of "
+                "one model. Download them again"
+            )
+        tensors |= held
+    return tensors
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The index: tensor name -> name of a file in the directory."""
+    file = path / INDEX
+    weight_map = _read_json(path, INDEX, MAX_INDEX_NBYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{file}: has no `weight_map` from tensor names to file names")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{file}: names {len(weight_map):,} tensors; at most {MAX_TENSORS:,} are read")
+    plain: set[str] = set()
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{file}: tensor {show(name)} is mapped to {show(shard)}, which is no file name")
+        if shard in plain:
+            continue
+        if "/" in shard or "\\" in shard or not shard.isprintable() or len(shard) > 255:
+            raise CheckpointError(
+                f"{file}: tensor {show(name)} is mapped to {show(shard)}; shards must be plain names of files in the "
+                "directory"
+            )
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{file}: tensor {show(name)} is mapped to {show(shard)}, not to a .safetensors file")
+        plain.add(shard)
+    return weight_map
+
+
+def _read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
+    """The tensors of one safetensors file, and the size of its header."""
+    where = path / name
+    with _opened(path, name) as file:
+        status = os.fstat(file.fileno())
+        start = file.read(len(_LFS_POINTER))
+        _refuse_lfs_pointer(where, start)
+        if len(start) < LENGTH_NBYTES:
+            raise CheckpointError(
+                f"{where}: is not a safetensors file: it has {status.st_size:,} bytes. Download it again"
+            )
+        header_nbytes = int.from_bytes(start[:LENGTH_NBYTES], "little")
+        data_offset = LENGTH_NBYTES + header_nbytes
+        if data_offset > status.st_size:
+            raise CheckpointError(
+                f"{where}: is truncated, or not a safetensors file: its header would take {header_nbytes:,} bytes, the "
+                f"file has {status.st_size:,}. Download it again"
+            )
+        if header_nbytes > max_header_nbytes:
+            raise CheckpointError(
+                f"{where}: its header takes {header_nbytes:,} bytes; moeplan reads at most {MAX_HEADERS_NBYTES:,} "
+                "bytes of headers in a checkpoint, twice what the largest need"
+            )
+        file.seek(LENGTH_NBYTES)
+        header = file.read(header_nbytes)
+        real_path = file.name
+    if len(header) != header_nbytes:
+        raise CheckpointError(f"{where}: became shorter while it was read")
+    try:
+        infos = parse_header(header, status.st_size - data_offset)
+    except HeaderError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, real_path)
+    tensors = {tensor: Read(source, data_offset + info.begin, info.dtype, info.shape) for tensor, info in infos.items()}
+    return tensors, header_nbytes
+
+
+def _read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:
+    where = path / name
+    with _opened(path, name) as file:
+        text = file.read(max_nbytes + 1)
+    _refuse_lfs_pointer(where, text)
+    if len(text) > max_nbytes:
+        raise CheckpointError(f"{where}: is larger than {max_nbytes:,} bytes; a real one is not")
+    try:
+        return parse_object(text)
+    except JSONError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _refuse_lfs_pointer(where: Path, start: bytes) -> None:
+    if start.startswith(_LFS_POINTER):
+        raise CheckpointError(
+            f"{where}: is a git-LFS pointer, not the file itself; run `git lfs pull` in {where.parent}"
+        )
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
+    """The regular file `name` of the checkpoint's directory, open for reading; its `name` is its real path."""
+    where = path / name
+    try:
+        directory = os.path.realpath(path, strict=True)
+        real_path = os.path.realpath(where, strict=True)
+        if not _may_follow(Path(directory), Path(real_path)):
+            raise CheckpointError(
+                f"{where}: is a symbolic link out of the checkpoint, to {show(real_path)}; put the file itself there"
+            )
+        # Before it is opened: opening a FIFO waits, and opening a device may do anything.
+        if not Path(real_path).is_file():
+            raise CheckpointError(f"{where}: is not a regular file")
+        with open(real_path, "rb", opener=_open_without_waiting) as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{where}: is not there, or links to nothing; is the download complete?") from None
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+
+def _may_follow(directory: Path, target: Path) -> bool:
+    """Whether a file of `directory` may really be `target`: in it, or where the Hub's cache keeps a snapshot's bytes.
+
+    That is `models--org--name/blobs/HASH` beside `models--org--name/snapshots/REVISION`, or, since the cache shares
+    blobs between repositories, `blobs/HH/HASH` beside `models--org--name`.
+    """
+    if target.is_relative_to(directory):
+        return True
+    for revision in (directory, *directory.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
+    return False

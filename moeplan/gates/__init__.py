@@ -1,0 +1,57 @@
+"""Gate modes: how each layer's router gets its weights. One file a mode.
+
+A mode turns the config's prompts into expressions, which the planner orders like any other, and brings the kernels
+that compute the opaque ones. Planning imports neither torch nor transformers: kernels import what they need when run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from moeplan.architectures.dense import DenseModel
+from moeplan.config import Expert
+from planner.expr import Expr
+
+if TYPE_CHECKING:
+    from executor.engine import Kernel
+
+MODULES = {
+    "hidden": "hidden",
+    "hidden_last": "hidden",
+    "hidden_avg": "hidden",
+    "cheap_embed": "cheap_embed",
+    "random": "random",
+    "uniform_random": "random",
+}
+
+
+@dataclass(frozen=True)
+class GateRequest:
+    """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts."""
+
+    mode: str
+    base: DenseModel
+    experts: tuple[Expert, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class GateMode:
+    """A way to make routers.
+
+    `routers` gives an expression for each layer, `[num_experts, hidden_size]` float32. `kernels` computes the opaque
+    nodes among them; `imports` are the heavy packages that they use.
+    """
+
+    routers: Callable[[GateRequest], Sequence[Expr]]
+    kernels: Mapping[str, Kernel]
+    imports: tuple[str, ...] = ("torch",)
+
+
+def gate_mode(name: str) -> GateMode:
+    """The gate mode that the YAML calls `name`."""
+    mode: GateMode = import_module(f"moeplan.gates.{MODULES[name]}").MODE
+    return mode

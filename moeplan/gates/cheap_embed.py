@@ -1,0 +1,66 @@
+"""`cheap_embed`: routers from the prompts' token embeddings alone, the same for every layer.
+
+An expert's row is the sum of the embeddings of all tokens of its positive prompts, L2-normalised; minus the same of its
+negative prompts, if it has any; L2-normalised (mergekit, mergekit/moe/router.py, `get_cheap_embedding`). Only the
+embedding rows of these tokens are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeplan.gates import GateMode, GateRequest
+from moeplan.gates.prompts import embedding_rows, tokenize
+from planner.expr import DType, Expr, Opaque
+
+if TYPE_CHECKING:
+    import torch
+
+
+def routers(request: GateRequest) -> list[Expr]:
+    """One expression, as many times as there are layers."""
+    prompts = tokenize(request.experts, request.base)
+    vocabulary = prompts.vocabulary()
+    row = {token: index for index, token in enumerate(vocabulary)}
+
+    def counts(indices: Sequence[int]) -> list[list[int]]:
+        """[row, times] for each token of the prompts with these indices."""
+        tokens = Counter(row[token] for index in indices for token in prompts.tokens[index])
+        return [[token, times] for token, times in sorted(tokens.items())]
+
+    params = {
+        "positive": [counts(indices) for indices in prompts.positive],
+        "negative": [counts(indices) for indices in prompts.negative],
+    }
+    rows = embedding_rows(request.base, vocabulary)
+    shape = (len(request.experts), request.base.hidden_size)
+    router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, shape, workspace_nbytes=2 * rows.numel * 4)
+    return [router] * request.base.num_layers
+
+
+def cheap_embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    """From the embedding rows `[num_tokens, hidden_size]` to a router `[num_experts, hidden_size]`."""
+    import torch
+
+    rows = inputs[0].float()
+
+    def direction(counts: list[list[int]]) -> torch.Tensor:
+        if not counts:
+            return rows.new_zeros(rows.shape[1])
+        index, times = torch.tensor(counts).T
+        return normalized(times.float() @ rows[index])
+
+    for expert, (positive, negative) in enumerate(zip(params["positive"], params["negative"], strict=True)):
+        output[expert] = normalized(direction(positive) - direction(negative))
+
+
+def normalized(vector: torch.Tensor) -> torch.Tensor:
+    """`vector` at length 1 along its last dimension; zero stays zero."""
+    length: torch.Tensor = vector.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    return vector / length
+
+
+MODE = GateMode(routers, {"cheap_embed": cheap_embed})

@@ -1,0 +1,52 @@
+"""`random` and `uniform_random`: routers to be trained.
+
+`random` draws from the standard normal distribution, `uniform_random` as `torch.nn.Linear` initialises its weight:
+evenly within ±1/√hidden_size (torch/nn/modules/linear.py, `reset_parameters`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeplan.gates import GateMode, GateRequest
+from planner.expr import DType, Expr, Opaque
+
+if TYPE_CHECKING:
+    import torch
+
+
+def routers(request: GateRequest) -> list[Expr]:
+    """A router of its own for each layer, from the seed and the layer's number alone."""
+    shape = (len(request.experts), request.base.hidden_size)
+    return [
+        Opaque(request.mode, json.dumps({"seed": request.seed, "layer": layer}), (), DType.F32, shape)
+        for layer in range(request.base.num_layers)
+    ]
+
+
+def normal(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    """Fill `output` from N(0, 1)."""
+    import numpy as np
+
+    _generator(params).standard_normal(dtype=np.float32, out=output.numpy())
+
+
+def uniform(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    """Fill `output` from U(-1/√d, 1/√d), d being its last dimension."""
+    import numpy as np
+
+    bound = math.sqrt(1 / output.shape[-1])
+    _generator(params).random(dtype=np.float32, out=output.numpy())
+    output.mul_(2 * bound).sub_(bound)
+
+
+def _generator(params: Any) -> Any:
+    import numpy as np
+
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([params["seed"], params["layer"]])))
+
+
+MODE = GateMode(routers, {"random": normal, "uniform_random": uniform})

@@ -1,0 +1,124 @@
+"""A model of transformers without its weights, to evaluate one decoder layer at a time.
+
+The model is built on the meta device from its config.json, so it takes no memory. What its forward pass hands to each
+decoder layer beside the hidden states (masks, position embeddings) does not depend on any weight: it is recorded once
+by running the model with layers that only take notes. So no family's forward pass is written down here, and whatever
+transformers can model can be evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from moeplan.checkpoint import CheckpointError
+from moeplan.gates.hidden import BLOCK_NBYTES
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call beside the first."""
+
+
+class BlockedLinear(nn.Module):
+    """A linear layer in float32 whose weight, `[out_features, in_features]`, may be of any dtype.
+
+    Blocks of rows are turned into float32 as they are multiplied, so no whole matrix is ever held twice.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out_features, in_features = self.weight.shape
+        bias = None if self.bias is None else self.bias.float()
+        if self.weight.dtype is torch.float32:
+            return nn.functional.linear(x, self.weight, bias)
+        result = x.new_empty(*x.shape[:-1], out_features)
+        rows = max(1, BLOCK_NBYTES // (4 * in_features))
+        for begin in range(0, out_features, rows):
+            block = self.weight[begin : begin + rows].float()
+            result[..., begin : begin + rows] = x @ block.T
+        return result if bias is None else result.add_(bias)
+
+
+class _NoteTaker(nn.Module):
+    """Stands in for a decoder layer and notes what it is called with beside the hidden states."""
+
+    def __init__(self, notes: list[Call], first: torch.Tensor) -> None:
+        super().__init__()
+        self._notes = notes
+        self._first = first
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._notes.append((args, kwargs))
+        # Always the tensor that the first layer got: some versions index what a layer returns, and the notes
+        # do not depend on it.
+        return self._first
+
+
+class Skeleton:
+    """A model's decoder without weights."""
+
+    def __init__(self, path: str) -> None:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config.use_cache = False
+        with torch.device("meta"):
+            self._model: PreTrainedModel = AutoModel.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+        self._layers = list(self._model.layers)
+        self._hidden_size = config.hidden_size
+        self._noted: dict[tuple[int, int], list[Call]] = {}
+        self._model.norm = nn.Identity()
+        for name, module in list(self._model.named_children()):
+            if module is not self._model.layers and any(buffer.is_meta for buffer in module.buffers()):
+                # Position embeddings are computed when built, so on the meta device they are not there.
+                setattr(self._model, name, type(module)(config=config))
+        for layer in self._layers:
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, nn.Linear):
+                    parent, _, child = name.rpartition(".")
+                    setattr(layer.get_submodule(parent), child, BlockedLinear(module))
+
+    def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Layer `index` with `weights`, by their names in it, as a function of hidden states `[batch, tokens, hidden]`.
+
+        The weights are used where they are, not copied; vectors (norms, biases) are turned into float32.
+        """
+        layer = self._layers[index]
+        different = sorted({name for name, _ in layer.named_parameters()} ^ set(weights))
+        if different:
+            raise CheckpointError(
+                f"layer {index} of the base has other weights than transformers' model of it: {', '.join(different)}"
+            )
+        given = {name: weight.float() if weight.ndim == 1 else weight for name, weight in weights.items()}
+
+        def run(hidden_states: torch.Tensor) -> torch.Tensor:
+            args, kwargs = self._calls(hidden_states.shape[0], hidden_states.shape[1])[index]
+            result = torch.func.functional_call(layer, given, (hidden_states, *args), kwargs)
+            tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
+            return tensor
+
+        return run
+
+    def _calls(self, batch: int, tokens: int) -> list[Call]:
+        """What the model's forward pass calls each layer with, for hidden states `[batch, tokens, hidden]`."""
+        if (batch, tokens) not in self._noted:
+            notes: list[Call] = []
+            stream = torch.zeros(batch, tokens, self._hidden_size)
+            self._model.layers = nn.ModuleList(_NoteTaker(notes, stream) for _ in self._layers)
+            self._model(inputs_embeds=stream, use_cache=False)
+            self._noted[batch, tokens] = notes
+        return self._noted[batch, tokens]
+
+
+@lru_cache(maxsize=1)
+def skeleton(path: str) -> Skeleton:
+    """The skeleton of the model in directory `path`; the last one is kept."""
+    return Skeleton(path)

@@ -1,0 +1,188 @@
+"""Planning and running a merge: the way through the house, from a config to a model on the disk."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from executor.engine import Progress, RunResult, run
+from executor.errors import RunError
+from moeplan import architectures, gates, lowering
+from moeplan.architectures.dense import DenseModel, dense_model
+from moeplan.architectures.family import Family
+from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.config import MergeConfig
+from moeplan.errors import MoeplanWarning
+from moeplan.lowering import Sources
+from moeplan.memory import CapError, MemoryCap, memory_cap
+from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
+from moeplan.options import Options, shard_nbytes
+from moeplan.output import check_output, free_nbytes, staged, to_json, tokenizer_files, write_beside
+from moeplan.routing import degenerate_layers
+from planner.errors import BudgetError
+from planner.expr import DType
+from planner.graph import TensorGraph
+from planner.layout import index_json
+from planner.plan import Plan
+from planner.schedule import compile as compile_plan
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that could be run: what `moeplan.merge` would do, and what `--plan` prints."""
+
+    config: MergeConfig
+    family: Family
+    sources: Sources
+    dtype: DType
+    model_config: dict[str, Any]
+    copied: tuple[Path, ...]
+    """Files of the base that are copied as they are."""
+
+    plan: Plan
+    memory: MemoryCap
+
+    @property
+    def disk_nbytes(self) -> int:
+        """The space that the output takes."""
+        return self.plan.written_nbytes + sum(file.stat().st_size for file in self.copied)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """The forecast of the process's peak resident set."""
+        return self.memory.process_nbytes + self.plan.peak_nbytes
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge: where the model is, and what it took."""
+
+    path: Path
+    run: RunResult
+    seconds: float
+
+
+def plan(config: MergeConfig, out: str | Path | None = None, options: Options | None = None) -> MergePlan:
+    """Plan a merge. Reads configs and headers, writes nothing, imports neither torch nor transformers.
+
+    Raises UserError for sources that do not fit each other or the family, for an `out` that is in use, for options that
+    cannot be understood, and for a memory cap that is too small. Warns with MoeplanWarning.
+    """
+    options = options or Options()
+    if out is not None:
+        check_output(Path(out))
+    sources = _open_sources(config)
+    family = architectures.choose(config, (sources.base, *sources.experts))
+    lowering.check_fit(config, family, sources)
+    dtype = next((d for d, name in DTYPE_NAMES.items() if name == config.dtype), None) or stored_dtype(sources.base)
+    count = len(config.experts)
+    if count & (count - 1):
+        warnings.warn(
+            f"{config.where('experts')}: {count} is no power of two, which older versions of llama.cpp cannot read",
+            MoeplanWarning,
+            stacklevel=2,
+        )
+    mode = gates.gate_mode(config.gate_mode)
+    routers = mode.routers(gates.GateRequest(config.gate_mode, sources.base, config.experts, options.random_seed))
+    graph = lowering.lower(config, family, sources, routers, dtype, options.random_seed)
+    cap = memory_cap(options.max_memory, mode.imports)
+    return MergePlan(
+        config=config,
+        family=family,
+        sources=sources,
+        dtype=dtype,
+        model_config=model_config(
+            family, sources.base, num_experts=count, experts_per_token=config.experts_per_token, dtype=dtype
+        ),
+        copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
+        plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize)),
+        memory=cap,
+    )
+
+
+def merge(
+    config: MergeConfig,
+    out: str | Path,
+    options: Options | None = None,
+    on_plan: Callable[[MergePlan], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> MergeResult:
+    """Merge, and put the model into the directory `out`, which is new or empty.
+
+    `on_plan` is called with the plan before anything is written, `on_progress` as bytes move. Raises what `plan`
+    raises, and RunError where the run fails, in which case nothing stays in `out`.
+    """
+    started = time.monotonic()
+    merge_plan = plan(config, out, options)
+    if on_plan is not None:
+        on_plan(merge_plan)
+    mode = gates.gate_mode(config.gate_mode)
+    merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
+    directory = Path(out)
+    needed, free = merge_plan.disk_nbytes, free_nbytes(directory)
+    if needed > free:
+        raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+    base = merge_plan.sources.base.checkpoint.path
+    texts = {"config.json": to_json(merge_plan.model_config)}
+    if len(merge_plan.plan.shards) > 1:
+        texts["model.safetensors.index.json"] = index_json(merge_plan.plan.shards)
+    with staged(directory) as partial:
+        result = run(merge_plan.plan, partial, mode.kernels, on_progress)
+        _warn_degenerate(merge_plan, partial)
+        write_beside(partial, texts, merge_plan.copied, base)
+    return MergeResult(directory, result, time.monotonic() - started)
+
+
+def _with_packages_loaded(
+    merge_plan: MergePlan, out: str | Path, options: Options | None, packages: tuple[str, ...]
+) -> MergePlan:
+    """Import what the run will use; plan anew where that takes more memory here than was reckoned with."""
+    for package in packages:
+        import_module(package)
+    taken = memory_cap(None, ()).process_nbytes
+    if taken <= merge_plan.memory.process_nbytes:
+        return merge_plan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoeplanWarning)
+        return plan(merge_plan.config, out, options)
+
+
+def _open_sources(config: MergeConfig) -> Sources:
+    """Open each distinct source once."""
+    opened: dict[str, DenseModel] = {}
+
+    def model(reference: str, *path: str | int) -> DenseModel:
+        if reference not in opened:
+            try:
+                opened[reference] = dense_model(open_checkpoint(reference))
+            except CheckpointError as error:
+                raise CheckpointError(f"{config.where(*path)}: {error}") from error
+        return opened[reference]
+
+    base = model(config.base_model, "base_model")
+    experts = (model(e.source_model, "experts", i, "source_model") for i, e in enumerate(config.experts))
+    return Sources(base, tuple(experts))
+
+
+def _compile(graph: TensorGraph, cap: MemoryCap, shard_limit_nbytes: int) -> Plan:
+    try:
+        return compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes)
+    except BudgetError as error:
+        raise CapError(cap, error.needed_nbytes) from error
+
+
+def _warn_degenerate(merge_plan: MergePlan, directory: Path) -> None:
+    names = [merge_plan.family.router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
+    layers = degenerate_layers(directory, merge_plan.plan.shards, names)
+    if layers:
+        named = "all layers" if len(layers) == len(names) else f"layers {', '.join(map(str, layers))}"
+        warnings.warn(
+            f"{named}: routing is degenerate, the prompts being too similar there; some experts will hardly be used",
+            MoeplanWarning,
+            stacklevel=3,
+        )

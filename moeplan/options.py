@@ -1,0 +1,74 @@
+"""What a merge is run with beside its config, and the sizes that people write: `2GiB`, `500MB`, `5B`, `50%`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moeplan.errors import UserError
+
+_BYTES = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _BYTES |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
+_COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class OptionError(UserError):
+    """An option's value that cannot be understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to merge. The bytes of the output depend on `out_shard_size` and `random_seed` alone."""
+
+    max_memory: str | int | None = None
+    """The most memory that the process may have resident: bytes, `2GiB`, `512MB`, or a share of all memory, `50%`.
+    None: a safe share of what is available."""
+
+    out_shard_size: str | int = "5B"
+    """The largest output file: a number of parameters (`5B`, `500M`) or of bytes (`10GB`, `2GiB`)."""
+
+    random_seed: int = 0
+    """Seeds the random gate modes and the noise."""
+
+    copy_tokenizer: bool = True
+    """Put the base's tokenizer, chat template and generation_config.json beside the weights."""
+
+    clone_tensors: bool = False
+    """Give every tensor bytes of its own. As yet they always have, so this changes nothing."""
+
+
+def memory_nbytes(text: str | int, total_nbytes: int) -> int:
+    """The bytes that a memory size means, on a machine that has `total_nbytes`. Raises OptionError."""
+    if isinstance(text, str) and (share := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)):
+        percent = float(share[1])
+        if not 0 < percent <= 100:
+            raise OptionError(f"--max-memory: {text} is not between 0% and 100%")
+        return int(total_nbytes * percent / 100)
+    return _parse(text, _BYTES, "--max-memory", "such as 2GiB, 512MB or 50%")
+
+
+def shard_nbytes(text: str | int, itemsize: int) -> int:
+    """The bytes that a shard size means, where a parameter takes `itemsize` bytes. Raises OptionError.
+
+    `5B` is five billion parameters, as in mergekit; bytes are spelled out (`5GB`).
+    """
+    example = "such as 5B (parameters), 500MB or 2GiB"
+    if isinstance(text, str) and (count := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBkmb])\s*", text)):
+        return _positive(int(float(count[1]) * _COUNTS[count[2].upper()]) * itemsize, text, "--out-shard-size", example)
+    if isinstance(text, int) or text.strip().isdecimal():
+        return _positive(int(text) * itemsize, text, "--out-shard-size", example)
+    return _parse(text, _BYTES, "--out-shard-size", example)
+
+
+def _parse(text: str | int, units: dict[str, int], option: str, example: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].upper() not in units:
+        raise OptionError(f"{option}: {text!r} is not a size; write one {example}")
+    return _positive(int(float(match[1]) * units[match[2].upper()]), text, option, example)
+
+
+def _positive(value: int, text: str | int, option: str, example: str) -> int:
+    if value <= 0:
+        raise OptionError(f"{option}: {text!r} is not above zero; write a size {example}")
+    return value

@@ -1,0 +1,216 @@
+"""Tensor expressions: what an output tensor is made of, as immutable, hash-consed nodes.
+
+Nothing here moves a byte. An expression says where bytes come from (`Read`), what is done to each element on the
+way (`Elementwise`), how tensors are strung together (`Concat`), and what only a named kernel can compute (`Opaque`).
+
+Two equal expressions are ONE object::
+
+    Read(file, 4096, DType.BF16, (8, 8)) is Read(file, 4096, DType.BF16, (8, 8))
+
+so a tensor that eight experts share is read once because it *is* once, and no pass has to look for it. Arithmetic is
+done in float32, whatever the dtypes at either end, and rounded once, by the `Cast` that closes a chain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+Shape = tuple[int, ...]
+
+NOISE_BLOCK = 1 << 14
+"""Elements that noise is drawn for at a time. A stream is cut at multiples of it, so that no draw is split in two."""
+
+
+class DType(Enum):
+    """An element type, under its safetensors name."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return 4 if self is DType.F32 else 2
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that tensors are read from.
+
+    It is identified by the file it really is (device, inode, size, time of last change), not by the path typed: two
+    paths to one file are equal, and a file that changes during a run is noticed.
+    """
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    path: str = field(compare=False)
+
+
+class _HashConsed(type):
+    """Builds each distinct node once. Nodes compare by identity, so a key costs no walk of the tree."""
+
+    _nodes: ClassVar[WeakValueDictionary[tuple[Any, ...], Any]] = WeakValueDictionary()
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        node = super().__call__(*args, **kwargs)
+        key = (cls, *(getattr(node, f.name) for f in fields(node)))
+        return cls._nodes.setdefault(key, node)
+
+
+class Expr(metaclass=_HashConsed):
+    """A tensor to be. Every node has a `dtype` and a `shape`."""
+
+    __slots__ = ()
+
+    dtype: DType
+    shape: Shape
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        """The expressions this one is made of."""
+        return ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Read(Expr):
+    """`numel` elements that lie at byte `offset` of `file`, in C order."""
+
+    file: SourceFile
+    offset: int
+    dtype: DType
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Round to `dtype`, to nearest even."""
+
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Multiply by `factor`, in float32."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class AddNoise:
+    """Add `scale` × standard normal noise, in float32.
+
+    The noise of an element depends on `seed` and the element's position alone, never on how the tensor is cut up.
+    """
+
+    scale: float
+    seed: int
+
+
+Op = Cast | Scale | AddNoise
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Elementwise(Expr):
+    """`op` applied to each element of `input`."""
+
+    op: Op
+    input: Expr
+
+    def __post_init__(self) -> None:
+        if isinstance(self.input, Elementwise) and isinstance(self.input.op, Cast):
+            raise ValueError("a Cast closes a chain: arithmetic comes before rounding")
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.input,)
+
+    @property
+    def dtype(self) -> DType:  # type: ignore[override]
+        return self.op.dtype if isinstance(self.op, Cast) else DType.F32
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.input.shape
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Concat(Expr):
+    """The elements of `parts`, one part after the other in C order, seen as a tensor of `shape`.
+
+    Stacking is the same thing under another shape: eight `[I, H]` parts are a `[8, I, H]` tensor.
+    """
+
+    parts: tuple[Expr, ...]
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if len({part.dtype for part in self.parts}) != 1:
+            raise ValueError("the parts of a Concat must be of one dtype")
+        if sum(part.numel for part in self.parts) != math.prod(self.shape):
+            raise ValueError(f"the parts of a Concat do not fill the shape {self.shape}")
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.parts
+
+    @property
+    def dtype(self) -> DType:  # type: ignore[override]
+        return self.parts[0].dtype
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Opaque(Expr):
+    """What the kernel named `kernel` computes from whole `inputs`.
+
+    `params` is a JSON text that only the kernel understands. `workspace_nbytes` is the most memory it uses beside
+    its inputs and its result.
+    """
+
+    kernel: str
+    params: str
+    args: tuple[Expr, ...]
+    dtype: DType
+    shape: Shape
+    workspace_nbytes: int = 0
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.args
+
+
+def cast(x: Expr, dtype: DType) -> Expr:
+    """`x` as `dtype`; `x` itself where it already is."""
+    return x if x.dtype is dtype else Elementwise(Cast(dtype), x)
+
+
+def scale(x: Expr, factor: float) -> Expr:
+    """`factor` · `x`, in float32; `x` itself where the factor is 1."""
+    return x if factor == 1.0 else Elementwise(Scale(factor), x)
+
+
+def add_noise(x: Expr, scale: float, seed: int) -> Expr:
+    """`x` plus `scale` × standard normal noise, in float32; `x` itself where the scale is 0."""
+    return x if scale == 0.0 else Elementwise(AddNoise(scale, seed), x)
+
+
+def stack(parts: Sequence[Expr]) -> Concat:
+    """Equally shaped `parts` under a new first dimension."""
+    return Concat(tuple(parts), (len(parts), *parts[0].shape))

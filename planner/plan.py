@@ -1,0 +1,215 @@
+"""The plan: what the executor does, as plain data. JSON in, JSON out, equal for equal inputs.
+
+Files and buffers are named by their index in `Plan.sources`, `Plan.shards` and `Plan.buffer_nbytes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from planner.errors import UserError
+from planner.expr import DType, Op, Shape, SourceFile
+from planner.layout import Shard
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileRoot:
+    """A stream's elements lie at byte `offset` of source file `source`."""
+
+    source: int
+    offset: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRoot:
+    """A stream's elements lie at the start of buffer `buffer`."""
+
+    buffer: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class FileSink:
+    """A stream's results go to byte `offset` of shard `shard`."""
+
+    shard: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSink:
+    """A stream's results go to byte `offset` of buffer `buffer`."""
+
+    buffer: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """`ops`, fused, turn a stream's elements into elements of `dtype`, which go to each of `sinks`."""
+
+    ops: tuple[Op, ...]
+    dtype: DType
+    sinks: tuple[FileSink | BufferSink, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStep:
+    """Read `numel` elements once, in chunks of `chunk_numel`, and run each chunk through every branch."""
+
+    root: FileRoot | BufferRoot
+    numel: int
+    chunk_numel: int
+    branches: tuple[Branch, ...]
+    frees: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BufferView:
+    """A whole tensor at the start of buffer `buffer`."""
+
+    buffer: int
+    dtype: DType
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStep:
+    """Run the kernel named `kernel` on whole tensors. `frees` are the buffers that nothing needs afterwards."""
+
+    kernel: str
+    params: str
+    inputs: tuple[BufferView, ...]
+    output: BufferView
+    workspace_nbytes: int
+    frees: tuple[int, ...]
+
+
+Step = StreamStep | KernelStep
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The chunk buffers: `workers` slabs of `slab_nbytes`, one for each chunk under way."""
+
+    workers: int
+    slab_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.workers * self.slab_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything the executor needs, and everything `--plan` prints.
+
+    `memory_nbytes[i]` forecasts the bytes of all buffers while step i runs: the pool, whole tensors, workspace.
+    """
+
+    format: int
+    sources: tuple[SourceFile, ...]
+    shards: tuple[Shard, ...]
+    steps: tuple[Step, ...]
+    buffer_nbytes: tuple[int, ...]
+    pool: Pool
+    memory_nbytes: tuple[int, ...]
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes that buffers take at any time."""
+        return max(self.memory_nbytes, default=self.pool.nbytes)
+
+    @property
+    def written_nbytes(self) -> int:
+        """The size of all output shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def reads(self) -> Iterator[tuple[FileRoot, int]]:
+        """Each range that is read from a source, with its size in bytes."""
+        for step in self.steps:
+            if isinstance(step, StreamStep) and isinstance(step.root, FileRoot):
+                yield step.root, step.numel * step.root.dtype.itemsize
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes read from sources."""
+        return sum(nbytes for _, nbytes in self.reads())
+
+    @property
+    def reread_nbytes(self) -> int:
+        """How many of `read_nbytes` are bytes that another step reads, too."""
+        unique = 0
+        end: tuple[int, int] = (-1, 0)
+        for root, nbytes in sorted(self.reads(), key=lambda read: (read[0].source, read[0].offset)):
+            begin = max(root.offset, end[1]) if root.source == end[0] else root.offset
+            stop = max(begin, root.offset + nbytes)
+            unique += stop - begin
+            end = (root.source, stop)
+        return self.read_nbytes - unique
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the sources and of what is written where: equal for plans that give equal bytes from equal
+        files, whatever their budget."""
+        steps = []
+        for step in self.steps:
+            content = asdict(step)
+            content.pop("chunk_numel", None)
+            steps.append(content)
+        content = {"sources": self.sources, "shards": self.shards, "steps": steps}
+        return hashlib.sha256(json.dumps(_encode(content), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as JSON text, which `from_json` takes back."""
+        return json.dumps(_encode(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote. Raises UserError for a plan of another version."""
+        data = json.loads(text)
+        if data.get("format") != FORMAT:
+            raise UserError(f"this plan is of format {data.get('format')}, and this moeplan reads {FORMAT}; plan again")
+        return cast(Plan, _decode(Plan, data))
+
+
+def _encode(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple | list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    return value
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    if get_origin(hint) is tuple:
+        return tuple(_decode(get_args(hint)[0], item) for item in value)
+    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
+        # The members of each union here differ in their field names.
+        hint = next(member for member in get_args(hint) if set(_hints(member)) == set(value))
+    if is_dataclass(hint):
+        hints = _hints(cast(type, hint))
+        return cast(type, hint)(**{name: _decode(hints[name], item) for name, item in value.items()})
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(value)
+    return value

@@ -1,0 +1,248 @@
+"""From a graph and a budget to a plan: what is read when, where it goes, and how much memory that takes.
+
+Every output tensor, and every whole tensor that a kernel needs, is a *place*. A place is filled by streams: the leaves
+of its expression, each at its own byte offset (that is all that a `Concat` means). Leaves of all places that come from
+one root, a source range or a kernel's result, make ONE step, which reads the root once::
+
+    Read(down_proj) ──┬─ (copy) ─────────────▶ expert 0 · expert 1 · a kernel's buffer
+                      └─ scale 0.5 ─ cast ───▶ expert 2
+
+Order: the kernels, each right after the streams that fill its inputs, so that whole tensors live for the shortest time;
+then every other stream in the order of the output files. Memory is the pool of chunk buffers, plus the buffers alive,
+plus the workspace of the running kernel.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from planner.errors import BudgetError
+from planner.expr import NOISE_BLOCK, AddNoise, Cast, Concat, DType, Elementwise, Expr, Op, Opaque, Read, SourceFile
+from planner.graph import TensorGraph, opaque_in_order
+from planner.layout import Shard, lay_out
+from planner.plan import (
+    FORMAT,
+    Branch,
+    BufferRoot,
+    BufferSink,
+    BufferView,
+    FileRoot,
+    FileSink,
+    KernelStep,
+    Plan,
+    Pool,
+    Step,
+    StreamStep,
+)
+
+WORKERS = 4
+MIN_SLAB_NBYTES = 1 << 20
+MAX_SLAB_NBYTES = 8 << 20
+
+Sink = FileSink | BufferSink
+Chain = tuple[tuple[Op, ...], DType]
+
+
+@dataclass(eq=False)
+class _Stream:
+    """What is made of one root's elements: sinks by what is done on the way."""
+
+    root: Read | Opaque
+    sinks: dict[Chain, list[Sink]] = field(default_factory=lambda: defaultdict(list))
+
+    def buffers(self) -> set[int]:
+        """The buffers that it fills."""
+        return {sink.buffer for sinks in self.sinks.values() for sink in sinks if isinstance(sink, BufferSink)}
+
+    def position(self) -> tuple[int, int]:
+        """Where in the output it first writes."""
+        files = (s for sinks in self.sinks.values() for s in sinks if isinstance(s, FileSink))
+        return min((sink.shard, sink.offset) for sink in files)
+
+
+def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int) -> Plan:
+    """Plan `graph` so that all buffers together stay within `budget_nbytes`.
+
+    Raises BudgetError, with the smallest budget that works, where that cannot be.
+    """
+    shards = lay_out(graph.outputs, shard_nbytes)
+    kernels = opaque_in_order(graph.outputs)
+    buffers = _whole_tensors(kernels)
+    streams = _streams(graph, shards, buffers)
+    order = list(_in_order(streams, kernels, buffers))
+    uses = [_uses(node, buffers) for node in order]
+    frees = _last_uses(uses)
+    held = list(_held(order, uses, frees, [expr.nbytes for expr in buffers]))
+    pool = _pool(budget_nbytes - max(held, default=0), budget_nbytes)
+    sources = sorted({s.root.file for s in streams if isinstance(s.root, Read)}, key=_by_path)
+    index = {file: i for i, file in enumerate(sources)}
+    steps: list[Step] = [
+        _kernel_step(node, buffers, freed)
+        if isinstance(node, Opaque)
+        else _stream_step(node, index, buffers, pool.slab_nbytes, freed)
+        for node, freed in zip(order, frees, strict=True)
+    ]
+    return Plan(
+        format=FORMAT,
+        sources=tuple(sources),
+        shards=shards,
+        steps=tuple(steps),
+        buffer_nbytes=tuple(expr.nbytes for expr in buffers),
+        pool=pool,
+        memory_nbytes=tuple(nbytes + pool.nbytes for nbytes in held),
+    )
+
+
+def _by_path(file: SourceFile) -> tuple[str, int, int]:
+    return file.path, file.device, file.inode
+
+
+def _whole_tensors(kernels: Sequence[Opaque]) -> dict[Expr, int]:
+    """What must be whole in memory at some time, with its buffer's index: kernels' arguments and results."""
+    buffers: dict[Expr, int] = {}
+    for kernel in kernels:
+        for expr in (*kernel.args, kernel):
+            buffers.setdefault(expr, len(buffers))
+    return buffers
+
+
+def _streams(graph: TensorGraph, shards: Sequence[Shard], buffers: dict[Expr, int]) -> list[_Stream]:
+    streams: dict[Read | Opaque, _Stream] = {}
+
+    def fill(expr: Expr, sink: type[FileSink] | type[BufferSink], target: int, offset: int) -> None:
+        for root, chain, begin in _leaves(expr, offset):
+            streams.setdefault(root, _Stream(root)).sinks[chain].append(sink(target, begin))
+
+    for number, shard in enumerate(shards):
+        for tensor in shard.tensors:
+            fill(graph.outputs[tensor.name], FileSink, number, tensor.offset)
+    for expr, buffer in buffers.items():
+        if not isinstance(expr, Opaque):
+            fill(expr, BufferSink, buffer, 0)
+    return list(streams.values())
+
+
+def _leaves(expr: Expr, offset: int) -> Iterator[tuple[Read | Opaque, Chain, int]]:
+    """The streams that fill the place of `expr` at byte `offset`: root, what is done on the way, byte offset."""
+    if isinstance(expr, Concat):
+        for part in expr.parts:
+            yield from _leaves(part, offset)
+            offset += part.nbytes
+        return
+    ops: list[Op] = []
+    root = expr
+    while isinstance(root, Elementwise):
+        ops.append(root.op)
+        root = root.input
+    if not isinstance(root, Read | Opaque):
+        raise TypeError(f"{type(root).__name__} cannot stand below an elementwise operation: apply it to the parts")
+    yield root, (tuple(reversed(ops)), expr.dtype), offset
+
+
+def _in_order(
+    streams: Sequence[_Stream], kernels: Sequence[Opaque], buffers: dict[Expr, int]
+) -> Iterator[_Stream | Opaque]:
+    """Streams and kernel runs, each after what it depends on."""
+    of_result = {stream.root: stream for stream in streams if isinstance(stream.root, Opaque)}
+    feeding: dict[int, list[_Stream]] = defaultdict(list)
+    for stream in streams:
+        for buffer in stream.buffers():
+            feeding[buffer].append(stream)
+    done: set[_Stream] = set()
+    for kernel in kernels:
+        for arg in kernel.args:
+            for stream in feeding[buffers[arg]]:
+                if stream not in done:
+                    done.add(stream)
+                    yield stream
+        yield kernel
+        if kernel in of_result and of_result[kernel] not in done:
+            done.add(of_result[kernel])
+            yield of_result[kernel]
+    yield from sorted((s for s in streams if s not in done), key=_Stream.position)
+
+
+def _uses(node: _Stream | Opaque, buffers: dict[Expr, int]) -> set[int]:
+    """The buffers that must be there while `node` runs."""
+    if isinstance(node, Opaque):
+        return {buffers[expr] for expr in (*node.args, node)}
+    return node.buffers() | ({buffers[node.root]} if isinstance(node.root, Opaque) else set())
+
+
+def _last_uses(uses: Sequence[set[int]]) -> list[tuple[int, ...]]:
+    """For each step, the buffers that no later step uses."""
+    seen: set[int] = set()
+    frees: list[tuple[int, ...]] = []
+    for used in reversed(uses):
+        frees.append(tuple(sorted(used - seen)))
+        seen |= used
+    return frees[::-1]
+
+
+def _held(
+    order: Sequence[_Stream | Opaque],
+    uses: Sequence[set[int]],
+    frees: Sequence[tuple[int, ...]],
+    buffer_nbytes: Sequence[int],
+) -> Iterator[int]:
+    """Bytes of whole tensors and workspace during each step."""
+    alive: set[int] = set()
+    nbytes = 0
+    for node, used, freed in zip(order, uses, frees, strict=True):
+        nbytes += sum(buffer_nbytes[buffer] for buffer in used - alive)
+        alive |= used
+        yield nbytes + (node.workspace_nbytes if isinstance(node, Opaque) else 0)
+        alive -= set(freed)
+        nbytes -= sum(buffer_nbytes[buffer] for buffer in freed)
+
+
+def _pool(available_nbytes: int, budget_nbytes: int) -> Pool:
+    """As many chunk buffers as help, as large as helps; first they get smaller, then fewer."""
+    if available_nbytes < MIN_SLAB_NBYTES:
+        needed = budget_nbytes - available_nbytes + MIN_SLAB_NBYTES
+        raise BudgetError(f"buffers need {needed} bytes, and may use {budget_nbytes}", needed)
+    workers = min(WORKERS, available_nbytes // MIN_SLAB_NBYTES)
+    slab = min(MAX_SLAB_NBYTES, available_nbytes // workers)
+    return Pool(workers, slab - slab % MIN_SLAB_NBYTES)
+
+
+def _stream_step(
+    stream: _Stream,
+    sources: dict[SourceFile, int],
+    buffers: dict[Expr, int],
+    slab_nbytes: int,
+    frees: tuple[int, ...],
+) -> StreamStep:
+    root = stream.root
+    return StreamStep(
+        root=FileRoot(sources[root.file], root.offset, root.dtype)
+        if isinstance(root, Read)
+        else BufferRoot(buffers[root], root.dtype),
+        numel=root.numel,
+        chunk_numel=_chunk_numel(root.dtype, list(stream.sinks), slab_nbytes),
+        branches=tuple(Branch(ops, dtype, tuple(sinks)) for (ops, dtype), sinks in stream.sinks.items()),
+        frees=frees,
+    )
+
+
+def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int:
+    """How many elements, with all that is computed from them at a time, fit a slab: see `executor.kernels`."""
+    ops = [op for chain, _ in chains for op in chain]
+    itemsize = dtype.itemsize
+    if any(not isinstance(op, Cast) for op in ops):
+        itemsize += DType.F32.itemsize
+    if any(isinstance(op, AddNoise) for op in ops):
+        itemsize += DType.F32.itemsize
+    itemsize += max((dtype.itemsize for ops, dtype in chains if ops), default=0)
+    numel = slab_nbytes // itemsize
+    return numel - numel % NOISE_BLOCK
+
+
+def _kernel_step(kernel: Opaque, buffers: dict[Expr, int], frees: tuple[int, ...]) -> KernelStep:
+    def view(expr: Expr) -> BufferView:
+        return BufferView(buffers[expr], expr.dtype, expr.shape)
+
+    inputs = tuple(view(arg) for arg in kernel.args)
+    return KernelStep(kernel.kernel, kernel.params, inputs, view(kernel), kernel.workspace_nbytes, frees)

@@ -1,0 +1,231 @@
+"""Running plans on real files: what is written, how much memory that takes, what happens when files misbehave."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from executor.engine import Progress, run
+from executor.errors import RunError
+from moeplan.safetensors_header import LENGTH_NBYTES
+from planner.expr import DType, Expr, Opaque, Read, SourceFile, add_noise, cast, scale, stack
+from planner.graph import TensorGraph
+from planner.plan import Plan
+from planner.schedule import compile
+
+DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
+
+
+def source(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Read]:
+    """Save `tensors` at `path`; where each of them lies."""
+    save_file(tensors, path)
+    stat = path.stat()
+    file = SourceFile(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, str(path))
+    raw = path.read_bytes()
+    start = LENGTH_NBYTES + int.from_bytes(raw[:LENGTH_NBYTES], "little")
+    reads = {}
+    for name, tensor in tensors.items():
+        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        reads[name] = Read(file, raw.index(data, start), DTYPES[tensor.dtype], tuple(tensor.shape))
+    return reads
+
+
+def planned(outputs: dict[str, Expr], budget: int = 64 << 20, shard: int = 1 << 40) -> Plan:
+    graph = TensorGraph()
+    for name, expr in outputs.items():
+        graph.add(name, expr)
+    return compile(graph, budget_nbytes=budget, shard_nbytes=shard)
+
+
+def load(plan: Plan, directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for shard in plan.shards for name, t in load_file(directory / shard.filename).items()}
+
+
+def digest(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def column_sums(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    output.copy_(inputs[0].float().sum(dim=0) * params)
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "large": torch.randn(3000, 1000, generator=generator).bfloat16(),
+        "small": torch.randn(5, 7, generator=generator).half(),
+    }
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Expr]:
+    """One of everything that a graph can hold."""
+    reads = source(tmp_path / "source.safetensors", tensors)
+    large, small = reads["large"], reads["small"]
+    sums = Opaque("column_sums", "2", (large,), DType.F32, (1000,))
+    return {
+        "copy": large,
+        "copy again": large,
+        "halved": cast(scale(large, 0.5), DType.BF16),
+        "noisy": cast(scale(add_noise(large, 0.1, seed=3), 2.0), DType.F16),
+        "noise in full": add_noise(large, 0.1, seed=3),
+        "wide": cast(small, DType.F32),
+        "stacked": stack([small, small, small]),
+        "sums": cast(sums, DType.BF16),
+        "sums in full": sums,
+    }
+
+
+def test_every_kind_of_expression_comes_out_as_torch_computes_it(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], outputs: dict[str, Expr]
+) -> None:
+    plan = planned(outputs)
+    out = tmp_path / "out"
+    out.mkdir()
+    result = run(plan, out, {"column_sums": column_sums})
+    loaded = load(plan, out)
+    large, small = tensors["large"], tensors["small"]
+    assert torch.equal(loaded["copy"], large)
+    assert torch.equal(loaded["copy again"], large)
+    assert torch.equal(loaded["halved"], (large.float() * 0.5).bfloat16())
+    assert torch.equal(loaded["wide"], small.float())
+    assert torch.equal(loaded["stacked"], torch.stack([small] * 3))
+    assert torch.equal(loaded["sums in full"], large.float().sum(dim=0) * 2)
+    assert torch.equal(loaded["sums"], loaded["sums in full"].bfloat16())
+    noise = loaded["noise in full"] - large.float()
+    assert abs(noise.mean()) < 1e-3
+    assert abs(noise.std() - 0.1) < 1e-3
+    assert torch.equal(loaded["noisy"], (loaded["noise in full"] * 2).half())
+    assert result.read_nbytes == plan.read_nbytes == large.nbytes + small.nbytes
+    assert result.written_nbytes == plan.written_nbytes
+    assert {name: tuple(t.shape) for name, t in loaded.items()} == {n: e.shape for n, e in outputs.items()}
+
+
+def test_bytes_are_the_same_for_any_budget_and_shards_open_with_safetensors(
+    tmp_path: Path, outputs: dict[str, Expr]
+) -> None:
+    digests = []
+    for budget in (8 << 20, 11 << 20, 200 << 20):
+        plan = planned(outputs, budget, shard=10 << 20)
+        out = tmp_path / str(budget)
+        out.mkdir()
+        result = run(plan, out, {"column_sums": column_sums})
+        assert result.peak_buffer_nbytes <= plan.peak_nbytes <= budget
+        digests.append(digest(out))
+    assert len(digests[0]) > 1
+    assert digests[0] == digests[1] == digests[2]
+    for shard in plan.shards:
+        with safe_open(out / shard.filename, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+def test_a_plan_from_json_runs_to_the_same_bytes(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    plan = planned(outputs)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    run(plan, tmp_path / "a", {"column_sums": column_sums})
+    run(Plan.from_json(plan.to_json()), tmp_path / "b", {"column_sums": column_sums})
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_noise_is_drawn_by_position_so_it_is_the_same_however_a_tensor_is_cut(tmp_path: Path) -> None:
+    reads = source(tmp_path / "source.safetensors", {"zeros": torch.zeros(1 << 20)})
+    results = []
+    for budget in (1 << 20, 64 << 20):
+        plan = planned({"noise": add_noise(reads["zeros"], 1.0, seed=11)}, budget)
+        out = tmp_path / str(budget)
+        out.mkdir()
+        run(plan, out)
+        results.append(load(plan, out)["noise"])
+    assert torch.equal(*results)
+    halves = results[0].view(2, -1)
+    assert not torch.equal(halves[0], halves[1])
+    assert abs(torch.corrcoef(halves)[0, 1]) < 0.01
+
+
+def test_progress_ends_at_all_bytes_read_and_written(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    plan = planned(outputs)
+    seen: list[Progress] = []
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out", {"column_sums": column_sums}, seen.append)
+    assert "column_sums" in {state.doing for state in seen}
+    assert (seen[-1].read_nbytes, seen[-1].written_nbytes) == (plan.read_nbytes, plan.written_nbytes)
+    assert [s.written_nbytes for s in seen] == sorted(s.written_nbytes for s in seen)
+
+
+def test_a_source_that_changed_since_planning_is_refused(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    plan = planned(outputs)
+    path = tmp_path / "source.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(RunError, match=r"source\.safetensors: the file was changed since"):
+        run(plan, tmp_path, {"column_sums": column_sums})
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    plan = planned(outputs)
+    (tmp_path / "source.safetensors").unlink()
+    with pytest.raises(RunError, match=r"source\.safetensors: cannot be opened any more: No such file"):
+        run(plan, tmp_path, {"column_sums": column_sums})
+
+
+def test_a_source_that_shrinks_or_changes_during_the_run_is_noticed(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    plan = planned(outputs, budget=8 << 20)
+    path = tmp_path / "source.safetensors"
+
+    def shrink(state: Progress) -> None:
+        os.truncate(path, 1000)
+
+    with pytest.raises(RunError, match=r"source\.safetensors: the file (ends at byte|was changed)"):
+        run(plan, tmp_path, {"column_sums": column_sums}, shrink)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "writing failed: Input/output error")]
+)
+def test_a_disk_that_fails_in_the_middle_ends_the_run_with_a_message(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    plan = planned(outputs, budget=8 << 20)
+    written = 0
+    pwrite = os.pwrite
+
+    def failing(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 5_000_000:
+            raise OSError(code, os.strerror(code))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(RunError, match=message):
+        run(plan, tmp_path, {"column_sums": column_sums})
+
+
+def test_short_reads_and_writes_are_continued(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "short").mkdir()
+    run(plan, tmp_path / "whole", {"column_sums": column_sums})
+    preadv, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:100_001]], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:70_003], offset))
+    run(plan, tmp_path / "short", {"column_sums": column_sums})
+    assert digest(tmp_path / "whole") == digest(tmp_path / "short")
+
+
+def test_a_kernel_that_fails_ends_the_run_with_its_own_error(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    def broken(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(planned(outputs), tmp_path, {"column_sums": broken})

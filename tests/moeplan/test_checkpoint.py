@@ -1,0 +1,769 @@
+"""Opening a checkpoint: it finds what the safetensors library loads, and refuses whatever is broken or hostile."""
+
+import gc
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from moeplan.checkpoint import (
+    CONFIG,
+    INDEX,
+    MAX_CONFIG_NBYTES,
+    MAX_HEADERS_NBYTES,
+    MAX_INDEX_NBYTES,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+)
+from moeplan.errors import UserError
+from moeplan.untrusted_json import MAX_VALUES
+from planner.expr import DType, Read
+
+DTYPES = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n"
+NAN, INF = float("nan"), float("inf")
+
+
+def info(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
+    """A file with this header: an object that becomes JSON, or the header's own bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A true header of BF16 tensors before a hole of the right size, which takes no space."""
+    ends = list(itertools.accumulate((2 * torch.Size(shape).numel() for shape in shapes.values()), initial=0))
+    offsets = itertools.pairwise(ends)
+    header = {name: info("BF16", shape, at) for (name, shape), at in zip(shapes.items(), offsets, strict=True)}
+    file.write_bytes(safetensors_bytes(header))
+    os.truncate(file, file.stat().st_size + ends[-1])
+
+
+def write_index(path: Path, weight_map: Any) -> None:
+    (path / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def write_config(path: Path, **values: Any) -> Path:
+    (path / CONFIG).write_text(json.dumps({"model_type": "llama", **values}))
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A directory that lacks weights and nothing else."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    return write_config(directory)
+
+
+def refusal(path: str | Path) -> str:
+    """The message with which `path` is refused."""
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(path)
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) < 1000
+    return message
+
+
+def assert_holds(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Reads the bytes where the checkpoint says that they are."""
+    assert checkpoint.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        read = checkpoint.tensors[name]
+        with open(read.file.path, "rb") as file:
+            file.seek(read.offset)
+            found = file.read(read.nbytes)
+        assert found == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert read.shape == tuple(tensor.shape)
+        assert DTYPES[read.dtype] is tensor.dtype
+
+
+TENSORS = {
+    "model.embed_tokens.weight": torch.randn(7, 3),
+    "model.layers.0.mlp.up_proj.weight": torch.randn(5, 3).half(),
+    "model.layers.0.mlp.down_proj.weight": torch.randn(3, 5).bfloat16(),
+    "model.norm.weight": torch.randn(3).bfloat16(),
+    "scalar": torch.tensor(1.5),
+    "empty": torch.zeros(0, 4),
+    "naïve name \U0001f600": torch.randn(2),
+}
+
+
+# What is accepted
+
+
+def test_tensors_lie_where_the_safetensors_library_wrote_them(path: Path) -> None:
+    save_file(TENSORS, path / WEIGHTS, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(path)
+    assert_holds(checkpoint, TENSORS)
+    assert checkpoint.path == path
+    assert checkpoint.model_type == "llama"
+
+
+def test_tensors_of_shards_lie_in_the_file_that_the_index_names(path: Path) -> None:
+    shards = {f"model-{n + 1:05}-of-00003.safetensors": dict(list(TENSORS.items())[n::3]) for n in range(3)}
+    for shard, tensors in shards.items():
+        save_file(tensors, path / shard)
+    write_index(path, {name: shard for shard, tensors in shards.items() for name in tensors})
+    checkpoint = open_checkpoint(path)
+    assert_holds(checkpoint, TENSORS)
+    for shard, tensors in shards.items():
+        assert {Path(checkpoint.tensors[name].file.path) for name in tensors} == {path / shard}
+
+
+def test_a_header_may_be_padded_and_list_its_tensors_in_any_order(path: Path) -> None:
+    header = {"b": info("BF16", [2], [4, 8]), "a": info("F32", [], [0, 4])}
+    padded = json.dumps(header, indent=2).encode() + b" \n\t" * 5000
+    (path / WEIGHTS).write_bytes(safetensors_bytes(padded, b"\0\0\x80\x3f" + b"\x80\x3f\0\x40"))
+    assert_holds(open_checkpoint(path), {"a": torch.tensor(1.0), "b": torch.tensor([1.0, 2.0]).bfloat16()})
+
+
+def test_one_file_is_preferred_to_an_index_as_transformers_does(path: Path) -> None:
+    save_file(TENSORS, path / WEIGHTS)
+    (path / INDEX).write_text("not even JSON")
+    assert_holds(open_checkpoint(path), TENSORS)
+
+
+def test_the_same_file_through_two_paths_is_one_source(path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    save_file(TENSORS, path / WEIGHTS)
+    (tmp_path / "link").symlink_to(path)
+    hard = write_config(tmp_path)
+    (hard / WEIGHTS).hardlink_to(path / WEIGHTS)
+    monkeypatch.chdir(path)
+    first, *others = [open_checkpoint(p) for p in (path, str(path), ".", tmp_path / "link", hard)]
+    assert first.tensors["scalar"].file.nbytes == (path / WEIGHTS).stat().st_size
+    assert Path(first.tensors["scalar"].file.path).is_absolute()
+    for other in others:
+        assert other.tensors == first.tensors  # nodes are equal when they are the same node
+    (path / WEIGHTS).touch()
+    assert open_checkpoint(path).tensors["scalar"] is not first.tensors["scalar"]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["blobs of the repository", "blobs shared by repositories"])
+def test_the_links_of_the_hub_cache_are_followed(tmp_path: Path, shared: bool) -> None:
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    save_file(TENSORS, blobs / "4d7a")
+    if shared:
+        (tmp_path / "hub" / "blobs" / "4d").mkdir(parents=True)
+        (blobs / "4d7a").rename(tmp_path / "hub" / "blobs" / "4d" / "4d7a")
+        (blobs / "4d7a").symlink_to("../../blobs/4d/4d7a")
+    write_config(blobs).joinpath(CONFIG).rename(blobs / "0c0f")
+    (snapshot / CONFIG).symlink_to("../../blobs/0c0f")
+    (snapshot / WEIGHTS).symlink_to("../../blobs/4d7a")
+    assert_holds(open_checkpoint(snapshot), TENSORS)
+
+    (snapshot / WEIGHTS).unlink()
+    save_file(TENSORS, repository / "elsewhere")
+    (snapshot / WEIGHTS).symlink_to("../../elsewhere")
+    assert "is a symbolic link out of the checkpoint" in refusal(snapshot)
+
+
+# Headers
+
+
+def at(begin: int, end: int) -> dict[str, Any]:
+    return info("F32", [(end - begin) // 4], [begin, end])
+
+
+def a(*fields: Any) -> dict[str, Any]:
+    return {"a": info(*fields)}
+
+
+def entry(shape: bytes) -> bytes:
+    return b'{"a":{"dtype":"F32","shape":%b,"data_offsets":[0,16]}}' % shape
+
+
+A = json.dumps(at(0, 4)).encode()
+
+# name: header, size of the data, what the message says
+HEADERS: dict[str, tuple[Any, int, str]] = {
+    "no JSON object": (b"[]", 0, "its header begins with b'[]', not with '{'"),
+    "a pickle": (b"PK\x03\x04", 0, r"its header begins with b'PK\x03\x04'"),
+    "empty": (b"", 0, "its header begins with b''"),
+    "space first": (b" {}", 0, "its header begins with b' {}'"),
+    "JSON cut off": (b'{"a":', 0, "it is not JSON (Expecting value: line 1 column 6"),
+    "two documents": (b"{}{}", 0, "it is not JSON (Extra data"),
+    "zeros as padding": (b"{}\0\0", 0, "it is not JSON (Extra data"),
+    "raw control character": (b'{"a\n":0}', 0, "it is not JSON (Invalid control character"),
+    "not UTF-8": (b'{"\xff":0}', 0, "it is not UTF-8 (byte 2)"),
+    "encoded surrogate": (b'{"\xed\xa0\x80":0}', 0, "it is not UTF-8 (byte 2)"),
+    "half a surrogate pair": (rb'{"__metadata__":{"a":"\ud800"}}', 0, "it holds half of a surrogate pair"),
+    "deep lists": (b'{"a":' + b"[" * 100_000, 0, "it is nested more than 64 levels deep"),
+    "deep objects": (b'{"a":' * 100_000, 0, "it is nested more than 64 levels deep"),
+    "not quite as deep": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", 0, "it is nested more than 64 levels deep"),
+    "many numbers": (b'{"a":[' + b"0," * MAX_VALUES + b"0]}", 0, f"it holds more than {MAX_VALUES:,} JSON values"),
+    "many lists": (b'{"a":[' + b"[]," * MAX_VALUES + b"0]}", 0, f"it holds more than {MAX_VALUES:,} JSON values"),
+    "a tensor twice": (b'{"a":%b,"a":%b}' % (A, A), 4, "it has the key 'a' twice"),
+    "a key twice": (b'{"a":{"dtype":"F32","dtype":"F32"}}', 0, "it has the key 'dtype' twice"),
+    "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', 0, "it has the key '__metadata__' twice"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__ must map text to text"),
+    "metadata no map": ({"__metadata__": ["a"]}, 0, "__metadata__ must map text to text"),
+    "metadata null": ({"__metadata__": None}, 0, "__metadata__ must map text to text"),
+    "tensor no object": ({"a": [1]}, 0, "'a' must have dtype, shape and data_offsets and nothing else, not [1]"),
+    "key missing": ({"a": {"dtype": "F32"}}, 0, "'a' must have dtype, shape and data_offsets and nothing else"),
+    "key unknown": ({"a": {**at(0, 4), "strides": [1]}}, 4, "'a' must have dtype, shape and data_offsets and"),
+    "dtype no text": (a(32), 16, "tensor 'a' has the dtype 32, which is not text"),
+    "dtype unknown": (a("F99"), 16, "holds tensor 'a' as 'F99'; moeplan reads F32, F16 and BF16"),
+    "dtype lower case": (a("f32"), 16, "holds tensor 'a' as 'f32'; moeplan reads F32, F16 and BF16"),
+    "dtype FP8": (a("F8_E4M3", [4], [0, 4]), 4, "holds tensor 'a' as 'F8_E4M3'; moeplan reads F32, F16 and BF16"),
+    "dtype integer": (a("I64", [1], [0, 8]), 8, "'I64'; moeplan reads F32, F16 and BF16: dequantise or convert"),
+    "shape no list": (a("F32", 4), 16, "'a' has the shape 4, which is not a list of whole numbers"),
+    "shape of text": (a("F32", ["4"]), 16, "'a' has the shape ['4'], which is not a list of whole numbers"),
+    "shape of fractions": (a("F32", [4.0]), 16, "'a' has the shape [4.0], which is not a list of whole numbers"),
+    "shape of booleans": (a("F32", [True, 4]), 16, "'a' has the shape [True, 4], which is not a list of whole"),
+    "shape negative": (a("F32", [-2, -2]), 16, "'a' has the shape [-2, -2], which is not a list of whole"),
+    "shape minus zero": (entry(b"[-0]"), 16, "'a' has the shape [-0.0], which is not a list of whole numbers"),
+    "shape of exponents": (entry(b"[4e0]"), 16, "'a' has the shape [4.0], which is not a list of whole numbers"),
+    "shape of 5000 digits": (entry(b"[%b]" % (b"9" * 5000)), 16, "'a' has the shape [inf], which is not a list"),
+    "shape NaN": (a("F32", [NAN]), 16, "it is not JSON: it holds NaN"),
+    "shape infinite": (a("F32", [INF]), 16, "it is not JSON: it holds Infinity"),
+    "shape overflows to 0": (a("F32", [2**32, 2**32], [0, 0]), 0, "its size overflows 64 bits"),
+    "shape overflows before 0": (a("F32", [2**62, 0], [0, 0]), 0, "its size overflows 64 bits"),
+    "offsets no list": (a("F32", [4], "0:16"), 16, "'a' has the data_offsets '0:16', which are not two whole"),
+    "one offset": (a("F32", [4], [16]), 16, "'a' has the data_offsets [16], which are not two whole numbers"),
+    "three offsets": (a("F32", [4], [0, 8, 16]), 16, "'a' has the data_offsets [0, 8, 16], which are not two"),
+    "offset negative": (a("F32", [4], [-16, 0]), 16, "'a' has the data_offsets [-16, 0], which are not two"),
+    "offset boolean": (a("F32", [4], [False, 16]), 16, "'a' has the data_offsets [False, 16], which are not"),
+    "offset null": (a("F32", [4], [None, 16]), 16, "'a' has the data_offsets [None, 16], which are not two"),
+    "offset beyond 64 bits": (a("F32", [4], [0, 10**20]), 16, "'a' has the data_offsets [0, 1e+20], which are not"),
+    "offsets backwards": (a("F32", [4], [16, 0]), 16, "'a' has data_offsets that run backwards: [16, 0]"),
+    "too many bytes": (a("F32", [4], [0, 20]), 20, "'a' takes 16 bytes as F32 [4], but its data_offsets hold 20"),
+    "too few bytes": (a("BF16", [9], [0, 16]), 16, "'a' takes 18 bytes as BF16 [9], but its data_offsets hold 16"),
+    "hole at the start": (a("F32", [1], [4, 8]), 8, "'a' leaves a hole of 4 bytes before it"),
+    "hole": ({"a": at(0, 4), "b": at(8, 12)}, 12, "'b' leaves a hole of 4 bytes before it"),
+    "overlap": ({"a": at(0, 8), "b": at(4, 12)}, 12, "'b' overlaps tensor 'a'"),
+    "one range twice": ({"a": at(0, 4), "b": at(0, 4)}, 4, "'b' overlaps tensor 'a'"),
+    "data cut off": ({"a": at(0, 4000)}, 3000, "is truncated: its header describes 4,075 bytes, the file has 3,075"),
+    "no data": ({"a": at(0, 4)}, 0, "is truncated: its header describes 73 bytes, the file has 69"),
+    "data too long": ({"a": at(0, 4)}, 9, "is 5 bytes longer than its header describes"),
+    "data of nobody": ({}, 9, "is 9 bytes longer than its header describes"),
+    "terminal codes in a name": ({"\x1b[2J\u202e": [1]}, 0, r"tensor '\x1b[2J\u202e' must have"),
+    "endless name": ({"a" * 100_000: [1]}, 0, "aaaaaaaa...aaaaaaaa"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_broken_or_hostile_header_is_refused(path: Path, case: str) -> None:
+    header, data_nbytes, reason = HEADERS[case]
+    (path / WEIGHTS).write_bytes(safetensors_bytes(header, bytes(data_nbytes)))
+    message = refusal(path)
+    assert message.startswith(f"{path / WEIGHTS}: ")
+    assert reason in message
+
+
+FILES = {
+    "empty": (b"", "is not a safetensors file: it has 0 bytes"),
+    "7 bytes": (bytes(7), "is not a safetensors file: it has 7 bytes"),
+    "an error page": (b"<!DOCTYPE html>", "is truncated, or not a safetensors file: its header would take 5,7"),
+    "a length that lies": (b"\xe8\3" + bytes(6) + b"{}", "its header would take 1,000 bytes, the file has 10"),
+    "the longest length": (b"\xff" * 8 + b"{}", f"its header would take {2**64 - 1:,} bytes, the file has 10"),
+    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer, not the file itself; run `git lfs pull` in "),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_safetensors_file_is_refused(path: Path, case: str) -> None:
+    content, reason = FILES[case]
+    (path / WEIGHTS).write_bytes(content)
+    message = refusal(path)
+    assert message.startswith(f"{path / WEIGHTS}: ")
+    assert reason in message
+
+
+def test_headers_of_more_than_the_limit_are_refused_over_all_shards(path: Path) -> None:
+    file = path / WEIGHTS
+    file.write_bytes((MAX_HEADERS_NBYTES + 1).to_bytes(8, "little"))
+    os.truncate(file, 2 * MAX_HEADERS_NBYTES)
+    assert f"{file}: its header takes {MAX_HEADERS_NBYTES + 1:,} bytes; moeplan reads at most" in refusal(path)
+    file.unlink()
+    for shard in "ab":
+        header = json.dumps({shard: at(0, 0)}).encode()
+        (path / f"{shard}.safetensors").write_bytes(safetensors_bytes(header + b" " * (MAX_HEADERS_NBYTES // 2)))
+    write_index(path, {"a": "a.safetensors", "b": "b.safetensors"})
+    assert f"{path / 'b.safetensors'}: its header takes" in refusal(path)
+
+
+# The index
+
+
+def index_of(weight_map: Any) -> Callable[[Path], None]:
+    return lambda path: write_index(path, weight_map)
+
+
+def shards_of(weight_map: dict[str, str], held: dict[str, list[str]]) -> Callable[[Path], None]:
+    """An index, and shards that hold something else."""
+
+    def make(path: Path) -> None:
+        write_index(path, weight_map)
+        for shard, names in held.items():
+            save_file({name: torch.zeros(1) for name in names}, path / shard)
+
+    return make
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        write_index(path, {"a": "s.safetensors"})
+        save_file({"a": torch.zeros(1)}, path.parent / "outside")
+        (path / "s.safetensors").symlink_to(target)
+
+    return make
+
+
+S, T = "s.safetensors", "t.safetensors"
+
+INDEXES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not JSON": (lambda path: (path / INDEX).write_text("weight_map"), f"{INDEX}: is not JSON"),
+    "a list": (lambda path: (path / INDEX).write_text("[]"), f"{INDEX}: is not a JSON object but []"),
+    "a git-LFS pointer": (lambda path: (path / INDEX).write_bytes(LFS_POINTER), f"{INDEX}: is a git-LFS pointer"),
+    "too long": (
+        lambda path: (path / INDEX).write_bytes(b"{" + b" " * MAX_INDEX_NBYTES),
+        f"{INDEX}: is larger than {MAX_INDEX_NBYTES:,} bytes",
+    ),
+    "no map": (lambda path: (path / INDEX).write_text("{}"), f"{INDEX}: has no `weight_map`"),
+    "an empty map": (index_of({}), f"{INDEX}: has no `weight_map`"),
+    "a map that is a list": (index_of([S]), f"{INDEX}: has no `weight_map`"),
+    "a tensor twice": (
+        lambda path: (path / INDEX).write_text('{"weight_map":{"a":"s.safetensors","a":"t.safetensors"}}'),
+        f"{INDEX}: has the key 'a' twice",
+    ),
+    "a number": (index_of({"a": 1}), f"{INDEX}: tensor 'a' is mapped to 1, which is no file name"),
+    "a parent": (index_of({"a": "../../etc/passwd"}), "'../../etc/passwd'; shards must be plain names"),
+    "an absolute path": (index_of({"a": "/etc/passwd"}), "'/etc/passwd'; shards must be plain names"),
+    "a sub-directory": (index_of({"a": f"x/../../{S}"}), "shards must be plain names"),
+    "a backslash": (index_of({"a": f"..\\{S}"}), "shards must be plain names"),
+    "a NUL": (index_of({"a": f"\0{S}"}), r"'\x00s.safetensors'; shards must be plain names"),
+    "half a surrogate pair": (index_of({"a": f"\udcff{S}"}), f"{INDEX}: holds half of a surrogate pair"),
+    "dots": (index_of({"a": ".."}), "is mapped to '..', not to a .safetensors file"),
+    "a pickle": (index_of({"a": "pytorch_model.bin"}), "'pytorch_model.bin', not to a .safetensors file"),
+    "a long name": (index_of({"a": "a" * 5000 + S}), "shards must be plain names"),
+    "many tensors": (index_of({f"{n}": S for n in range(70_000)}), f"{INDEX}: names 70,000 tensors; at most 65,536"),
+    "many shards": (index_of({f"{n}": f"{n}.safetensors" for n in range(5000)}), "names 5,000 shards; at most 4,096"),
+    "a missing shard": (index_of({"a": S}), f"{S}: is not there, or links to nothing; is the download complete?"),
+    "a missing tensor": (
+        shards_of({"a": S, "b": S}, {S: ["a"]}),
+        f"{S}: tensor 'b' is not there; {INDEX} says that it is",
+    ),
+    "a tensor elsewhere": (shards_of({"a": S, "b": T}, {S: ["b"], T: ["a"]}), f"{S}: tensor 'a' is not there"),
+    "a tensor too many": (
+        shards_of({"a": S}, {S: ["a", "b"]}),
+        f"{S}: holds tensor 'b', which {INDEX} does not list",
+    ),
+    "a tensor in two shards": (
+        shards_of({"a": S, "b": T}, {S: ["a", "b"], T: ["b"]}),
+        f"{S}: holds tensor 'b', which {INDEX} maps to {T}",
+    ),
+    "a link to the parent": (link_to("../outside"), f"{S}: is a symbolic link out of the checkpoint, to "),
+    "a link to a device": (link_to("/dev/zero"), f"{S}: is a symbolic link out of the checkpoint, to '/dev/zero'"),
+    "a link to itself": (link_to(S), f"{S}: cannot be read (Too many levels of symbolic links)"),
+    "a link to nothing": (link_to("nothing"), f"{S}: is not there, or links to nothing"),
+    "a link to a blob that is no snapshot's": (link_to("../../blobs/x"), f"{S}: is not there, or links to nothing"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_a_broken_or_hostile_index_is_refused(path: Path, case: str) -> None:
+    make, reason = INDEXES[case]
+    make(path)
+    message = refusal(path)
+    assert message.startswith(str(path))
+    assert reason in message
+
+
+# Directories
+
+
+def unix_socket(file: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(file))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, unix_socket], ids=["directory", "FIFO", "socket"])
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX, CONFIG])
+def test_what_is_not_a_regular_file_is_refused_without_waiting(
+    path: Path, make: Callable[[Path], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == CONFIG:
+        (path / CONFIG).unlink()
+        save_file(TENSORS, path / WEIGHTS)
+    monkeypatch.chdir(path)
+    make(path / name)
+    assert f"{path / name}: is not a regular file" == refusal(path)
+
+
+OTHERS = {
+    "nothing": ([], "is the download complete, and is this the model's directory?"),
+    "a pickle": (["pytorch_model.bin"], "there is 'pytorch_model.bin': convert it to safetensors first"),
+    "Meta's pickle": (["consolidated.00.pth"], "there is 'consolidated.00.pth': convert it to safetensors first"),
+    "a GGUF": (["q4.gguf"], "there is 'q4.gguf': give the model that the GGUF was converted from"),
+    "a file of another name": (["weights.safetensors", "a.bin"], f"is the whole, name it {WEIGHTS}"),
+    "shards": (["model-00001-of-00002.safetensors"], f"if it is one of several shards, download {INDEX} too"),
+    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter, not a model; merge"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_directory_without_safetensors_weights_is_refused_by_what_it_holds(path: Path, case: str) -> None:
+    names, reason = OTHERS[case]
+    for name in names:
+        (path / name).touch()
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert reason in message
+
+
+PATHS = {
+    "mistralai/Mistral-7B-v0.1": "`hf download mistralai/Mistral-7B-v0.1 --local-dir Mistral-7B-v0.1`",
+    "org/name@refs/pr/1": "`hf download org/name --revision refs/pr/1 --local-dir name`",
+    "org/name+org/adapter": "merge the adapter into its base model first",
+    "nowhere": "nowhere: no such directory; moeplan reads local directories of safetensors",
+    "/nowhere/at/all": "A model on the Hub must be downloaded first",
+    "model.gguf": "is a file; moeplan reads local directories of safetensors: give the model that the GGUF was",
+    "model.safetensors": "is a file; moeplan reads local directories of safetensors: give the directory",
+    "model.safetensors/x": "no such directory",
+    "a\0b": r"'a\x00b': is not the path of a directory",
+    "a\udcff": r"'a\udcff': is not the path of a directory",
+    "a" * 5000: "cannot be opened (File name too long)",
+}
+
+
+@pytest.mark.parametrize("name", PATHS, ids=lambda name: ascii(name[:30]))
+def test_what_is_not_a_local_directory_is_refused_with_what_to_do(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").touch()
+    Path("model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=re.escape(PATHS[name])):
+        open_checkpoint(name)
+
+
+def test_a_directory_that_may_not_be_read_is_refused(path: Path) -> None:
+    save_file(TENSORS, path / WEIGHTS)
+    (path / WEIGHTS).chmod(0)
+    if os.access(path / WEIGHTS, os.R_OK):
+        pytest.skip("root may read everything")
+    assert refusal(path) == f"{path / WEIGHTS}: cannot be read (Permission denied)"
+
+
+# config.json
+
+
+CONFIGS: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "is not there, or links to nothing"),
+    "empty": (b"", "is not JSON (Expecting value"),
+    "a list": (b"[]", "is not a JSON object but []"),
+    "text": (b'"llama"', "is not a JSON object but 'llama'"),
+    "NaN": (b'{"model_type":"llama","rope_theta":NaN}', "is not JSON: it holds NaN"),
+    "not UTF-8": (b'{"model_type":"\xe9"}', "is not UTF-8 (byte 15)"),
+    "UTF-16": ('{"model_type":"llama"}'.encode("utf-16"), "is not UTF-8 (byte 0)"),
+    "a key twice": (b'{"model_type":"llama","model_type":"mistral"}', "has the key 'model_type' twice"),
+    "deep": (b'{"a":' * 100_000, "is nested more than 64 levels deep"),
+    "too long": (b"{" + b" " * MAX_CONFIG_NBYTES, f"is larger than {MAX_CONFIG_NBYTES:,} bytes"),
+    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer"),
+    "no model_type": (b"{}", "`model_type` must be text, not None"),
+    "a model_type that is a number": (b'{"model_type":1}', "`model_type` must be text, not 1"),
+    "quantised": (
+        b'{"model_type":"llama","quantization_config":{"quant_method":"gptq","bits":4}}',
+        "the model is quantised (`quantization_config`: 'gptq')",
+    ),
+    "quantised somehow": (b'{"model_type":"llama","quantization_config":[]}', "the model is quantised"),
+    "other weights": (
+        b'{"model_type":"llama","transformers_weights":"x.safetensors"}',
+        f"`transformers_weights` says that 'x.safetensors' holds the weights, but moeplan reads {WEIGHTS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_broken_or_hostile_config_is_refused(path: Path, case: str) -> None:
+    content, reason = CONFIGS[case]
+    save_file(TENSORS, path / WEIGHTS)
+    (path / CONFIG).unlink()
+    if content is not None:
+        (path / CONFIG).write_bytes(content)
+    message = refusal(path)
+    assert message.startswith(f"{path / CONFIG}: ")
+    assert reason in message
+
+
+def test_a_null_quantization_config_is_none(path: Path) -> None:
+    save_file(TENSORS, path / WEIGHTS)
+    write_config(path, quantization_config=None, transformers_weights=WEIGHTS)
+    assert open_checkpoint(path).config["quantization_config"] is None
+
+
+def with_config(**values: Any) -> Checkpoint:
+    return Checkpoint(Path("m"), values, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (10**12, "1000000000000"),
+        (10_001, "10001"),
+        (0, "0"),
+        (-1, "-1"),
+        ("32", "'32'"),
+        (True, "True"),
+        (32.0, "32.0"),
+        ([32], "[32]"),
+        ({}, "{}"),
+    ],
+)
+def test_a_whole_number_of_the_config_that_cannot_be_is_refused(value: Any, shown: str) -> None:
+    with pytest.raises(UserError) as error:
+        with_config(num_hidden_layers=value).integer("num_hidden_layers", default=32, maximum=10_000)
+    expected = "it must be a whole number from 1 to 10,000"
+    assert str(error.value) == f"{Path('m') / CONFIG}: `num_hidden_layers` is {shown}; {expected}"
+
+
+@pytest.mark.parametrize("value", [0, -1.0, INF, -INF, NAN, 1e16, 10**400, "1e-5", True, [1]])
+def test_a_number_of_the_config_that_cannot_be_is_refused(value: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"config.json: `rope_theta` is .*; it must be a number above 0, up to 1e"
+    ):
+        with_config(rope_theta=value).number("rope_theta", default=1.0)
+
+
+def test_numbers_of_the_config_may_be_absent_or_null_where_there_is_a_default() -> None:
+    checkpoint = with_config(hidden_size=2**31 - 1, head_dim=None, rope_theta=10000, eps=1e-6, first=0)
+    assert checkpoint.integer("hidden_size") == 2**31 - 1
+    assert checkpoint.integer("first", minimum=0) == 0
+    assert checkpoint.integer("head_dim", default=128) == 128
+    assert checkpoint.integer("other", default=8) == 8
+    assert checkpoint.number("eps") == 1e-6
+    assert checkpoint.number("other", default=0.5) == 0.5
+    theta = checkpoint.number("rope_theta")
+    assert theta == 10000.0
+    assert type(theta) is float
+    with pytest.raises(CheckpointError, match="`head_dim` is missing; it must be a whole number"):
+        checkpoint.integer("head_dim")
+    with pytest.raises(CheckpointError, match="`theta` is missing; it must be a number"):
+        checkpoint.number("theta")
+
+
+# Against the safetensors library
+
+
+# What this reader refuses beyond the library.
+STRICTER = re.compile(
+    "moeplan reads F32, F16 and BF16|has the key .* twice|and nothing else, not|__metadata__ must map|begins with"
+    "|more than 64 levels|overflows 64 bits"
+)
+
+SIZES = st.sampled_from(["0", "1", "2", "4", "8"])
+WEIRD = ["-1", "-0", "1.0", "1e0", "true", "null", '"1"', "NaN", str(2**63), str(2**64), "9" * 30, "[]", "{}", "01", ""]
+NAMES = [r"\u00e9", r"\ud800", r"\ud83d\ude00", r"\u0000", "__metadata__", "é", "a", "b", "c"]
+
+
+@st.composite
+def header_texts(draw: st.DrawFn) -> tuple[bytes, int]:
+    """The text of a header that is nearly right, and the size of the data that it describes."""
+    entries, position = [], 0
+    for name in draw(st.lists(st.sampled_from(NAMES), max_size=4)):
+        shape = draw(st.lists(SIZES, max_size=3))
+        dtype = draw(st.sampled_from(["F32", "BF16", "F16"]))
+        nbytes = DType(dtype).itemsize * torch.Size(map(int, shape)).numel()
+        offsets = [str(position), str(position + nbytes)]
+        position += nbytes
+        fields = [f'"dtype":"{dtype}"', f'"shape":[{",".join(shape)}]', f'"data_offsets":[{",".join(offsets)}]']
+        entries.append(f'"{name}":{{{",".join(draw(st.permutations(fields)))}}}')
+    entries = draw(st.permutations(entries))
+    if draw(st.booleans()):
+        entries.append('"__metadata__":{"format":"pt"}')
+    text = "{" + ",".join(entries) + "}" + draw(st.sampled_from(["", " ", "\n\t "]))
+    for _ in range(draw(st.integers(0, 1))):
+        numbers = [*re.finditer(r"\d+|\"(dtype|F32)\"", text)]
+        if numbers:
+            found = draw(st.sampled_from(numbers))
+            text = text[: found.start()] + draw(st.sampled_from(WEIRD) | SIZES) + text[found.end() :]
+    return text.encode(), position
+
+
+@st.composite
+def mutated(draw: st.DrawFn, original: bytes) -> bytes:
+    """`original` with a few bytes replaced, removed or put in."""
+    content = bytearray(original)
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, len(content)))
+        stop = start + draw(st.integers(0, 3))
+        content[start:stop] = draw(
+            st.binary(max_size=3) | st.sampled_from([b"[", b"]", b"{", b"}", b",", b'"', b"0", b"\\"])
+        )
+    return bytes(content)
+
+
+@st.composite
+def files(draw: st.DrawFn) -> bytes:
+    text, nbytes = draw(header_texts())
+    return draw(mutated(safetensors_bytes(text, bytes(range(256))[:nbytes].ljust(nbytes, b"."))))
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory whose files each example of a test writes anew."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@settings(max_examples=400, deadline=None)
+@given(content=header_texts().map(lambda header: safetensors_bytes(header[0], bytes(header[1]))) | files())
+def test_what_is_accepted_the_library_accepts_with_the_same_bytes(scratch: Path, content: bytes) -> None:
+    try:
+        expected = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError:
+        expected = None
+    (write_config(scratch) / WEIGHTS).write_bytes(content)
+    try:
+        tensors = open_checkpoint(scratch).tensors
+    except CheckpointError as error:
+        refused = str(error)
+    else:
+        refused = None
+    if expected is None:
+        assert refused is not None
+    elif refused is not None:
+        assert STRICTER.search(refused)
+    else:
+        assert tensors.keys() == expected.keys()
+        for name, read in tensors.items():
+            assert (read.dtype.value, list(read.shape)) == (expected[name]["dtype"], expected[name]["shape"])
+            assert content[read.offset : read.offset + read.nbytes] == bytes(expected[name]["data"])
+
+
+GOOD_INDEX = b'{"metadata":{"total_size":8},"weight_map":{"a":"s.safetensors","b":"t.safetensors"}}'
+GOOD_CONFIG = (
+    b'{"model_type":"llama","hidden_size":4096,"rope_scaling":{"type":"linear","factor":2.0},"eos_token_id":[1,2]}'
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(index=mutated(GOOD_INDEX), config=mutated(GOOD_CONFIG))
+def test_no_index_or_config_brings_anything_but_a_refusal(scratch: Path, index: bytes, config: bytes) -> None:
+    (scratch / WEIGHTS).unlink(missing_ok=True)
+    (scratch / INDEX).write_bytes(index)
+    (scratch / CONFIG).write_bytes(config)
+    for shard, name in ((S, "a"), (T, "b")):
+        (scratch / shard).write_bytes(safetensors_bytes({name: at(0, 4)}, bytes(4)))
+    try:
+        checkpoint = open_checkpoint(scratch)
+    except CheckpointError:
+        return
+    assert checkpoint.tensors.keys() == json.loads(index)["weight_map"].keys()
+    assert checkpoint.config == json.loads(config)
+
+
+# Time and memory
+
+
+def processor_seconds(action: Callable[[], object]) -> float:
+    gc.collect()
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+LAYER = [
+    "self_attn.q",
+    "self_attn.k",
+    "self_attn.v",
+    "self_attn.o",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+    "norm.1",
+    "norm.2",
+]
+
+
+def test_eight_models_of_7b_open_in_under_a_fifth_of_a_second(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}" for n in range(8)]
+    for path in paths:
+        path.mkdir()
+        write_config(path)
+        names = [f"model.layers.{layer}.{part}_proj.weight" for layer in range(32) for part in LAYER]
+        weight_map = {name: f"model-{n // 97 + 1:05}-of-00003.safetensors" for n, name in enumerate(names)}
+        write_index(path, weight_map)
+        for shard in set(weight_map.values()):
+            write_sparse(path / shard, {name: (4096, 4096) for name in names if weight_map[name] == shard})
+    opened: list[Checkpoint] = []
+    assert min(processor_seconds(lambda: opened.extend(map(open_checkpoint, paths))) for _ in range(3)) < 0.2
+    assert {len(checkpoint.tensors) for checkpoint in opened} == {288}
+
+
+def test_128_experts_of_a_70b_model_open_in_under_two_seconds(path: Path) -> None:
+    names = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w{part}.weight"
+        for layer in range(80)
+        for expert in range(128)
+        for part in (1, 2, 3)
+    ]
+    write_sparse(path / WEIGHTS, dict.fromkeys(names, (8192, 28672)))
+    tensors: dict[str, Read] = {}
+    assert processor_seconds(lambda: tensors.update(open_checkpoint(path).tensors)) < 2
+    assert len(tensors) == 30_720
+    assert tensors[names[-1]].dtype is DType.BF16
+
+
+# Opens checkpoints that are refused: the processor time of each and the refusal, then the peak of the process's memory.
+MEASURE = """
+import sys, time
+from moeplan.checkpoint import CheckpointError, open_checkpoint
+for path in sys.argv[1:]:
+    start = time.process_time()
+    try:
+        open_checkpoint(path)
+    except CheckpointError as error:
+        print(time.process_time() - start, error)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+LARGE: dict[str, Callable[[], bytes]] = {
+    "keys": lambda: b"{%b}" % b",".join(b'"%x":0' % n for n in range(MAX_VALUES - 2)),
+    "keys, four bytes a character": lambda: (
+        b'{%b,"%b":"\xf0\x9f\x98\x80"}'
+        % (b",".join(b'"%x":0' % n for n in range(MAX_VALUES - 9)), b"x" * (MAX_HEADERS_NBYTES - 14 * 2**18))
+    ),
+    "objects": lambda: b"{%b}" % b",".join(b'"%x":{}' % n for n in range(MAX_VALUES // 2 - 2)),
+    "lists": lambda: b'{"a":[%b]}' % b",".join([b"[]"] * (MAX_VALUES // 2 - 2)),
+    "text": lambda: b'{"a":"%b\xf0\x9f\x98\x80"}' % (b"x" * (MAX_HEADERS_NBYTES - 20)),
+    "one number": lambda: b'{"a":%b}' % (b"9" * (MAX_HEADERS_NBYTES - 20)),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak of memory")
+def test_the_largest_headers_take_less_than_a_second_and_200_mib(tmp_path: Path) -> None:
+    for number, header in enumerate(LARGE.values()):
+        (tmp_path / f"{number}").mkdir()
+        (write_config(tmp_path / f"{number}") / WEIGHTS).write_bytes(safetensors_bytes(header()))
+    command = [sys.executable, "-c", MEASURE, *sorted(tmp_path.iterdir())]
+    *lines, peak_kib = subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()
+    for case, line in zip(LARGE, lines, strict=True):
+        seconds, message = line.split(maxsplit=1)
+        assert float(seconds) < 1, case
+        assert "must have dtype, shape and data_offsets" in message, case
+    assert int(peak_kib) < 200 * 1024

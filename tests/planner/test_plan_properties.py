@@ -1,0 +1,235 @@
+"""What holds for every plan, whatever is merged and however little memory there is."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.errors import BudgetError
+from planner.expr import Concat, DType, Expr, Opaque, Read, SourceFile, add_noise, cast, scale, stack
+from planner.graph import TensorGraph
+from planner.layout import PAGE
+from planner.plan import BufferRoot, BufferSink, FileRoot, FileSink, KernelStep, Plan, StreamStep
+from planner.schedule import MIN_SLAB_NBYTES, compile
+
+FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> TensorGraph:
+    """A merge in small: a few source tensors, used again and again, as they are, adjusted, stacked, and by kernels."""
+    shapes = st.sampled_from([(1,), (7, 3), (64, 32), (2048,), (512, 256), (0, 4)])
+    reads: list[Expr] = []
+    for file in FILES:
+        offset = draw(st.integers(8, 5000))
+        for _ in range(draw(st.integers(1, 3))):
+            reads.append(Read(file, offset, draw(st.sampled_from(DType)), draw(shapes)))
+            offset += reads[-1].nbytes
+    tensors = st.sampled_from(reads)
+    graph = TensorGraph()
+    state: Expr | None = None
+    for number in range(draw(st.integers(1, 12))):
+        x = draw(tensors)
+        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain"])):
+            case "adjust":
+                x = scale(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from([0.5, 1.0])))
+                x = cast(x, draw(st.sampled_from(DType)))
+            case "stack":
+                x = stack([x] * draw(st.integers(1, 3)))
+            case "kernel":
+                x = cast(Opaque("sum", json.dumps(number), (x, stack([x, x])), DType.F32, (8, 16), 1000), DType.BF16)
+            case "chain":
+                state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
+                x = state
+        graph.add(f"tensor {number}", x)
+    return graph
+
+
+budgets = st.integers(24 << 20, 64 << 20)
+shard_sizes = st.sampled_from([1, 10_000, 3_000_000, 1 << 40])
+
+
+def written(plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """(shard, begin, end) of everything that steps write to files."""
+    for step in plan.steps:
+        if isinstance(step, StreamStep):
+            for branch in step.branches:
+                for sink in branch.sinks:
+                    if isinstance(sink, FileSink):
+                        yield sink.shard, sink.offset, sink.offset + step.numel * branch.dtype.itemsize
+
+
+@given(graphs(), budgets, shard_sizes)
+def test_header_and_writes_tile_every_shard_exactly(graph: TensorGraph, budget: int, shard_size: int) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
+    ranges = list(written(plan)) + [(i, 0, shard.data_start) for i, shard in enumerate(plan.shards)]
+    for number, shard in enumerate(plan.shards):
+        assert len(shard.header()) == shard.data_start
+        end = 0
+        for _, begin, stop in sorted(r for r in ranges if r[0] == number and r[1] < r[2]):
+            assert begin == end
+            end = stop
+        assert end == shard.nbytes
+
+
+@given(graphs(), budgets, shard_sizes)
+def test_each_source_range_and_each_kernel_is_there_once(graph: TensorGraph, budget: int, shard_size: int) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
+    reads = Counter((root.source, root.offset, nbytes) for root, nbytes in plan.reads() if nbytes)
+    assert set(reads.values()) <= {1}
+    kernels = Counter((step.kernel, step.params, step.inputs) for step in plan.steps if isinstance(step, KernelStep))
+    assert set(kernels.values()) <= {1}
+
+
+@given(graphs(), budgets, budgets, shard_sizes)
+def test_what_is_written_where_does_not_depend_on_the_budget(
+    graph: TensorGraph, budget: int, other: int, shard_size: int
+) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
+    again = compile(graph, budget_nbytes=other, shard_nbytes=shard_size)
+    assert plan.shards == again.shards
+    assert plan.fingerprint == again.fingerprint
+    assert plan == again or budget != other
+
+
+@given(graphs(), st.integers(0, 64 << 20))
+def test_the_forecast_keeps_the_budget_or_the_smallest_that_works_is_named(graph: TensorGraph, budget: int) -> None:
+    def plan_within(nbytes: int) -> Plan:
+        return compile(graph, budget_nbytes=nbytes, shard_nbytes=1 << 40)
+
+    try:
+        plan = plan_within(budget)
+    except BudgetError as error:
+        smallest = error.needed_nbytes
+        plan = plan_within(smallest)
+        with pytest.raises(BudgetError):
+            plan_within(max(smallest - 1, budget))
+        budget = smallest
+    assert plan.peak_nbytes <= budget
+    assert plan.pool.slab_nbytes >= MIN_SLAB_NBYTES
+
+
+@given(graphs(), budgets)
+def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(graph: TensorGraph, budget: int) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+    filled: Counter[int] = Counter()
+    freed: set[int] = set()
+    for step in plan.steps:
+        if isinstance(step, KernelStep):
+            needed, made = {view.buffer for view in step.inputs}, step.output.buffer
+            filled[made] = plan.buffer_nbytes[made]
+            used = needed | {made}
+        else:
+            needed = {step.root.buffer} if isinstance(step.root, BufferRoot) else set()
+            used = set(needed)
+            for branch in step.branches:
+                for sink in branch.sinks:
+                    if isinstance(sink, BufferSink):
+                        filled[sink.buffer] += step.numel * branch.dtype.itemsize
+                        used.add(sink.buffer)
+        assert all(filled[buffer] == plan.buffer_nbytes[buffer] for buffer in needed)
+        assert not used & freed
+        assert set(step.frees) <= used
+        freed |= set(step.frees)
+    assert freed == set(range(len(plan.buffer_nbytes)))
+
+
+@given(graphs(), budgets)
+def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace(
+    graph: TensorGraph, budget: int
+) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+    alive: set[int] = set()
+    for step, forecast in zip(plan.steps, plan.memory_nbytes, strict=True):
+        if isinstance(step, KernelStep):
+            alive |= {view.buffer for view in (*step.inputs, step.output)}
+            workspace = step.workspace_nbytes
+        else:
+            sinks = [sink for branch in step.branches for sink in branch.sinks]
+            alive |= {sink.buffer for sink in sinks if isinstance(sink, BufferSink)}
+            workspace = 0
+        assert forecast == plan.pool.nbytes + sum(plan.buffer_nbytes[b] for b in alive) + workspace
+        alive -= set(step.frees)
+
+
+@given(graphs(), budgets)
+def test_a_chunk_and_what_is_computed_from_it_fit_a_slab(graph: TensorGraph, budget: int) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+    for step in plan.steps:
+        if isinstance(step, StreamStep):
+            assert step.chunk_numel > 0
+            widest = max(branch.dtype.itemsize if branch.ops else 0 for branch in step.branches)
+            assert step.chunk_numel * (step.root.dtype.itemsize + widest) <= plan.pool.slab_nbytes
+
+
+@given(graphs(), budgets, shard_sizes)
+def test_a_plan_survives_json(graph: TensorGraph, budget: int, shard_size: int) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@given(graphs(), shard_sizes)
+def test_whole_page_tensors_come_first_and_shards_hold_no_more_than_asked(graph: TensorGraph, shard_size: int) -> None:
+    plan = compile(graph, budget_nbytes=64 << 20, shard_nbytes=shard_size)
+    names = [tensor.name for shard in plan.shards for tensor in shard.tensors]
+    assert sorted(names) == sorted(graph.outputs)
+    for shard in plan.shards:
+        odd = [tensor.nbytes % PAGE != 0 for tensor in shard.tensors]
+        assert odd == sorted(odd)
+        assert sum(t.nbytes for t in shard.tensors) <= shard_size or len(shard.tensors) == 1
+
+
+def test_a_shard_s_large_tensors_lie_modulo_a_page_where_they_lie_in_their_source() -> None:
+    graph = TensorGraph()
+    graph.add("small", Read(FILES[0], 100, DType.F32, (3,)))
+    graph.add("large", Read(FILES[0], 3 * PAGE + 1232, DType.F32, (PAGE,)))
+    (shard,) = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40).shards
+    assert [tensor.name for tensor in shard.tensors] == ["large", "small"]
+    assert shard.tensors[0].offset % PAGE == 1232
+
+
+def test_a_tensor_that_is_copied_scaled_and_needed_by_a_kernel_is_read_by_one_step() -> None:
+    down = Read(FILES[0], 8, DType.BF16, (64, 64))
+    graph = TensorGraph()
+    graph.add("expert 0", down)
+    graph.add("expert 1", down)
+    graph.add("expert 2", cast(scale(down, 0.5), DType.BF16))
+    graph.add("gate", Opaque("gate", "{}", (down,), DType.F32, (4,)))
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    assert plan.read_nbytes == down.nbytes
+    (step,) = [s for s in plan.steps if isinstance(s, StreamStep) and isinstance(s.root, FileRoot)]
+    assert sum(len(branch.sinks) for branch in step.branches) == 4
+
+
+def test_overlapping_reads_are_counted_as_read_again() -> None:
+    table = Read(FILES[0], 8, DType.F32, (100, 4))
+    rows = tuple(Read(FILES[0], 8 + row * 16, DType.F32, (1, 4)) for row in (3, 97))
+    graph = TensorGraph()
+    graph.add("embeddings", table)
+    graph.add("rows", Concat(rows, (2, 4)))
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    assert (plan.read_nbytes, plan.reread_nbytes) == (1632, 32)
+
+
+def test_kernels_hold_their_inputs_only_while_they_run() -> None:
+    """state 0 → state 1 → state 2, each from a layer's tensor: one layer in memory at a time, not three."""
+    layers = [Read(FILES[0], 8 + i * (1 << 22), DType.F32, (1 << 20,)) for i in range(3)]
+    graph = TensorGraph()
+    state: tuple[Expr, ...] = ()
+    for number, layer in enumerate(layers):
+        state = (Opaque("layer", json.dumps(number), (*state, layer), DType.F32, (16,)),)
+        graph.add(f"gate {number}", state[0])
+    plan = compile(graph, budget_nbytes=64 << 20, shard_nbytes=1 << 40)
+    assert plan.peak_nbytes - plan.pool.nbytes <= layers[0].nbytes + 2 * 64
+
+
+def test_equal_expressions_are_one_node() -> None:
+    same_file = SourceFile(1, 0, 1 << 40, 0, "/another/path/to/it")
+    first = scale(Read(FILES[0], 8, DType.F16, (2, 2)), 0.5)
+    assert first is scale(Read(same_file, 8, DType.F16, (2, 2)), 0.5)
+    assert first is not scale(Read(FILES[0], 8, DType.F16, (2, 2)), 0.25)
+    assert math.prod(first.shape) == first.numel == 4
