@@ -7,6 +7,7 @@ from pathlib import Path
 
 from make_models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 DEMO = Path(__file__).parents[1] / ".demo"
 MOEPLAN = Path(sys.executable).parent / "moeplan"
@@ -20,6 +21,7 @@ def moeplan(*args: str) -> None:
 
 def main() -> None:
     """Make the experts, show the plan, merge, load, generate."""
+    disable_progress_bar()
     shutil.rmtree(DEMO, ignore_errors=True)
     for seed, name in enumerate(("assistant", "doctor", "adventure", "german")):
         save_llama(DEMO / "models" / name, seed)

@@ -24,7 +24,7 @@ from executor.buffers import SlabPool, WholeTensors
 from executor.memory import peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.writer import ShardWriter
-from planner.plan import BufferSink, BufferView, FileRoot, FileSink, KernelStep, Plan, StreamStep
+from planner.plan import BufferRoot, BufferSink, BufferView, FileRoot, FileSink, KernelStep, Plan, StreamStep, ZeroRoot
 
 if TYPE_CHECKING:
     import torch
@@ -147,14 +147,17 @@ class _Run:
         try:
             root = step.root
             nbytes = numel * root.dtype.itemsize
-            begin = first * root.dtype.itemsize
+            chunk, scratch = slab[:nbytes], slab[nbytes:]
             read = written = 0
-            if isinstance(root, FileRoot):
-                chunk, scratch = slab[:nbytes], slab[nbytes:]
-                self._reader.read_into(root.source, root.offset + begin, chunk)
-                read = nbytes
-            else:
-                chunk, scratch = self._tensors.get(root.buffer)[begin : begin + nbytes], slab
+            match root:
+                case FileRoot(source, offset):
+                    self._reader.read_into(source, offset + first * root.dtype.itemsize, chunk)
+                    read = nbytes
+                case BufferRoot(buffer, offset):
+                    begin = offset + first * root.dtype.itemsize
+                    chunk = self._tensors.get(buffer)[begin : begin + nbytes]
+                case ZeroRoot():
+                    elementwise.clear(chunk)
             for branch in step.branches:
                 data = chunk
                 if branch.ops:

@@ -36,6 +36,11 @@ def as_tensor(memory: memoryview, dtype: DType, numel: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch_dtype(dtype), count=numel)
 
 
+def clear(memory: memoryview) -> None:
+    """Fill `memory` with zeros."""
+    np.frombuffer(memory, np.uint8).fill(0)
+
+
 def apply(
     ops: Sequence[Op], chunk: memoryview, dtype: DType, first: int, numel: int, scratch: memoryview
 ) -> memoryview:

@@ -59,6 +59,14 @@ def command(
         str,
         typer.Option(help="The largest output file: 5B (parameters), 500MB, 2GiB.", rich_help_panel=OUTPUT),
     ] = "5B",
+    expert_layout: Annotated[
+        str | None,
+        typer.Option(
+            help="One tensor an expert (separate), or the fused ones of transformers 5 (packed).  [default: separate]",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     random_seed: Annotated[
         int, typer.Option(min=0, help="Seed of random gates and of noise.", rich_help_panel=OUTPUT)
     ] = 0,
@@ -90,7 +98,14 @@ def command(
     """Merge dense models into a Mixture of Experts, as CONFIG says, and write it to OUT."""
     if out is None and not plan:
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
-    options = Options(max_memory, out_shard_size, random_seed, copy_tokenizer, clone_tensors)
+    options = Options(
+        max_memory=max_memory,
+        out_shard_size=out_shard_size,
+        expert_layout=expert_layout,
+        random_seed=random_seed,
+        copy_tokenizer=copy_tokenizer,
+        clone_tensors=clone_tensors,
+    )
     teller = _Teller(as_json=as_json, quiet=quiet)
     with _told(teller, verbose > 0):
         merge_config = moeplan.load_config(config, allow_all_same=allow_all_same)

@@ -305,9 +305,7 @@ def _nearest_key(path: KeyPath) -> str | None:
 
 
 def _nearest(word: str, known: tuple[str, ...], cutoff: float) -> str | None:
-    if len(word) > 40:  # no typo of anything, and difflib would take its time
-        return None
-    return next(iter(get_close_matches(word.lower().replace("-", "_"), known, 1, cutoff)), None)
+    return next(iter(get_close_matches(word.lower(), known, 1, cutoff)), None)
 
 
 def _nearest_dtype(name: str) -> str | None:
@@ -425,7 +423,7 @@ class _ConfigLoader(yaml.SafeLoader):
             if len(node.value) > _MAX_LITERAL_LENGTH:
                 raise ValueError
             return self.construct_object(node)
-        except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, ValueError):
+        except (yaml.YAMLError, AttributeError, LookupError, ValueError):
             message = f"YAML takes {_shown(node)} for {_kind(node)} and cannot read it: put it in quotes"
             raise self._refusal(node, message, path) from None
 

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moeplan.architectures.dense import MLP, DenseModel
-from moeplan.architectures.family import Family
+from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.family import Family, MlpTensor
 from moeplan.checkpoint import CheckpointError
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
-from planner.expr import DType, Expr, Read, add_noise, cast, scale
+from planner.expr import Concat, DType, Expr, Opaque, Zeros, add_noise, cast, rows, scale
 from planner.graph import TensorGraph
 
 MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
 SHOULD_AGREE = ("rope_theta", "vocab_size")
 
+EMBEDDINGS = "model.embed_tokens.weight"
+OUTPUT_MATRIX = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Sources:
-    """The models of a merge. `experts` are in the config's order; one model may stand there many times."""
+    """The models of a merge, in the config's order; one model may stand there many times."""
 
     base: DenseModel
     experts: tuple[DenseModel, ...]
+    shared: tuple[DenseModel, ...]
+
+    def named(self) -> Iterator[tuple[tuple[str | int, ...], DenseModel]]:
+        """Each model with the place in the config that names it."""
+        yield ("base_model",), self.base
+        for key, models in (("experts", self.experts), ("shared_experts", self.shared)):
+            for index, model in enumerate(models):
+                yield (key, index, "source_model"), model
 
 
 def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
@@ -33,34 +44,32 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
     Raises CheckpointError.
     """
     base = sources.base
-    for index, expert in enumerate(sources.experts):
-        where = config.where("experts", index, "source_model")
+    _refuse_what_is_lost(family, base, base.unknown_tensors())
+    if not base.settings["tie_word_embeddings"] and OUTPUT_MATRIX not in base.checkpoint.tensors:
+        raise CheckpointError(
+            f"{base.checkpoint.path}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
+            "embeddings (tie_word_embeddings)"
+        )
+    for place, expert in sources.named():
+        if expert is base:
+            continue
+        where = config.where(*place)
         if expert.name != base.name:
             raise CheckpointError(
                 f"{where}: {expert.checkpoint.path} is a {expert.name} model and the base {base.checkpoint.path} a "
                 f"{base.name} model; all must be of one family"
             )
-        for key in MUST_AGREE:
-            if expert.settings[key] != base.settings[key]:
-                raise CheckpointError(
-                    f"{where}: {key} is {expert.settings[key]} in {expert.checkpoint.path} and {base.settings[key]} in "
-                    f"the base {base.checkpoint.path}; they must be equal"
-                )
-        for key in SHOULD_AGREE:
-            if expert.settings[key] != base.settings[key]:
-                warnings.warn(
-                    f"{where}: {key} is {expert.settings[key]} in {expert.checkpoint.path} and {base.settings[key]} in "
-                    f"the base {base.checkpoint.path}; the merged model has the base's",
-                    MoeplanWarning,
-                    stacklevel=2,
-                )
+        for key in (*MUST_AGREE, *SHOULD_AGREE):
+            if expert.settings[key] == base.settings[key]:
+                continue
+            difference = (
+                f"{where}: {key} is {expert.settings[key]} in {expert.checkpoint.path} and {base.settings[key]} in "
+                f"the base {base.checkpoint.path}"
+            )
+            if key in MUST_AGREE:
+                raise CheckpointError(f"{difference}; they must be equal")
+            warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
         _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if ".mlp." in n])
-    _refuse_what_is_lost(family, base, base.unknown_tensors())
-    if not base.settings["tie_word_embeddings"] and "lm_head.weight" not in base.checkpoint.tensors:
-        raise CheckpointError(
-            f"{base.checkpoint.path}: there is no tensor lm_head.weight, and config.json does not tie it to the "
-            "embeddings (tie_word_embeddings)"
-        )
 
 
 def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]) -> None:
@@ -72,41 +81,96 @@ def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]
         )
 
 
-def lower(
-    config: MergeConfig, family: Family, sources: Sources, routers: Sequence[Expr], dtype: DType, seed: int
-) -> TensorGraph:
-    """The output tensors, in `dtype`, layer after layer.
+@dataclass(frozen=True)
+class Lowering:
+    """A merge to be put into expressions, every output tensor in `dtype`.
 
-    `routers` has each layer's router, `[num_experts, hidden_size]`. Raises CheckpointError for a tensor that is missing
-    or of another shape than its model's config says.
+    `routers` has a kernel for each layer: a row for each expert, then one for the shared expert where it has a gate,
+    `[num_rows, hidden_size]`.
     """
-    graph = TensorGraph()
-    for name, spec, layer in sources.base.specs():
-        mlp = next((proj for proj in MLP if name.endswith(f".mlp.{proj}.weight")), None)
-        if mlp is None or layer is None:
-            read = sources.base.tensor(name, spec)
-            if read is not None:
-                graph.add(name, cast(read, dtype))
-            continue
-        if mlp == MLP[0]:
-            graph.add(family.router.format(layer=layer), cast(routers[layer], dtype))
-        for number, (expert, model) in enumerate(zip(config.experts, sources.experts, strict=True)):
-            read = model.tensor(name, spec)
-            assert read is not None
-            noise_seed = _seed(seed, f"layer {layer} expert {number} {mlp}")
-            graph.add(
-                family.experts[mlp].format(layer=layer, expert=number),
-                cast(_adjusted(read, expert, mlp, noise_seed), dtype),
+
+    config: MergeConfig
+    family: Family
+    sources: Sources
+    routers: Sequence[Opaque]
+    dtype: DType
+    layout: str
+    seed: int
+
+    def graph(self) -> TensorGraph:
+        """The output tensors, layer after layer.
+
+        Raises CheckpointError for a tensor that is missing or of another shape than its model's config says.
+        """
+        graph = TensorGraph()
+        base = self.sources.base
+        current: int | None = None
+        for name, spec, layer in base.specs():
+            if layer is not None and layer != current:
+                current = layer
+                self._add_moe(graph, layer)
+                self._add_zeros(graph, layer)
+            if ".mlp." in name:
+                continue
+            expr: Expr | None = base.tensor(name, spec)
+            if expr is None and name == OUTPUT_MATRIX and not self.family.tied:
+                expr = base.checkpoint.tensors[EMBEDDINGS]
+            if expr is not None:
+                graph.add(name, cast(expr, self.dtype))
+        return graph
+
+    def _add_zeros(self, graph: TensorGraph, layer: int) -> None:
+        base = self.sources.base
+        for spec in self.family.zeros:
+            if spec not in base.family.tensors:
+                shape = tuple(base.sizes[size] for size in spec.shape)
+                graph.add(spec.name.format(layer=layer), Zeros(self.dtype, shape))
+
+    def _add_moe(self, graph: TensorGraph, layer: int) -> None:
+        layout, shared = self.family.layouts[self.layout], self.family.shared
+        count = len(self.config.experts)
+        graph.add(layout.router.format(layer=layer), cast(rows(self.routers[layer], 0, count), self.dtype))
+        for tensor in layout.experts:
+            experts = [self._mlp(tensor, "experts", number, layer) for number in range(count)]
+            if "{expert}" in tensor.name:
+                for number, expr in enumerate(experts):
+                    graph.add(tensor.name.format(layer=layer, expert=number), expr)
+            else:
+                graph.add(tensor.name.format(layer=layer), Concat(tuple(experts), (count, *experts[0].shape)))
+        if shared is None or not self.config.shared_experts:
+            return
+        if shared.gate is not None:
+            graph.add(shared.gate.format(layer=layer), cast(rows(self.routers[layer], count, count + 1), self.dtype))
+        for tensor in shared.tensors:
+            graph.add(tensor.name.format(layer=layer), self._mlp(tensor, "shared_experts", 0, layer))
+
+    def _mlp(self, tensor: MlpTensor, role: str, number: int, layer: int) -> Expr:
+        """One expert's matrices, in its layer, as `tensor` puts them together."""
+        experts, models = (
+            (self.config.experts, self.sources.experts)
+            if role == "experts"
+            else (self.config.shared_experts, self.sources.shared)
+        )
+        parts = []
+        for part in tensor.parts:
+            expr = _adjusted(
+                models[number].layer_tensor(layer, f"mlp.{part}.weight"),
+                experts[number],
+                is_residual=part == "down_proj",
+                seed=_seed(self.seed, f"layer {layer} {role} {number} {part}"),
             )
-    return graph
+            parts.append(cast(expr, self.dtype))
+        if len(parts) == 1:
+            return parts[0]
+        return Concat(tuple(parts), (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
 
-def _adjusted(read: Read, expert: Expert, mlp: str, seed: int) -> Expr:
-    """An expert's tensor with its noise, and, where it writes to the residual stream, its scale."""
-    noisy = add_noise(read, expert.noise_scale, seed)
-    return scale(noisy, expert.residual_scale) if mlp == "down_proj" else noisy
+def _adjusted(expr: Expr, expert: Expert, *, is_residual: bool, seed: int) -> Expr:
+    """An expert's matrix with its noise, and, where it writes to the residual stream, its scale."""
+    noisy = add_noise(expr, expert.noise_scale, seed)
+    return scale(noisy, expert.residual_scale) if is_residual else noisy
 
 
 def _seed(seed: int, what: str) -> int:
-    """A seed of its own for each tensor, so that copies of one model get different noise."""
+    """A seed of its own for each matrix, so that copies of one model get different noise."""
     return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:8], "little")

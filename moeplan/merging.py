@@ -13,15 +13,15 @@ from typing import Any
 from executor.engine import Progress, RunResult, run
 from executor.errors import RunError
 from moeplan import architectures, gates, lowering
-from moeplan.architectures.dense import DenseModel, dense_model
+from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
 from moeplan.checkpoint import CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
-from moeplan.lowering import Sources
+from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
-from moeplan.options import Options, shard_nbytes
+from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import check_output, free_nbytes, staged, to_json, tokenizer_files, write_beside
 from moeplan.routing import degenerate_layers
 from planner.errors import BudgetError
@@ -38,6 +38,12 @@ class MergePlan:
 
     config: MergeConfig
     family: Family
+    alternatives: tuple[Family, ...]
+    """Other families that would fit, too."""
+
+    layout: str
+    """How the experts are laid out: a key of `family.layouts`."""
+
     sources: Sources
     dtype: DType
     model_config: dict[str, Any]
@@ -77,7 +83,8 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     if out is not None:
         check_output(Path(out))
     sources = _open_sources(config)
-    family = architectures.choose(config, (sources.base, *sources.experts))
+    families = architectures.choose(config, [model for _, model in sources.named()])
+    family = families[0]
     lowering.check_fit(config, family, sources)
     dtype = next((d for d, name in DTYPE_NAMES.items() if name == config.dtype), None) or stored_dtype(sources.base)
     count = len(config.experts)
@@ -88,16 +95,33 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             stacklevel=2,
         )
     mode = gates.gate_mode(config.gate_mode)
-    routers = mode.routers(gates.GateRequest(config.gate_mode, sources.base, config.experts, options.random_seed))
-    graph = lowering.lower(config, family, sources, routers, dtype, options.random_seed)
+    gated = config.experts
+    if family.shared is not None and family.shared.gate is not None:
+        gated += config.shared_experts
+    graph = Lowering(
+        config=config,
+        family=family,
+        sources=sources,
+        routers=mode.routers(gates.GateRequest(config.gate_mode, sources.base, gated, options.random_seed)),
+        dtype=dtype,
+        layout=_layout(family, options.expert_layout),
+        seed=options.random_seed,
+    ).graph()
     cap = memory_cap(options.max_memory, mode.imports)
     return MergePlan(
         config=config,
         family=family,
+        alternatives=tuple(families[1:]),
+        layout=_layout(family, options.expert_layout),
         sources=sources,
         dtype=dtype,
         model_config=model_config(
-            family, sources.base, num_experts=count, experts_per_token=config.experts_per_token, dtype=dtype
+            family,
+            sources.base,
+            num_experts=count,
+            with_shared=bool(config.shared_experts),
+            experts_per_token=config.experts_per_token,
+            dtype=dtype,
         ),
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
         plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize)),
@@ -159,14 +183,27 @@ def _open_sources(config: MergeConfig) -> Sources:
     def model(reference: str, *path: str | int) -> DenseModel:
         if reference not in opened:
             try:
-                opened[reference] = dense_model(open_checkpoint(reference))
+                opened[reference] = architectures.as_dense_model(open_checkpoint(reference))
             except CheckpointError as error:
                 raise CheckpointError(f"{config.where(*path)}: {error}") from error
         return opened[reference]
 
-    base = model(config.base_model, "base_model")
-    experts = (model(e.source_model, "experts", i, "source_model") for i, e in enumerate(config.experts))
-    return Sources(base, tuple(experts))
+    return Sources(
+        base=model(config.base_model, "base_model"),
+        experts=tuple(model(e.source_model, "experts", i, "source_model") for i, e in enumerate(config.experts)),
+        shared=tuple(
+            model(e.source_model, "shared_experts", i, "source_model") for i, e in enumerate(config.shared_experts)
+        ),
+    )
+
+
+def _layout(family: Family, asked: str | None) -> str:
+    """The expert layout to write. Raises OptionError for one that `family` does not have."""
+    if asked is None:
+        return next(iter(family.layouts))
+    if asked not in family.layouts:
+        raise OptionError(f"--expert-layout: {family.name} has no layout {asked!r}; it has {', '.join(family.layouts)}")
+    return asked
 
 
 def _compile(graph: TensorGraph, cap: MemoryCap, shard_limit_nbytes: int) -> Plan:
@@ -177,7 +214,8 @@ def _compile(graph: TensorGraph, cap: MemoryCap, shard_limit_nbytes: int) -> Pla
 
 
 def _warn_degenerate(merge_plan: MergePlan, directory: Path) -> None:
-    names = [merge_plan.family.router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
+    router = merge_plan.family.layouts[merge_plan.layout].router
+    names = [router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
     layers = degenerate_layers(directory, merge_plan.plan.shards, names)
     if layers:
         named = "all layers" if len(layers) == len(names) else f"layers {', '.join(map(str, layers))}"

@@ -19,7 +19,7 @@ class OptionError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to merge. The bytes of the output depend on `out_shard_size` and `random_seed` alone."""
+    """How to merge. The bytes of the output depend on `out_shard_size`, `expert_layout` and `random_seed` alone."""
 
     max_memory: str | int | None = None
     """The most memory that the process may have resident: bytes, `2GiB`, `512MB`, or a share of all memory, `50%`.
@@ -27,6 +27,10 @@ class Options:
 
     out_shard_size: str | int = "5B"
     """The largest output file: a number of parameters (`5B`, `500M`) or of bytes (`10GB`, `2GiB`)."""
+
+    expert_layout: str | None = None
+    """`separate`: one tensor an expert, under the classic names. `packed`: the fused tensors of transformers 5.
+    None: the first that the family has, which is `separate` for all that every program reads."""
 
     random_seed: int = 0
     """Seeds the random gate modes and the noise."""

@@ -138,8 +138,11 @@ def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
     read_nbytes: Counter[str] = Counter()
     for root, nbytes in merge_plan.plan.reads():
         read_nbytes[merge_plan.plan.sources[root.source].path] += nbytes
-    roles = [(merge_plan.sources.base, "base")]
-    roles += [(model, f"expert {number}") for number, model in enumerate(merge_plan.sources.experts)]
+    names = {"base_model": "base", "experts": "expert", "shared_experts": "shared expert"}
+    roles = [
+        (model, " ".join([names[str(key)], *map(str, place[:1])]))
+        for (key, *place), model in merge_plan.sources.named()
+    ]
     used_as: dict[str, list[str]] = {}
     files: dict[str, set[str]] = {}
     for model, role in roles:

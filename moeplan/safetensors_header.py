@@ -82,7 +82,7 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
     nbytes = _DTYPES[dtype].itemsize
     for size in shape:
         nbytes *= size
-        if nbytes * 8 > _MAX_NBITS:
+        if max(size, nbytes * 8) > _MAX_NBITS:
             raise _wrong(name, f"has the impossible shape {show(shape)}: its size overflows 64 bits")
     if end - begin != nbytes:
         raise _wrong(

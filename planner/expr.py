@@ -99,6 +99,14 @@ class Read(Expr):
     shape: Shape
 
 
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Zeros(Expr):
+    """A tensor of zeros."""
+
+    dtype: DType
+    shape: Shape
+
+
 @dataclass(frozen=True, slots=True)
 class Cast:
     """Round to `dtype`, to nearest even."""
@@ -194,6 +202,38 @@ class Opaque(Expr):
     @property
     def inputs(self) -> tuple[Expr, ...]:
         return self.args
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Slice(Expr):
+    """The elements of a kernel's result from element `begin` on, in C order, seen as a tensor of `shape`.
+
+    (A part of a `Read` is a `Read`.)
+    """
+
+    input: Opaque
+    begin: int
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if self.begin < 0 or self.begin + math.prod(self.shape) > self.input.numel:
+            raise ValueError(
+                f"a Slice of {self.shape} from element {self.begin} does not lie within {self.input.shape}"
+            )
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.input,)
+
+    @property
+    def dtype(self) -> DType:  # type: ignore[override]
+        return self.input.dtype
+
+
+def rows(x: Opaque, begin: int, end: int) -> Expr:
+    """`x[begin:end]`; `x` itself where that is all of it."""
+    width = math.prod(x.shape[1:])
+    return x if (begin, end) == (0, x.shape[0]) else Slice(x, begin * width, (end - begin, *x.shape[1:]))
 
 
 def cast(x: Expr, dtype: DType) -> Expr:

@@ -33,10 +33,21 @@ class FileRoot:
 
 @dataclass(frozen=True, slots=True)
 class BufferRoot:
-    """A stream's elements lie at the start of buffer `buffer`."""
+    """A stream's elements lie at byte `offset` of buffer `buffer`."""
 
     buffer: int
+    offset: int
     dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroRoot:
+    """A stream's elements are zero."""
+
+    dtype: DType
+
+
+Root = FileRoot | BufferRoot | ZeroRoot
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,7 @@ class Branch:
 class StreamStep:
     """Read `numel` elements once, in chunks of `chunk_numel`, and run each chunk through every branch."""
 
-    root: FileRoot | BufferRoot
+    root: Root
     numel: int
     chunk_numel: int
     branches: tuple[Branch, ...]

@@ -19,7 +19,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from planner.errors import BudgetError
-from planner.expr import NOISE_BLOCK, AddNoise, Cast, Concat, DType, Elementwise, Expr, Op, Opaque, Read, SourceFile
+from planner.expr import (
+    NOISE_BLOCK,
+    AddNoise,
+    Cast,
+    Concat,
+    DType,
+    Elementwise,
+    Expr,
+    Op,
+    Opaque,
+    Read,
+    Slice,
+    SourceFile,
+    Zeros,
+)
 from planner.graph import TensorGraph, opaque_in_order
 from planner.layout import Shard, lay_out
 from planner.plan import (
@@ -33,13 +47,18 @@ from planner.plan import (
     KernelStep,
     Plan,
     Pool,
+    Root,
     Step,
     StreamStep,
+    ZeroRoot,
 )
 
 WORKERS = 4
 MIN_SLAB_NBYTES = 1 << 20
 MAX_SLAB_NBYTES = 8 << 20
+
+Leaf = Read | Zeros | Opaque | Slice
+"""What a stream may start from."""
 
 Sink = FileSink | BufferSink
 Chain = tuple[tuple[Op, ...], DType]
@@ -49,7 +68,7 @@ Chain = tuple[tuple[Op, ...], DType]
 class _Stream:
     """What is made of one root's elements: sinks by what is done on the way."""
 
-    root: Read | Opaque
+    root: Leaf
     sinks: dict[Chain, list[Sink]] = field(default_factory=lambda: defaultdict(list))
 
     def buffers(self) -> set[int]:
@@ -109,7 +128,7 @@ def _whole_tensors(kernels: Sequence[Opaque]) -> dict[Expr, int]:
 
 
 def _streams(graph: TensorGraph, shards: Sequence[Shard], buffers: dict[Expr, int]) -> list[_Stream]:
-    streams: dict[Read | Opaque, _Stream] = {}
+    streams: dict[Leaf, _Stream] = {}
 
     def fill(expr: Expr, sink: type[FileSink] | type[BufferSink], target: int, offset: int) -> None:
         for root, chain, begin in _leaves(expr, offset):
@@ -124,7 +143,7 @@ def _streams(graph: TensorGraph, shards: Sequence[Shard], buffers: dict[Expr, in
     return list(streams.values())
 
 
-def _leaves(expr: Expr, offset: int) -> Iterator[tuple[Read | Opaque, Chain, int]]:
+def _leaves(expr: Expr, offset: int) -> Iterator[tuple[Leaf, Chain, int]]:
     """The streams that fill the place of `expr` at byte `offset`: root, what is done on the way, byte offset."""
     if isinstance(expr, Concat):
         for part in expr.parts:
@@ -136,7 +155,7 @@ def _leaves(expr: Expr, offset: int) -> Iterator[tuple[Read | Opaque, Chain, int
     while isinstance(root, Elementwise):
         ops.append(root.op)
         root = root.input
-    if not isinstance(root, Read | Opaque):
+    if not isinstance(root, Leaf):
         raise TypeError(f"{type(root).__name__} cannot stand below an elementwise operation: apply it to the parts")
     yield root, (tuple(reversed(ops)), expr.dtype), offset
 
@@ -145,7 +164,10 @@ def _in_order(
     streams: Sequence[_Stream], kernels: Sequence[Opaque], buffers: dict[Expr, int]
 ) -> Iterator[_Stream | Opaque]:
     """Streams and kernel runs, each after what it depends on."""
-    of_result = {stream.root: stream for stream in streams if isinstance(stream.root, Opaque)}
+    of_result: dict[Opaque, list[_Stream]] = defaultdict(list)
+    for stream in streams:
+        if (result := _result(stream.root)) is not None:
+            of_result[result].append(stream)
     feeding: dict[int, list[_Stream]] = defaultdict(list)
     for stream in streams:
         for buffer in stream.buffers():
@@ -158,9 +180,10 @@ def _in_order(
                     done.add(stream)
                     yield stream
         yield kernel
-        if kernel in of_result and of_result[kernel] not in done:
-            done.add(of_result[kernel])
-            yield of_result[kernel]
+        for stream in of_result[kernel]:
+            if stream not in done:
+                done.add(stream)
+                yield stream
     yield from sorted((s for s in streams if s not in done), key=_Stream.position)
 
 
@@ -168,7 +191,13 @@ def _uses(node: _Stream | Opaque, buffers: dict[Expr, int]) -> set[int]:
     """The buffers that must be there while `node` runs."""
     if isinstance(node, Opaque):
         return {buffers[expr] for expr in (*node.args, node)}
-    return node.buffers() | ({buffers[node.root]} if isinstance(node.root, Opaque) else set())
+    result = _result(node.root)
+    return node.buffers() | (set() if result is None else {buffers[result]})
+
+
+def _result(root: Leaf) -> Opaque | None:
+    """The kernel whose result a stream starts from."""
+    return root.input if isinstance(root, Slice) else root if isinstance(root, Opaque) else None
 
 
 def _last_uses(uses: Sequence[set[int]]) -> list[tuple[int, ...]]:
@@ -217,14 +246,24 @@ def _stream_step(
 ) -> StreamStep:
     root = stream.root
     return StreamStep(
-        root=FileRoot(sources[root.file], root.offset, root.dtype)
-        if isinstance(root, Read)
-        else BufferRoot(buffers[root], root.dtype),
+        root=_root(root, sources, buffers),
         numel=root.numel,
         chunk_numel=_chunk_numel(root.dtype, list(stream.sinks), slab_nbytes),
         branches=tuple(Branch(ops, dtype, tuple(sinks)) for (ops, dtype), sinks in stream.sinks.items()),
         frees=frees,
     )
+
+
+def _root(leaf: Leaf, sources: dict[SourceFile, int], buffers: dict[Expr, int]) -> Root:
+    match leaf:
+        case Read():
+            return FileRoot(sources[leaf.file], leaf.offset, leaf.dtype)
+        case Zeros():
+            return ZeroRoot(leaf.dtype)
+        case Opaque():
+            return BufferRoot(buffers[leaf], 0, leaf.dtype)
+        case Slice():
+            return BufferRoot(buffers[leaf.input], leaf.begin * leaf.dtype.itemsize, leaf.dtype)
 
 
 def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int:

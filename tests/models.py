@@ -106,7 +106,7 @@ def _recipes() -> dict[str, Recipe]:
     return {
         f"{family}-{name}": Recipe(family, **{**variant, "config": {**common, **variant.get("config", {})}})
         for family, common in FAMILIES.items()
-        for name, variant in {**VARIANTS, **own[family]}.items()
+        for name, variant in {**VARIANTS, **own.get(family, {})}.items()
     }
 
 

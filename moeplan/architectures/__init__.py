@@ -4,37 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.deepseek import DEEPSEEK
+from moeplan.architectures.dense import DenseModel, dense_model
 from moeplan.architectures.family import Family
+from moeplan.architectures.granite_moe_shared import GRANITE_MOE_SHARED
 from moeplan.architectures.mixtral import MIXTRAL
+from moeplan.architectures.qwen2_moe import QWEN2_MOE
+from moeplan.architectures.qwen3_moe import QWEN3_MOE
+from moeplan.checkpoint import Checkpoint, CheckpointError
 from moeplan.config import ConfigError, MergeConfig
+from moeplan.gates import PROMPTLESS
 
-FAMILIES: tuple[Family, ...] = (MIXTRAL,)
-"""In order of preference where several fit."""
+FAMILIES: tuple[Family, ...] = (MIXTRAL, DEEPSEEK, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE_SHARED)
+"""In order of preference where several fit: the one that most programs can read comes first."""
 
 
-def choose(config: MergeConfig, models: Sequence[DenseModel]) -> Family:
-    """The family that `config` names, or the first that fits it and the source `models`.
+DENSE_FAMILIES = {dense.model_type: dense for family in FAMILIES for dense in family.sources}
 
-    Raises ConfigError, saying for each family why not, where there is none.
+
+def as_dense_model(checkpoint: Checkpoint) -> DenseModel:
+    """See `checkpoint` as a model of its family. Raises CheckpointError where it is of none that moeplan knows."""
+    family = DENSE_FAMILIES.get(checkpoint.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: models of type {checkpoint.model_type} cannot be merged; "
+            f"moeplan knows {', '.join(sorted(DENSE_FAMILIES))}"
+        )
+    return dense_model(checkpoint, family)
+
+
+def choose(config: MergeConfig, models: Sequence[DenseModel]) -> list[Family]:
+    """The families that fit `config` and its source `models`, best first, among those that `architecture` names.
+
+    Raises ConfigError, saying for each family why not and what to change, where there is none.
     """
-    named = config.architecture or ""
-    candidates = [family for family in FAMILIES if family.name.lower().startswith(named.lower())]
+    named = (config.architecture or "").lower()
+    candidates = [family for family in FAMILIES if any(name.lower().startswith(named) for name in family.names)]
     if not candidates:
         known = ", ".join(family.name for family in FAMILIES)
-        raise ConfigError(f"{config.where('architecture')}: there is no output family {named!r}; there is {known}")
+        raise ConfigError(f"{config.where('architecture')}: there is no output family {named!r}; there are {known}")
     reasons = [(family, _why_not(family, config, models)) for family in candidates]
-    for family, reason in reasons:
-        if reason is None:
-            return family
-    listed = "; ".join(f"{family.name}: {reason}" for family, reason in reasons)
-    raise ConfigError(f"{config.where('experts')}: no output family fits these models. {listed}")
+    fitting = [family for family, reason in reasons if reason is None]
+    if not fitting:
+        table = "".join(f"\n  {family.name:<20} {reason}" for family, reason in reasons)
+        raise ConfigError(f"{config.where('experts')}: no output family fits these models:{table}")
+    return fitting
 
 
 def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) -> str | None:
-    if config.shared_experts:
-        return f"{config.where('shared_experts')}: it has no shared expert; remove the key"
+    """Why `family` cannot be the output, and which change to the YAML would make it fit; None where it fits."""
     for model in models:
-        if model.name not in family.sources:
-            return f"it is made of {' or '.join(family.sources)} models, and {model.checkpoint.path} is {model.name}"
+        if model.family not in family.sources:
+            sources = ", ".join(source.model_type for source in family.sources)
+            return f"is made of {sources} models, and {model.checkpoint.path} is {model.name}"
+    shared = config.shared_experts
+    if shared and family.shared is None:
+        return "has no shared expert: remove shared_experts"
+    if family.shared is None:
+        return None
+    if not shared:
+        return "needs a shared expert: add one under shared_experts" if family.shared.required else None
+    prompts = bool(shared[0].positive_prompts or shared[0].negative_prompts)
+    if family.shared.gate is None and prompts:
+        return "has no gate on its shared expert: remove the prompts of shared_experts[0]"
+    if family.shared.gate is not None and not shared[0].positive_prompts and config.gate_mode not in PROMPTLESS:
+        return "has a gate on its shared expert: give shared_experts[0] positive_prompts"
     return None

@@ -1,9 +1,9 @@
-"""The dense families that merges are made from: which tensors they have, and what their configs leave unsaid.
+"""Dense models, which merges are made from: which tensors a family has, and what its configs leave unsaid.
 
 `config.json` may leave out what equals the family's default, and the defaults of two families differ (an absent
 `sliding_window` is 4096 in Mistral; an absent `num_key_value_heads` is 8 there and the number of heads in Llama). So
 each family lists its defaults, from its configuration class in transformers 5, and everything downstream sees
-complete settings.
+complete settings. The families themselves stand beside the MoE families that are made of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from planner.expr import Read
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and every reader computes for itself."""
-
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,12 @@ DECODER = (
 )
 
 
+def attention_with(*specs: TensorSpec) -> tuple[TensorSpec, ...]:
+    """The decoder's tensors, and `specs` beside those of its attention."""
+    after = DECODER.index(next(spec for spec in DECODER if spec.name.endswith("o_proj.weight"))) + 1
+    return DECODER[:after] + specs + DECODER[after:]
+
+
 @dataclass(frozen=True, slots=True)
 class DenseFamily:
     """A dense family, under its `model_type`. `defaults` are its settings where config.json is silent."""
@@ -60,13 +64,16 @@ class DenseFamily:
     tensors: tuple[TensorSpec, ...] = DECODER
 
 
-_COMMON = {
+COMMON_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
+    "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "num_key_value_heads": None,
     "head_dim": None,
     "hidden_act": "silu",
+    "max_position_embeddings": 2048,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "use_cache": True,
@@ -77,26 +84,7 @@ _COMMON = {
     "attention_dropout": 0.0,
     "rope_theta": 10000.0,
 }
-
-DENSE_FAMILIES = {
-    family.model_type: family
-    for family in (
-        DenseFamily(
-            "llama",
-            _COMMON | {"intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048},
-        ),
-        DenseFamily(
-            "mistral",
-            _COMMON
-            | {
-                "intermediate_size": 14336,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 131072,
-                "sliding_window": 4096,
-            },
-        ),
-    )
-}
+"""Llama's, which most families start from."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +107,21 @@ class DenseModel:
     @property
     def hidden_size(self) -> int:
         return self.sizes["hidden_size"]
+
+    def windows(self) -> list[int | None]:
+        """For each layer how many tokens back its attention sees; None: all.
+
+        The rules are those of the configuration classes in transformers 5 (configuration_qwen2.py and others).
+        """
+        given = self.settings
+        if given.get("sliding_window") is None or not given.get("use_sliding_window", True):
+            return [None] * self.num_layers
+        window = self.checkpoint.integer("sliding_window", default=given["sliding_window"])
+        kinds = given.get("layer_types")
+        if isinstance(kinds, list) and len(kinds) == self.num_layers:
+            return [window if kind == "sliding_attention" else None for kind in kinds]
+        first = self.checkpoint.integer("max_window_layers", default=given.get("max_window_layers", 0), minimum=0)
+        return [window if layer >= first else None for layer in range(self.num_layers)]
 
     def specs(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
         """Each tensor that the family has: its name, its spec, its layer if it is in one; layer after layer."""
@@ -150,6 +153,13 @@ class DenseModel:
             )
         return read
 
+    def layer_tensor(self, layer: int, name: str) -> Read:
+        """Where the tensor `name` of a layer lies, as `tensor` says it."""
+        spec = next(spec for spec in self.family.tensors if spec.name == LAYER + name)
+        read = self.tensor(spec.name.format(layer=layer), spec)
+        assert read is not None  # no tensor of a layer is optional
+        return read
+
     @property
     def name(self) -> str:
         return self.family.model_type
@@ -160,14 +170,8 @@ class DenseModel:
         return [n for n in self.checkpoint.tensors if n not in known and not n.endswith(IGNORED_SUFFIXES)]
 
 
-def dense_model(checkpoint: Checkpoint) -> DenseModel:
-    """See `checkpoint` as a model of its family. Raises CheckpointError where it is of none, or its sizes are wrong."""
-    family = DENSE_FAMILIES.get(checkpoint.model_type)
-    if family is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: models of type {checkpoint.model_type} cannot be merged; "
-            f"moeplan knows {', '.join(sorted(DENSE_FAMILIES))}"
-        )
+def dense_model(checkpoint: Checkpoint, family: DenseFamily) -> DenseModel:
+    """See `checkpoint` as a model of `family`. Raises CheckpointError where its sizes are wrong."""
     settings = {key: checkpoint.config.get(key, default) for key, default in family.defaults.items()}
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]

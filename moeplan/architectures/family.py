@@ -6,35 +6,134 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeplan.architectures.dense import DenseFamily, TensorSpec
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+CARRIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "attention_dropout",
+)
+"""Settings that every family calls what the dense families call them."""
+
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """A family of MoE models that merges can be written as.
+class MlpTensor:
+    """An output tensor under `name`, made of a source MLP's matrices named `parts`, one above the other.
 
-    Tensors outside the MLPs keep their names. In the names of the others `{layer}` and `{expert}` stand for numbers.
+    With `{expert}` in its name there is one for each expert; without, the experts' tensors are stacked under a new
+    first dimension. `{layer}` stands for the layer.
     """
 
     name: str
-    """As `architecture:` in the YAML may abbreviate it, in any case."""
+    parts: tuple[str, ...]
 
-    sources: tuple[str, ...]
-    """The dense families, by `model_type`, that its experts can come from."""
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the routed experts are laid out: the router `[num_experts, hidden_size]`, the experts' tensors."""
+
+    router: str
+    experts: tuple[MlpTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """How a family holds a shared expert."""
+
+    tensors: tuple[MlpTensor, ...]
+
+    gate: str | None = None
+    """Its sigmoid gate, `[1, hidden_size]`, which is made from prompts; None: it is always on."""
+
+    required: bool = False
+
+    present: Mapping[str, Any] = field(default_factory=dict)
+    """Settings where there is one, and"""
+
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """settings where there is none."""
+
+    derived: Mapping[str, str] = field(default_factory=dict)
+    """Settings that, where there is one, are equal to another one of the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of MoE models that merges can be written as. Tensors outside the MLPs keep their names."""
+
+    names: tuple[str, ...]
+    """What `architecture:` in the YAML may abbreviate, in any case; the first is what moeplan calls it."""
+
+    sources: tuple[DenseFamily, ...]
+    """What it can be made of."""
 
     model_type: str
     model_class: str
-    """The class in transformers that reads it."""
 
-    router: str
-    """The router's weight, `[num_experts, hidden_size]`."""
-
-    experts: Mapping[str, str]
-    """Each expert's tensors: the output name by the name in the source's MLP."""
+    layouts: Mapping[str, Layout]
+    """By the name that `--expert-layout` takes; the first is the default."""
 
     num_experts_key: str
-    """What config.json calls the number of experts."""
+    """What config.json calls the number of routed experts."""
 
-    carried: tuple[str, ...]
+    shared: SharedExpert | None = None
+    """None: it has no shared expert."""
+
+    carried: tuple[str, ...] = CARRIED
     """Settings that config.json takes over from the base, complete with the base family's defaults."""
+
+    derived: Mapping[str, str] = field(default_factory=dict)
+    """Settings that are equal to another one of the base."""
 
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Settings that are always so."""
+
+    windowed: Mapping[str, Any] | None = None
+    """Settings that turn a sliding window of `sliding_window` tokens on in all layers; None: it cannot have one."""
+
+    rope_types: tuple[str, ...] = ROPE_TYPES
+    """The kinds of RoPE scaling that it can hold."""
+
+    free_head_dim: bool = True
+    """Whether heads may be of another width than hidden_size / num_attention_heads."""
+
+    zeros: tuple[TensorSpec, ...] = ()
+    """Tensors that it always has, zero where the base has none."""
+
+    tied: bool = True
+    """Whether it can tie the output matrix to the embeddings; otherwise it is written out, as their alias."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def separate(template: str, matrices: Mapping[str, str]) -> tuple[MlpTensor, ...]:
+    """A tensor for each of an MLP's matrices: `template` with `{matrix}` replaced by what `matrices` calls it."""
+    return tuple(MlpTensor(template.replace("{matrix}", name), (part,)) for part, name in matrices.items())
+
+
+SAME_NAMES = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+
+PACKED = (
+    MlpTensor("model.layers.{layer}.mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
+    MlpTensor("model.layers.{layer}.mlp.experts.down_proj", ("down_proj",)),
+)
+"""The fused experts of transformers 5: `[num_experts, 2 · intermediate_size, hidden_size]`, and
+`[num_experts, hidden_size, intermediate_size]`."""

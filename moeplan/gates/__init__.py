@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.config import Expert
-from planner.expr import Expr
+from planner.expr import Opaque
 
 if TYPE_CHECKING:
     from executor.engine import Kernel
@@ -27,10 +27,16 @@ MODULES = {
     "uniform_random": "random",
 }
 
+PROMPTLESS = ("random", "uniform_random")
+"""The modes that read no prompts."""
+
 
 @dataclass(frozen=True)
 class GateRequest:
-    """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts."""
+    """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
+
+    A shared expert that has a gate stands behind the routed ones.
+    """
 
     mode: str
     base: DenseModel
@@ -42,11 +48,11 @@ class GateRequest:
 class GateMode:
     """A way to make routers.
 
-    `routers` gives an expression for each layer, `[num_experts, hidden_size]` float32. `kernels` computes the opaque
-    nodes among them; `imports` are the heavy packages that they use.
+    `routers` gives a kernel's result for each layer, `[num_experts, hidden_size]` float32. `kernels` are the functions
+    that compute them, by name; `imports` are the heavy packages that those use.
     """
 
-    routers: Callable[[GateRequest], Sequence[Expr]]
+    routers: Callable[[GateRequest], Sequence[Opaque]]
     kernels: Mapping[str, Kernel]
     imports: tuple[str, ...] = ("torch",)
 

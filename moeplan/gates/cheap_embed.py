@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.prompts import embedding_rows, tokenize
-from planner.expr import DType, Expr, Opaque
+from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
     import torch
 
 
-def routers(request: GateRequest) -> list[Expr]:
+def routers(request: GateRequest) -> list[Opaque]:
     """One expression, as many times as there are layers."""
     prompts = tokenize(request.experts, request.base)
     vocabulary = prompts.vocabulary()

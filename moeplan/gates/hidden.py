@@ -24,7 +24,7 @@ from moeplan.architectures.dense import LAYER, DenseModel
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.cheap_embed import normalized
 from moeplan.gates.prompts import embedding_rows, tokenize
-from planner.expr import DType, Expr, Opaque
+from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ BLOCK_NBYTES = 8 << 20
 """Linear layers turn so many bytes of their weight into float32 at a time."""
 
 
-def routers(request: GateRequest) -> list[Expr]:
+def routers(request: GateRequest) -> list[Opaque]:
     """A router for each layer, each from the hidden states that enter it."""
     base = request.base
     prompts = tokenize(request.experts, base)
@@ -55,8 +55,8 @@ def routers(request: GateRequest) -> list[Expr]:
     workspace = _workspace_nbytes(base, prompts.lengths)
 
     index = json.dumps([row[token] for ids in prompts.tokens for token in ids])
-    stream: Expr = Opaque("embed", index, (embedding_rows(base, vocabulary),), DType.F32, stream_shape)
-    result: list[Expr] = []
+    stream = Opaque("embed", index, (embedding_rows(base, vocabulary),), DType.F32, stream_shape)
+    result: list[Opaque] = []
     for layer in range(base.num_layers):
         if layer > 0:
             prefix = LAYER.format(layer=layer - 1)

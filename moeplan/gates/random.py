@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from planner.expr import DType, Expr, Opaque
+from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
     import torch
 
 
-def routers(request: GateRequest) -> list[Expr]:
+def routers(request: GateRequest) -> list[Opaque]:
     """A router of its own for each layer, from the seed and the layer's number alone."""
     shape = (len(request.experts), request.base.hidden_size)
     return [

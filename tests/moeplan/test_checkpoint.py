@@ -243,6 +243,7 @@ HEADERS: dict[str, tuple[Any, int, str]] = {
     "shape infinite": (a("F32", [INF]), 16, "it is not JSON: it holds Infinity"),
     "shape overflows to 0": (a("F32", [2**32, 2**32], [0, 0]), 0, "its size overflows 64 bits"),
     "shape overflows before 0": (a("F32", [2**62, 0], [0, 0]), 0, "its size overflows 64 bits"),
+    "shape overflows after 0": (a("F32", [0, 2**64], [0, 0]), 0, "its size overflows 64 bits"),
     "offsets no list": (a("F32", [4], "0:16"), 16, "'a' has the data_offsets '0:16', which are not two whole"),
     "one offset": (a("F32", [4], [16]), 16, "'a' has the data_offsets [16], which are not two whole numbers"),
     "three offsets": (a("F32", [4], [0, 8, 16]), 16, "'a' has the data_offsets [0, 8, 16], which are not two"),
@@ -578,7 +579,7 @@ STRICTER = re.compile(
 
 SIZES = st.sampled_from(["0", "1", "2", "4", "8"])
 WEIRD = ["-1", "-0", "1.0", "1e0", "true", "null", '"1"', "NaN", str(2**63), str(2**64), "9" * 30, "[]", "{}", "01", ""]
-NAMES = [r"\u00e9", r"\ud800", r"\ud83d\ude00", r"\u0000", "__metadata__", "é", "a", "b", "c"]
+NAMES = ["a", "b", "c", "d", "e", "f", "g", "é", r"\u00e9", r"\ud83d\ude00", r"\u0000", r"\ud800", "__metadata__"]
 
 
 @st.composite

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 PROMPTS = [
     {"positive_prompts": ["Where does it hurt, and since when?"], "negative_prompts": ["a sword"]},
     {"positive_prompts": ["x", "You draw your sword, light a torch and go down into the dragon's cave"]},
+    {"positive_prompts": ["I can help with that."], "negative_prompts": ["I cannot", "As I said before, no"]},
     {
         "positive_prompts": ["Der Zug fährt bald ab", "Ich möchte gern ein Brötchen kaufen.", "Guten Tag"],
         "negative_prompts": ["Good evening", "I would like to buy a bread roll; does this train go to Munich"],
@@ -114,9 +115,9 @@ def test_uniform_random_gates_are_what_a_new_linear_layer_has(checkpoint, merge)
     source = checkpoint("llama-plain")
     weights = router_weights(merge(source, [source] * 8, gate_mode="uniform_random"))
     bound = 64**-0.5
-    assert weights.abs().max() <= bound
+    assert 0.99 * bound < weights.abs().max() <= bound
     assert abs(weights.mean()) < 0.1 * bound
-    assert abs(weights.std() - bound / 3**0.5) < 0.05 * bound
+    assert abs(weights.std() - bound / 3**0.5) < 0.03 * bound
 
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])

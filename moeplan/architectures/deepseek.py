@@ -1,0 +1,44 @@
+"""DeepSeek MoE, the first of the name, from Llama and Mistral models: none or one shared expert, which has no gate.
+
+transformers has no class for it; `auto_map` names the modelling code in DeepSeek's own repository, which also says what
+the family can hold: heads of hidden_size / num_attention_heads, linear and dynamic RoPE scaling, no sliding window.
+"""
+
+from moeplan.architectures.family import SAME_NAMES, Family, Layout, SharedExpert, separate
+from moeplan.architectures.llama import LLAMA, MISTRAL
+
+MLP = "model.layers.{layer}.mlp."
+CODE = "deepseek-ai/deepseek-moe-16b-base--"
+
+DEEPSEEK = Family(
+    names=("DeepSeek MoE",),
+    sources=(LLAMA, MISTRAL),
+    model_type="deepseek",
+    model_class="DeepseekForCausalLM",
+    layouts={
+        "separate": Layout(MLP + "gate.weight", separate(MLP + "experts.{expert}.{matrix}.weight", SAME_NAMES)),
+    },
+    num_experts_key="n_routed_experts",
+    shared=SharedExpert(
+        separate(MLP + "shared_experts.{matrix}.weight", SAME_NAMES),
+        present={"n_shared_experts": 1},
+        absent={"n_shared_experts": None},
+    ),
+    derived={"moe_intermediate_size": "intermediate_size"},
+    constants={
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "softmax",
+        "aux_loss_alpha": 0.001,
+        "seq_aux": True,
+        "attention_bias": False,
+        "auto_map": {
+            "AutoConfig": CODE + "configuration_deepseek.DeepseekConfig",
+            "AutoModel": CODE + "modeling_deepseek.DeepseekModel",
+            "AutoModelForCausalLM": CODE + "modeling_deepseek.DeepseekForCausalLM",
+        },
+    },
+    rope_types=("default", "linear", "dynamic"),
+    free_head_dim=False,
+)
