@@ -17,7 +17,10 @@ def allocate(nbytes: int) -> memoryview:
 
 
 class SlabPool:
-    """A bounded number of equal chunk buffers. Taking one waits until one is free: that is what bounds a run."""
+    """A bounded number of equal chunk buffers, page-aligned.
+
+    Taking one waits until one is free: that is what bounds a run.
+    """
 
     def __init__(self, count: int, slab_nbytes: int) -> None:
         self.nbytes = count * slab_nbytes

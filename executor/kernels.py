@@ -4,7 +4,8 @@ A chunk is worked on in place of a slab that the caller cuts up, so nothing here
 
     slab   ├─ chunk as read ─┤├─ float32 work ─┤├─ noise ─┤├─ result ─┤
 
-Regions that a stream's operations do not need are not there (`planner.schedule` sizes chunks by the same rule).
+Regions begin at the same place within a page, so a chunk that is read to an aligned place gives an aligned result.
+Those that a stream's operations do not need are not there (`planner.schedule` sizes chunks by the same rule).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planner.expr import NOISE_BLOCK, AddNoise, Cast, DType, Op, Scale
+from planner.layout import PAGE
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +52,8 @@ def apply(
     """
     arithmetic = any(not isinstance(op, Cast) for op in ops)
     noisy = any(isinstance(op, AddNoise) for op in ops)
-    work, scratch = _cut(scratch, numel * 4 if arithmetic else 0)
-    noise, scratch = _cut(scratch, numel * 4 if noisy else 0)
+    work, scratch = cut(scratch, numel * 4 if arithmetic else 0)
+    noise, scratch = cut(scratch, numel * 4 if noisy else 0)
 
     result, x = chunk, as_tensor(chunk, dtype, numel)
     if arithmetic:
@@ -64,13 +66,13 @@ def apply(
                 fill_normal(np.frombuffer(noise, np.float32), seed, first)
                 x.add_(as_tensor(noise, DType.F32, numel), alpha=scale)
             case Cast(to):
-                result, _ = _cut(scratch, numel * to.itemsize)
+                result, _ = cut(scratch, numel * to.itemsize)
                 x = as_tensor(result, to, numel).copy_(x)
     return result
 
 
-def _cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
-    return memory[:nbytes], memory[nbytes:]
+def cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
+    return memory[:nbytes], memory[-(-nbytes // PAGE) * PAGE :]
 
 
 def fill_normal(out: np.ndarray, seed: int, first: int) -> None:

@@ -9,6 +9,9 @@ from contextlib import ExitStack
 from executor.errors import RunError
 from planner.expr import SourceFile
 
+DONTNEED = getattr(os, "POSIX_FADV_DONTNEED", None)
+"""Advice, where the system takes it, to forget what was read: nothing is read twice, and others need the page cache."""
+
 
 class SourceReader:
     """Open source files. Safe to read from several threads at once."""
@@ -26,6 +29,10 @@ class SourceReader:
             self.check_unchanged()
             on_error.pop_all()
 
+    def fd(self, source: int) -> int:
+        """The open file of a source."""
+        return self._fds[source]
+
     def read_into(self, source: int, offset: int, memory: memoryview) -> None:
         """Fill `memory` from byte `offset` of a source. Raises RunError where the file ends too early or fails."""
         path = self._sources[source].path
@@ -36,6 +43,8 @@ class SourceReader:
                 raise RunError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
             if count == 0:
                 raise RunError(f"{path}: the file ends at byte {offset}; it was changed during the run. Start again")
+            if DONTNEED is not None:
+                os.posix_fadvise(self._fds[source], offset, count, DONTNEED)
             memory, offset = memory[count:], offset + count
 
     def check_unchanged(self) -> None:

@@ -1,27 +1,43 @@
-"""Writing ranges of output shards, durably."""
+"""Writing ranges of output shards, durably, and past the page cache where that is possible.
+
+Direct I/O writes whole pages, from memory aligned to pages, straight to the disk. It spares a copy of every byte and
+does not fill the page cache with an output that nobody reads soon. What does not fit (the edges of a range, small
+ranges, file systems without direct I/O) goes through the page cache; no page is ever written both ways.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 
 from executor.errors import RunError
-from planner.layout import Shard
+from executor.shortcuts import Reflink
+from planner.layout import PAGE, Shard
+from planner.plan import FileSink
+
+MIN_DIRECT_NBYTES = 64 << 10
+"""Smaller ranges are not worth a trip to the disk each."""
 
 
 class ShardWriter:
     """Output shards under way in `directory`, at full size from the start. Safe to write to from several threads.
 
-    Raises RunError, from any method, where the disk is full or fails.
+    `nbytes` counts what was written, by way: "direct", "buffered". Raises RunError, from any method, where the disk is
+    full or fails.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
-        self._directory = directory
+        self.nbytes: Counter[str] = Counter()
+        self._lock = Lock()
         self._paths = [directory / shard.filename for shard in shards]
         self._fds: list[int] = []
+        self._direct_fds: list[int | None] = []
         with ExitStack() as on_error:
             on_error.callback(self.close)
             for number, shard in enumerate(shards):
@@ -29,23 +45,47 @@ class ShardWriter:
                 self.write(number, 0, memoryview(shard.header()))
             on_error.pop_all()
 
-    def _create(self, number: int, nbytes: int) -> None:
-        try:
-            fd = os.open(self._paths[number], os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            self._fds.append(fd)
-            # Asking for the space now finds a disk that is too small before an hour is spent on it.
-            os.posix_fallocate(fd, 0, nbytes)
-        except OSError as error:
-            raise self._failed(number, error) from error
+    def fd(self, shard: int) -> int:
+        """The open file of a shard."""
+        return self._fds[shard]
+
+    def reserve(self, shard: int, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have the space for byte ranges (begin, end) now: a disk that is too small shows before an hour is spent."""
+        if not hasattr(os, "posix_fallocate"):
+            return
+        for begin, end in _merged(ranges):
+            try:
+                os.posix_fallocate(self._fds[shard], begin, end - begin)
+            except OSError as error:
+                raise self._failed(shard, error) from error
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Put `data` at byte `offset` of a shard."""
-        while len(data):
+        begin = -offset % PAGE
+        end = len(data) - (offset + len(data)) % PAGE
+        if self._direct_fds[shard] is None or end - begin < MIN_DIRECT_NBYTES or (_address(data) + begin) % PAGE:
+            self._write(shard, offset, data)
+            return
+        self._write(shard, offset, data[:begin])
+        done = begin + self._write_direct(shard, offset + begin, data[begin:end])
+        self._write(shard, offset + done, data[done:])
+
+    def share(self, origin: FileSink, target: FileSink, nbytes: int) -> tuple[int, int]:
+        """Make `nbytes` at `target` share extents with those at `origin`, as far as that goes; returns which part."""
+        begin, end = Reflink().move(
+            self._fds[origin.shard], origin.offset, self._fds[target.shard], target.offset, nbytes
+        )
+        self._count("shared within the output", end - begin)
+        return begin, end
+
+    def read_back(self, shard: int, offset: int, memory: memoryview) -> None:
+        """Fill `memory` with what was written at byte `offset` of a shard."""
+        while len(memory):
             try:
-                count = os.pwrite(self._fds[shard], data, offset)
+                count = os.preadv(self._fds[shard], [memory], offset)
             except OSError as error:
                 raise self._failed(shard, error) from error
-            data, offset = data[count:], offset + count
+            memory, offset = memory[count:], offset + count
 
     def sync(self) -> None:
         """Wait until every shard is on the disk."""
@@ -55,12 +95,73 @@ class ShardWriter:
             except OSError as error:
                 raise self._failed(number, error) from error
 
+    def close(self) -> None:
+        for fd in (*self._fds, *self._direct_fds):
+            if fd is not None:
+                os.close(fd)
+        self._fds.clear()
+        self._direct_fds.clear()
+
+    def _create(self, number: int, nbytes: int) -> None:
+        path = self._paths[number]
+        try:
+            self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666))
+            os.ftruncate(self._fds[number], nbytes)
+        except OSError as error:
+            raise self._failed(number, error) from error
+        try:
+            self._direct_fds.append(os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC))
+        except (OSError, AttributeError):  # a file system, or a system, without it
+            self._direct_fds.append(None)
+
+    def _write(self, shard: int, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._fds[shard], data[done:], offset + done)
+            except OSError as error:
+                raise self._failed(shard, error) from error
+        self._count("buffered", done)
+
+    def _write_direct(self, shard: int, offset: int, data: memoryview) -> int:
+        """Write whole pages from the start of `data`; returns how many bytes, fewer where direct I/O is refused."""
+        done = 0
+        fd = self._direct_fds[shard]
+        while fd is not None and done < len(data):
+            try:
+                count = os.pwrite(fd, data[done:], offset + done)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise self._failed(shard, error) from error
+                break
+            done += count
+            if count % PAGE:  # what follows is no longer aligned
+                break
+        done -= done % PAGE
+        self._count("direct", done)
+        return done
+
+    def _count(self, way: str, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes[way] += nbytes
+
     def _failed(self, shard: int, error: OSError) -> RunError:
         path = self._paths[shard]
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return RunError(f"{path}: the disk is full. Free some space and start again")
         return RunError(f"{path}: writing failed: {error.strerror}")
 
-    def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
+
+def _address(memory: memoryview) -> int:
+    """Where `memory` lies; 1, which is aligned to nothing, where it cannot be asked."""
+    return 1 if memory.readonly else ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif begin < end:
+            merged.append((begin, end))
+    return merged

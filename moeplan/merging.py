@@ -12,6 +12,7 @@ from typing import Any
 
 from executor.engine import Progress, RunResult, run
 from executor.errors import RunError
+from executor.routing import physical_nbytes
 from moeplan import architectures, gates, lowering
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
@@ -22,7 +23,7 @@ from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
 from moeplan.options import OptionError, Options, shard_nbytes
-from moeplan.output import check_output, free_nbytes, staged, to_json, tokenizer_files, write_beside
+from moeplan.output import check_output, existing, free_nbytes, staged, to_json, tokenizer_files, write_beside
 from moeplan.routing import degenerate_layers
 from planner.errors import BudgetError
 from planner.expr import DType
@@ -52,11 +53,18 @@ class MergePlan:
 
     plan: Plan
     memory: MemoryCap
+    options: Options
 
     @property
     def disk_nbytes(self) -> int:
-        """The space that the output takes."""
+        """The size of the output."""
         return self.plan.written_nbytes + sum(file.stat().st_size for file in self.copied)
+
+    def needed_nbytes(self, directory: Path) -> int:
+        """The space that the output will take in `directory`: less than its size where extents can be shared."""
+        if self.options.clone_tensors:
+            return self.disk_nbytes
+        return self.disk_nbytes - self.plan.written_nbytes + physical_nbytes(self.plan, existing(directory))
 
     @property
     def memory_nbytes(self) -> int:
@@ -126,6 +134,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
         plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize)),
         memory=cap,
+        options=options,
     )
 
 
@@ -148,7 +157,7 @@ def merge(
     mode = gates.gate_mode(config.gate_mode)
     merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
     directory = Path(out)
-    needed, free = merge_plan.disk_nbytes, free_nbytes(directory)
+    needed, free = merge_plan.needed_nbytes(directory), free_nbytes(directory)
     if needed > free:
         raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
     base = merge_plan.sources.base.checkpoint.path
@@ -156,7 +165,9 @@ def merge(
     if len(merge_plan.plan.shards) > 1:
         texts["model.safetensors.index.json"] = index_json(merge_plan.plan.shards)
     with staged(directory) as partial:
-        result = run(merge_plan.plan, partial, mode.kernels, on_progress)
+        result = run(
+            merge_plan.plan, partial, mode.kernels, on_progress, share_extents=not merge_plan.options.clone_tensors
+        )
         _warn_degenerate(merge_plan, partial)
         write_beside(partial, texts, merge_plan.copied, base)
     return MergeResult(directory, result, time.monotonic() - started)

@@ -39,7 +39,8 @@ class Options:
     """Put the base's tokenizer, chat template and generation_config.json beside the weights."""
 
     clone_tensors: bool = False
-    """Give every tensor bytes of its own. As yet they always have, so this changes nothing."""
+    """Give every tensor physical extents of its own, also where the file system could share them with the sources or
+    among equal tensors. The bytes are the same."""
 
 
 def memory_nbytes(text: str | int, total_nbytes: int) -> int:

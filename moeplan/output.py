@@ -51,12 +51,17 @@ def check_output(directory: Path) -> None:
         raise OutputError(f"{directory}: the directory is not empty ({held[0]}); give a new or an empty one")
 
 
-def free_nbytes(directory: Path) -> int:
-    """The space that is free where `directory` is or will be."""
+def existing(directory: Path) -> Path:
+    """`directory`, or the nearest directory above it that exists."""
     place = directory.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
+
+
+def free_nbytes(directory: Path) -> int:
+    """The space that is free where `directory` is or will be."""
+    return shutil.disk_usage(existing(directory)).free
 
 
 def tokenizer_files(source: Path) -> list[Path]:

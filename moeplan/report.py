@@ -48,7 +48,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
             "buffers_nbytes": plan.peak_nbytes,
         },
         "disk": {
-            "needed_nbytes": merge_plan.disk_nbytes,
+            "needed_nbytes": merge_plan.disk_nbytes if out is None else merge_plan.needed_nbytes(out),
             "free_nbytes": free_nbytes(out if out is not None else Path.cwd()),
         },
         "fingerprint": plan.fingerprint,
@@ -62,6 +62,7 @@ def result_data(result: MergeResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "read_nbytes": result.run.read_nbytes,
         "written_nbytes": result.run.written_nbytes,
+        "nbytes_by_path": result.run.nbytes_by_path,
         "peak_memory_nbytes": result.run.peak_resident_nbytes,
         "peak_buffers_nbytes": result.run.peak_buffer_nbytes,
     }
@@ -85,10 +86,12 @@ def plan_view(data: dict[str, Any]) -> RenderableType:
 
 def result_view(data: dict[str, Any]) -> RenderableType:
     """What a finished merge prints, from `result_data`."""
+    ways = sorted(data["nbytes_by_path"].items(), key=lambda way: -way[1])
+    paths = ", ".join(f"{decimal(nbytes)} {name}" for name, nbytes in ways)
     rate = data["written_nbytes"] / max(data["seconds"], 1e-9)
     return Text(
         f"{data['path']}: {decimal(data['written_nbytes'])} in {data['seconds']:.1f} s ({decimal(int(rate))}/s), "
-        f"{decimal(data['read_nbytes'])} read, peak memory {_mib(data['peak_memory_nbytes'])}"
+        f"{decimal(data['read_nbytes'])} read, {paths}, peak memory {_mib(data['peak_memory_nbytes'])}"
     )
 
 

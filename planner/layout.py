@@ -8,9 +8,13 @@ its sources by reflink, written with direct I/O and mapped by loaders::
                                        │                              │
                   data_start ≡ source offset (mod 4096)      everything else, packed
 
-The format allows spaces after the JSON. They are chosen so that the large tensors lie, modulo 4096, where they lie in
-the source that gives the shard most of its bytes; at 0 where nothing is copied. All of it follows from the tensors and
-their sources alone, never from the file system at hand: the same merge gives the same bytes everywhere.
+The format allows spaces after the JSON, and no gap between tensors. So all whole-page tensors of a shard lie at one
+*residue*, their offset modulo 4096, and the spaces choose which. A copied tensor's residue is the one it has in its
+source; tensors of one residue are put into shards of their own, where that is worth a file. What is computed, or not of
+whole pages, goes wherever there is room.
+
+All of it follows from the tensors and their sources alone, never from the file system at hand: the same merge gives the
+same bytes everywhere.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -26,6 +30,7 @@ from planner.expr import Concat, DType, Expr, Read, Shape
 
 PAGE = 4096
 METADATA = {"format": "pt"}
+MIN_OWN_FILE_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,10 @@ class Shard:
 
 def lay_out(outputs: Mapping[str, Expr], shard_nbytes: int) -> tuple[Shard, ...]:
     """Distribute `outputs` over shards that hold at most `shard_nbytes` of tensors each (one tensor at the least)."""
-    groups = list(_split(outputs.items(), shard_nbytes))
-    return tuple(_shard(_filename(i, len(groups)), group) for i, group in enumerate(groups, 1))
+    groups = [(residue, group) for residue, items in _by_residue(outputs) for group in _split(items, shard_nbytes)]
+    return tuple(
+        _shard(_filename(number, len(groups)), residue, group) for number, (residue, group) in enumerate(groups, 1)
+    )
 
 
 def index_json(shards: Iterable[Shard]) -> str:
@@ -68,6 +75,38 @@ def index_json(shards: Iterable[Shard]) -> str:
         "weight_map": {tensor.name: filename for tensor, filename in sorted(entries, key=lambda e: e[0].name)},
     }
     return json.dumps(index, indent=2) + "\n"
+
+
+def _by_residue(outputs: Mapping[str, Expr]) -> list[tuple[int, list[tuple[str, Expr]]]]:
+    """`outputs` in groups that can lie at one residue, with that residue.
+
+    A residue that few bytes have gets no file of its own: its tensors join those of the commonest.
+    """
+    residues = {name: _residue(expr) for name, expr in outputs.items()}
+    nbytes_at: Counter[int] = Counter()
+    for name, residue in residues.items():
+        if residue is not None:
+            nbytes_at[residue] += outputs[name].nbytes
+    commonest = min(nbytes_at, key=lambda residue: (-nbytes_at[residue], residue), default=0)
+    own_files = {residue for residue, nbytes in nbytes_at.items() if nbytes >= MIN_OWN_FILE_NBYTES} | {commonest}
+    groups: dict[int, list[tuple[str, Expr]]] = {}
+    for name, expr in outputs.items():
+        residue = residues[name]
+        groups.setdefault(residue if residue in own_files else commonest, []).append((name, expr))
+    return list(groups.items()) or [(0, [])]
+
+
+def _residue(expr: Expr) -> int | None:
+    """Where, modulo a page, a copy of whole pages must lie to share them with its source; None for everything else.
+
+    Offsets that are no multiple of 8 are left alone: loaders want tensors aligned.
+    """
+    if expr.nbytes % PAGE != 0 or expr.nbytes == 0:
+        return None
+    if isinstance(expr, Concat):
+        residues = {_residue(part) for part in expr.parts}
+        return residues.pop() if len(residues) == 1 else None
+    return expr.offset % PAGE if isinstance(expr, Read) and expr.offset % 8 == 0 else None
 
 
 def _split(items: Iterable[tuple[str, Expr]], shard_nbytes: int) -> Iterator[list[tuple[str, Expr]]]:
@@ -86,11 +125,11 @@ def _filename(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _shard(filename: str, group: list[tuple[str, Expr]]) -> Shard:
+def _shard(filename: str, residue: int, group: list[tuple[str, Expr]]) -> Shard:
     ordered = sorted(group, key=lambda item: item[1].nbytes % PAGE != 0)  # stable: whole pages first
     # The offsets in the JSON are relative to the data's start, so its length does not depend on where that is.
     shortest = 8 + len(_header_json(_entries(ordered, 0), 0))
-    data_start = shortest + (_residue(expr for _, expr in ordered) - shortest) % PAGE
+    data_start = shortest + (residue - shortest) % PAGE
     tensors = _entries(ordered, data_start)
     return Shard(filename, data_start, data_start + sum(t.nbytes for t in tensors), tensors)
 
@@ -109,15 +148,3 @@ def _header_json(tensors: Iterable[TensorEntry], data_start: int) -> bytes:
         begin = t.offset - data_start
         header[t.name] = {"dtype": t.dtype.value, "shape": t.shape, "data_offsets": [begin, begin + t.nbytes]}
     return json.dumps(header, separators=(",", ":")).encode()
-
-
-def _residue(exprs: Iterable[Expr]) -> int:
-    """Where, modulo a page, most of the copied whole-page bytes lie in their sources; multiples of 8 only."""
-    nbytes_at: Counter[int] = Counter()
-    for expr in exprs:
-        first = expr
-        while isinstance(first, Concat):
-            first = first.parts[0]
-        if isinstance(first, Read) and expr.nbytes % PAGE == 0 and first.offset % 8 == 0:
-            nbytes_at[first.offset % PAGE] += expr.nbytes
-    return min(nbytes_at, key=lambda residue: (-nbytes_at[residue], residue), default=0)

@@ -35,7 +35,7 @@ from planner.expr import (
     Zeros,
 )
 from planner.graph import TensorGraph, opaque_in_order
-from planner.layout import Shard, lay_out
+from planner.layout import PAGE, Shard, lay_out
 from planner.plan import (
     FORMAT,
     Branch,
@@ -275,7 +275,7 @@ def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int
     if any(isinstance(op, AddNoise) for op in ops):
         itemsize += DType.F32.itemsize
     itemsize += max((dtype.itemsize for ops, dtype in chains if ops), default=0)
-    numel = slab_nbytes // itemsize
+    numel = (slab_nbytes - PAGE) // itemsize  # a page to move the chunk within, so that it can be aligned
     return numel - numel % NOISE_BLOCK
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.dense import LAYER, DenseModel
@@ -54,8 +54,13 @@ def routers(request: GateRequest) -> list[Opaque]:
     router_shape = (len(request.experts), base.hidden_size)
     workspace = _workspace_nbytes(base, prompts.lengths)
 
-    index = json.dumps([row[token] for ids in prompts.tokens for token in ids])
-    stream = Opaque("embed", index, (embedding_rows(base, vocabulary),), DType.F32, stream_shape)
+    embed_params = {
+        "model": str(base.checkpoint.path.resolve()),
+        "lengths": prompts.lengths,
+        "rows": [row[token] for ids in prompts.tokens for token in ids],
+    }
+    rows = embedding_rows(base, vocabulary)
+    stream = Opaque("embed", json.dumps(embed_params), (rows,), DType.F32, stream_shape, 4 * rows.numel + workspace)
     result: list[Opaque] = []
     for layer in range(base.num_layers):
         if layer > 0:
@@ -85,7 +90,10 @@ def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> 
     """The residual stream that enters the first layer, `[num_tokens, hidden_size]`: prompt after prompt."""
     import torch
 
-    torch.index_select(inputs[0].float(), 0, torch.tensor(params), out=output)
+    from moeplan.gates.skeleton import skeleton
+
+    torch.index_select(inputs[0].float(), 0, torch.tensor(params["rows"]), out=output)
+    _evaluate(skeleton(params["model"]).entering, params["lengths"], output, output)
 
 
 def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
@@ -102,25 +110,30 @@ def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) ->
 
 
 def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """The residual stream after one decoder layer, whose weights are `inputs[1:]`, in the order of `weights`.
+    """The residual stream after one decoder layer, whose weights are `inputs[1:]`, in the order of `weights`."""
+    from moeplan.gates.skeleton import skeleton
+
+    stream, weights = inputs[0], dict(zip(params["weights"], inputs[1:], strict=True))
+    _evaluate(skeleton(params["model"]).layer(params["layer"], weights), params["lengths"], stream, output)
+
+
+def _evaluate(
+    function: Callable[[torch.Tensor], torch.Tensor], lengths: Sequence[int], stream: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Fill `output` with `function`, on `[batch, tokens, hidden_size]`, of the prompts that `stream` holds one by one.
 
     Prompts are padded on the right to the longest of their group: under causal attention no token sees what follows it,
-    so padding changes nothing and needs no mask, and its own results are dropped.
+    so padding changes nothing and needs no mask, and its own results are dropped. `output` may be `stream`.
     """
     import torch
 
-    from moeplan.gates.skeleton import skeleton
-
-    lengths = params["lengths"]
-    stream, weights = inputs[0], dict(zip(params["weights"], inputs[1:], strict=True))
-    layer = skeleton(params["model"]).layer(params["layer"], weights)
     with torch.inference_mode():
         begin = 0
         for group in _groups(lengths):
             size = sum(group)
             prompts = torch.split(stream[begin : begin + size], group)
             padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
-            result = layer(padded)
+            result = function(padded)
             torch.cat(
                 [row[:length] for row, length in zip(result, group, strict=True)], out=output[begin : begin + size]
             )

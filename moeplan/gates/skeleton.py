@@ -2,13 +2,15 @@
 
 The model is built on the meta device from its config.json, so it takes no memory. What its forward pass hands to each
 decoder layer beside the hidden states (masks, position embeddings) does not depend on any weight: it is recorded once
-by running the model with layers that only take notes. So no family's forward pass is written down here, and whatever
+by running the model with layers that only take notes. What it makes of the embeddings before the first layer (Granite
+scales them) is what the first of them is given. So no family's forward pass is written down here, and whatever
 transformers can model can be evaluated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -47,19 +49,34 @@ class BlockedLinear(nn.Module):
         return result if bias is None else result.add_(bias)
 
 
-class _NoteTaker(nn.Module):
-    """Stands in for a decoder layer and notes what it is called with beside the hidden states."""
+@dataclass
+class _Notes:
+    """What a forward pass gives to the layers: the first one's hidden states, and every call."""
 
-    def __init__(self, notes: list[Call], first: torch.Tensor) -> None:
+    entering: torch.Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+
+class _NoteTaker(nn.Module):
+    """Stands in for a decoder layer, whose attributes it has, and notes what it is called with."""
+
+    def __init__(self, layer: nn.Module, notes: _Notes) -> None:
         super().__init__()
+        self._layer = layer
         self._notes = notes
-        self._first = first
+
+    def __getattr__(self, name: str) -> Any:
+        # transformers 4 asks a layer for its kind of attention, to choose the mask that it hands to it.
+        layer = super().__getattr__("_layer")
+        return layer if name == "_layer" else getattr(layer, name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._notes.append((args, kwargs))
+        if self._notes.entering is None:
+            self._notes.entering = hidden_states
+        self._notes.calls.append((args, kwargs))
         # Always the tensor that the first layer got: some versions index what a layer returns, and the notes
         # do not depend on it.
-        return self._first
+        return self._notes.entering
 
 
 class Skeleton:
@@ -73,8 +90,7 @@ class Skeleton:
                 config, dtype=torch.float32, attn_implementation="sdpa"
             ).eval()
         self._layers = list(self._model.layers)
-        self._hidden_size = config.hidden_size
-        self._noted: dict[tuple[int, int], list[Call]] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}
         self._model.norm = nn.Identity()
         for name, module in list(self._model.named_children()):
             if module is not self._model.layers and any(buffer.is_meta for buffer in module.buffers()):
@@ -85,6 +101,12 @@ class Skeleton:
                 if isinstance(module, nn.Linear):
                     parent, _, child = name.rpartition(".")
                     setattr(layer.get_submodule(parent), child, BlockedLinear(module))
+
+    def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The hidden states that the first layer gets for these embeddings, both `[batch, tokens, hidden]`."""
+        entering = self._run(embeddings).entering
+        assert entering is not None  # there is at least one layer
+        return entering
 
     def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """Layer `index` with `weights`, by their names in it, as a function of hidden states `[batch, tokens, hidden]`.
@@ -100,22 +122,22 @@ class Skeleton:
         given = {name: weight.float() if weight.ndim == 1 else weight for name, weight in weights.items()}
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
-            args, kwargs = self._calls(hidden_states.shape[0], hidden_states.shape[1])[index]
+            shape = (hidden_states.shape[0], hidden_states.shape[1])
+            if shape not in self._calls:
+                self._calls[shape] = self._run(torch.zeros_like(hidden_states)).calls
+            args, kwargs = self._calls[shape][index]
             result = torch.func.functional_call(layer, given, (hidden_states, *args), kwargs)
             tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
             return tensor
 
         return run
 
-    def _calls(self, batch: int, tokens: int) -> list[Call]:
-        """What the model's forward pass calls each layer with, for hidden states `[batch, tokens, hidden]`."""
-        if (batch, tokens) not in self._noted:
-            notes: list[Call] = []
-            stream = torch.zeros(batch, tokens, self._hidden_size)
-            self._model.layers = nn.ModuleList(_NoteTaker(notes, stream) for _ in self._layers)
-            self._model(inputs_embeds=stream, use_cache=False)
-            self._noted[batch, tokens] = notes
-        return self._noted[batch, tokens]
+    def _run(self, embeddings: torch.Tensor) -> _Notes:
+        """The model's forward pass on embeddings `[batch, tokens, hidden]`, with layers that take notes."""
+        notes = _Notes()
+        self._model.layers = nn.ModuleList(_NoteTaker(layer, notes) for layer in self._layers)
+        self._model(inputs_embeds=embeddings, use_cache=False)
+        return notes
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,153 @@
+"""Which way each range goes: by a shortcut, or streamed.
+
+Shortcuts are taken at once, before anything is streamed: they cost no time, and what is left tells how much space the
+output really takes. A tensor that lies in the output several times is streamed to the first place; where the file
+system can share extents, the others become *aliases*, made of the first when all is streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from executor.reader import SourceReader
+from executor.shortcuts import SHORTCUTS, can_reflink, whole_pages
+from executor.writer import ShardWriter
+from planner.layout import PAGE
+from planner.plan import Branch, BufferSink, FileRoot, FileSink, Plan, StreamStep
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements `first` to `first + numel` of a stream, and the branches that they still must run through."""
+
+    first: int
+    numel: int
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """`nbytes` bytes at `target` that are the same as those at `origin`."""
+
+    origin: FileSink
+    target: FileSink
+    nbytes: int
+
+
+@dataclass
+class Routes:
+    """What is left to do: pieces by the index of their step, then aliases. `shortcut_nbytes` are done."""
+
+    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    aliases: list[Alias] = field(default_factory=list)
+    shortcut_nbytes: int = 0
+
+
+def route(plan: Plan, reader: SourceReader, writer: ShardWriter, shared_in: Path | None) -> Routes:
+    """Take every shortcut that works, and reserve space for the rest.
+
+    `shared_in` is the directory of the output; None: no extents may be shared.
+    """
+    if shared_in is None:
+        routes = _routes(plan, lambda *_: (0, 0), aliasing=False)
+    else:
+        routes = _routes(plan, _Taker(reader, writer).take, aliasing=can_reflink(shared_in))
+    _reserve(plan, routes, writer)
+    return routes
+
+
+def physical_nbytes(plan: Plan, directory: Path) -> int:
+    """The space that the plan's shards will take in `directory`, which exists, with every extent shared that can be.
+
+    Tried with a page of each source; leaves nothing behind.
+    """
+    try:
+        aliasing = can_reflink(directory)
+    except OSError:  # a directory that nothing can be written to: the run itself will say so
+        return plan.written_nbytes
+    sharing = {index: can_reflink(directory, Path(source.path)) for index, source in enumerate(plan.sources)}
+
+    def would_take(root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
+        return whole_pages(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)
+
+    routes = _routes(plan, would_take, aliasing=aliasing)
+    return plan.written_nbytes - routes.shortcut_nbytes - sum(alias.nbytes for alias in routes.aliases)
+
+
+def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int, int]], *, aliasing: bool) -> Routes:
+    """`shortcut` takes as much of a range as it can, and returns where that begins and ends."""
+    routes = Routes()
+    for index, step in enumerate(plan.steps):
+        if not isinstance(step, StreamStep):
+            continue
+        streamed: list[Branch] = []
+        edges: list[Piece] = []
+        for branch in step.branches:
+            left: list[FileSink | BufferSink] = []
+            origin: FileSink | None = None
+            nbytes = step.numel * branch.dtype.itemsize
+            for sink in branch.sinks:
+                if isinstance(sink, BufferSink):
+                    left.append(sink)
+                    continue
+                begin = end = 0
+                if not branch.ops and isinstance(step.root, FileRoot) and sink.offset % 8 == 0:
+                    begin, end = shortcut(step.root, sink, nbytes)
+                if begin < end:
+                    routes.shortcut_nbytes += end - begin
+                    edges += _edges(replace(branch, sinks=(sink,)), begin, end, nbytes)
+                elif aliasing and origin is not None and (origin.offset - sink.offset) % PAGE == 0:
+                    routes.aliases.append(Alias(origin, sink, nbytes))
+                else:
+                    origin = origin or sink
+                    left.append(sink)
+            if left:
+                streamed.append(replace(branch, sinks=tuple(left)))
+        whole = [Piece(0, step.numel, tuple(streamed))] if streamed else []
+        routes.pieces[index] = whole + edges
+    return routes
+
+
+class _Taker:
+    """Takes shortcuts. A source for which none works is not tried again."""
+
+    def __init__(self, reader: SourceReader, writer: ShardWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._refusing: set[int] = set()
+
+    def take(self, root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
+        begin, end = whole_pages(root.offset, sink.offset, nbytes)
+        if begin == end or root.source in self._refusing:
+            return 0, 0
+        source, target = self._reader.fd(root.source), self._writer.fd(sink.shard)
+        for shortcut in SHORTCUTS:
+            begin, end = shortcut.move(source, root.offset, target, sink.offset, nbytes)
+            if begin < end:
+                self._writer.nbytes[shortcut.name] += end - begin
+                return begin, end
+        self._refusing.add(root.source)
+        return 0, 0
+
+
+def _edges(branch: Branch, begin: int, end: int, nbytes: int) -> Iterator[Piece]:
+    """What of a range lies before byte `begin` and from byte `end` on."""
+    itemsize = branch.dtype.itemsize
+    for first, stop in ((0, begin), (end, nbytes)):
+        if first < stop:
+            yield Piece(first // itemsize, (stop - first) // itemsize, (branch,))
+
+
+def _reserve(plan: Plan, routes: Routes, writer: ShardWriter) -> None:
+    ranges: dict[int, list[tuple[int, int]]] = {number: [] for number in range(len(plan.shards))}
+    for pieces in routes.pieces.values():
+        for piece in pieces:
+            for branch in piece.branches:
+                for sink in branch.sinks:
+                    if isinstance(sink, FileSink):
+                        begin = sink.offset + piece.first * branch.dtype.itemsize
+                        ranges[sink.shard].append((begin, begin + piece.numel * branch.dtype.itemsize))
+    for shard, wanted in ranges.items():
+        writer.reserve(shard, wanted)

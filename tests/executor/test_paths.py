@@ -1,0 +1,256 @@
+"""The ways that bytes take into the output: each gives the same bytes, and where one does not work the next does."""
+
+import errno
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import digest, planned, source
+
+from executor import shortcuts
+from executor.engine import RunResult, run
+from executor.routing import physical_nbytes
+from planner.expr import DType, Expr, cast, scale, stack
+from planner.layout import PAGE
+from planner.plan import Plan
+
+MIB = 1 << 20
+FS_IOC_FIEMAP = 0xC020660B
+FIEMAP_FLAG_SYNC = 1
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def reflinking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory on a real file system with reflinks, in a file behind a loop device."""
+    mkfs = shutil.which(f"mkfs.{request.param}")
+    if os.geteuid() != 0 or mkfs is None:
+        pytest.skip(f"needs root and mkfs.{request.param}")
+    place = tmp_path_factory.mktemp(request.param)
+    image, mount = place / "image", place / "mount"
+    mount.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(512 * MIB)
+    subprocess.run([mkfs, "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a loop device here")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def outputs(directory: Path) -> dict[str, Expr]:
+    """A merge in small, from a source in `directory`: shared tensors, odd sizes, stacks, computed tensors."""
+    generator = torch.Generator().manual_seed(0)
+    reads = source(
+        directory / "source.safetensors",
+        {
+            "large": torch.randn(3001, 2048, generator=generator).bfloat16(),
+            "other": torch.randn(999, 2048, generator=generator).bfloat16(),
+            "small": torch.randn(20, generator=generator),
+        },
+    )
+    os.sync()
+    large, other = reads["large"], reads["other"]
+    half = cast(scale(large, 0.5), DType.BF16)
+    return {
+        "large": large,
+        "large again": large,
+        "small": reads["small"],
+        "half": half,
+        "half again": half,
+        "stack": stack([large, large]),
+        "other": other,
+    }
+
+
+def merged(plan: Plan, out: Path, *, share_extents: bool = True) -> RunResult:
+    out.mkdir()
+    return run(plan, out, share_extents=share_extents)
+
+
+@pytest.fixture
+def usual(tmp_path: Path) -> dict[str, str]:
+    """The digests that every path must arrive at."""
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    merged(plan, tmp_path / "usual")
+    return digest(tmp_path / "usual")
+
+
+def extents(path: Path) -> list[tuple[int, int, int]]:
+    """(logical, physical, length) of each extent of a file, in bytes, from the file system (FIEMAP)."""
+    count = 512
+    reply = bytearray(struct.pack("=QQLLLL", 0, 2**64 - 1, FIEMAP_FLAG_SYNC, 0, count, 0) + bytes(56 * count))
+    with open(path, "rb") as file:
+        fcntl.ioctl(file.fileno(), FS_IOC_FIEMAP, reply)
+    (mapped,) = struct.unpack_from("=L", reply, 20)
+    return [struct.unpack_from("=QQQ", reply, 32 + 56 * index) for index in range(mapped)]
+
+
+def physical(path: Path, offset: int) -> int:
+    """Where on the disk the byte at `offset` of a file lies."""
+    return next(at + offset - start for start, at, length in extents(path) if start <= offset < start + length)
+
+
+def place_of(plan: Plan, out: Path, name: str) -> tuple[Path, int]:
+    """The file and the first whole page of an output tensor."""
+    shard, tensor = next((s, t) for s in plan.shards for t in s.tensors if t.name == name)
+    return out / shard.filename, tensor.offset + -tensor.offset % PAGE
+
+
+def test_copies_are_shared_with_their_source_and_cost_no_space(reflinking: Path, usual: dict[str, str]) -> None:
+    plan = planned(outputs(reflinking), shard=20 * MIB)
+    forecast = physical_nbytes(plan, reflinking)
+    before = shutil.disk_usage(reflinking).used
+    result = merged(plan, reflinking / "shared")
+    os.sync()
+    used = shutil.disk_usage(reflinking).used - before
+    assert digest(reflinking / "shared") == usual
+    assert result.nbytes_by_path["reflinked"] > 50 * MIB
+    assert forecast < used + MIB
+    assert used < forecast + MIB < plan.written_nbytes / 3
+    assert result.read_nbytes < plan.read_nbytes
+    shutil.rmtree(reflinking / "shared")
+
+
+def test_equal_tensors_share_extents_and_with_clone_tensors_each_has_its_own(
+    reflinking: Path, usual: dict[str, str]
+) -> None:
+    plan = planned(outputs(reflinking), shard=20 * MIB)
+    for share, directory in ((True, reflinking / "shared"), (False, reflinking / "cloned")):
+        merged(plan, directory, share_extents=share)
+        assert digest(directory) == usual
+        for first, second in (("large", "large again"), ("half", "half again")):
+            same = physical(*place_of(plan, directory, first)) == physical(*place_of(plan, directory, second))
+            assert same is share
+        shutil.rmtree(directory)
+
+
+def test_a_source_on_another_file_system_is_streamed_once_and_then_shared(
+    reflinking: Path, tmp_path: Path, usual: dict[str, str]
+) -> None:
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    result = merged(plan, reflinking / "out")
+    assert digest(reflinking / "out") == usual
+    assert "reflinked" not in result.nbytes_by_path
+    assert result.nbytes_by_path["shared within the output"] > 20 * MIB
+    assert result.read_nbytes == plan.read_nbytes
+    shutil.rmtree(reflinking / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.EPERM])
+def test_where_reflinks_are_refused_bytes_are_copied(
+    code: int, reflinking: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs(reflinking), shard=20 * MIB)
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    result = merged(plan, reflinking / "out")
+    monkeypatch.undo()
+    assert digest(reflinking / "out") == usual
+    assert result.nbytes_by_path.keys() == {"direct", "buffered"}
+    shutil.rmtree(reflinking / "out")
+
+
+def test_reflinks_that_fail_after_they_were_counted_on_are_made_up_for(
+    reflinking: Path, tmp_path: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    ioctl, calls = fcntl.ioctl, 0
+
+    def fail_later(fd: int, request: int, argument: bytes) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise OSError(errno.EINVAL, "no")
+        return ioctl(fd, request, argument)
+
+    monkeypatch.setattr(fcntl, "ioctl", fail_later)
+    merged(plan, reflinking / "out")
+    monkeypatch.undo()
+    assert digest(reflinking / "out") == usual
+    shutil.rmtree(reflinking / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_without_direct_io_is_written_through_the_page_cache(
+    code: int, tmp_path: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    opened = os.open
+
+    def without_direct(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", without_direct)
+    result = merged(plan, tmp_path / "out")
+    assert digest(tmp_path / "out") == usual
+    assert result.nbytes_by_path.keys() == {"buffered"}
+
+
+def test_direct_writes_that_are_refused_or_short_are_finished_through_the_page_cache(
+    tmp_path: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    pwrite, calls = os.pwrite, 0
+
+    def moody(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal calls
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            calls += 1
+            if calls % 3 == 1:
+                raise OSError(errno.EINVAL, "no")
+            if calls % 3 == 2:
+                return pwrite(fd, data[: 5 * PAGE], offset) - 100
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", moody)
+    result = merged(plan, tmp_path / "out")
+    assert calls > 3
+    assert digest(tmp_path / "out") == usual
+    assert result.nbytes_by_path["buffered"] > PAGE
+
+
+def test_a_file_server_copies_what_it_can(
+    tmp_path: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    monkeypatch.setattr(shortcuts, "file_system", lambda fd: "nfs4")
+    copy_file_range, calls = os.copy_file_range, 0
+
+    def sometimes(source: int, target: int, count: int, from_offset: int, to_offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:
+            raise OSError(errno.EXDEV, "no")
+        return copy_file_range(source, target, count // 2 + 1, from_offset, to_offset)
+
+    monkeypatch.setattr(os, "copy_file_range", sometimes)
+    result = merged(plan, tmp_path / "out")
+    assert digest(tmp_path / "out") == usual
+    assert result.nbytes_by_path["copied by the server"] > MIB
+
+
+def test_the_kind_of_file_system_is_known() -> None:
+    if not Path("/dev/shm").exists():
+        pytest.skip("needs /dev/shm")
+    with open("/dev/shm/moeplan-test", "w+b") as file:
+        Path(file.name).unlink()
+        assert shortcuts.file_system(file.fileno()) == "tmpfs"
+
+
+def test_large_copies_go_to_the_disk_directly_and_sources_leave_the_page_cache(tmp_path: Path) -> None:
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    result = merged(plan, tmp_path / "out")
+    if "direct" not in result.nbytes_by_path:
+        pytest.skip("needs a file system with direct I/O")
+    assert result.nbytes_by_path["direct"] > 0.99 * plan.written_nbytes
