@@ -24,6 +24,7 @@ from executor.buffers import SlabPool, WholeTensors
 from executor.memory import peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.routing import Alias, Piece, Routes, route
+from executor.torch_threads import TorchThreads
 from executor.writer import ShardWriter
 from planner.expr import AddNoise
 from planner.layout import PAGE
@@ -87,7 +88,7 @@ def run(
     with (
         closing(SourceReader(plan.sources)) as reader,
         closing(ShardWriter(directory, plan.shards)) as writer,
-        ThreadPoolExecutor(plan.pool.workers, initializer=_prepare_torch(plan)) as workers,
+        ThreadPoolExecutor(plan.pool.workers) as workers,
     ):
         engine = _Run(plan, reader, writer, workers, kernels or {}, on_progress)
         try:
@@ -121,6 +122,7 @@ class _Run:
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self._plan = plan
+        self._torch = TorchThreads(plan)
         self._reader = reader
         self._writer = writer
         self._workers = workers
@@ -194,6 +196,7 @@ class _Run:
         for branch in piece.branches:
             data = chunk
             if branch.ops:
+                self._torch.use_one()
                 data = elementwise.apply(branch.ops, chunk, root.dtype, piece.first, piece.numel, scratch)
             for sink in branch.sinks:
                 offset = sink.offset + piece.first * branch.dtype.itemsize
@@ -220,6 +223,7 @@ class _Run:
 
     def _run_kernel(self, step: KernelStep, forecast: int) -> None:
         self.report(step.kernel)
+        self._torch.use_all()
         inputs = [self._view(view) for view in step.inputs]
         output = self._view(step.output)
         self._check_forecast(forecast)
@@ -269,20 +273,6 @@ def _alignment(piece: Piece) -> int:
             if isinstance(sink, FileSink):
                 return (sink.offset + piece.first * branch.dtype.itemsize) % PAGE
     return 0
-
-
-def _prepare_torch(plan: Plan) -> Callable[[], None]:
-    """Import torch where the plan computes anything; returns what each worker does first.
-
-    Chunks are many, so torch must not split each of them over all cores again. A kernel, in the main thread, runs
-    alone and has all cores: its thread count is fixed here, before a worker's becomes the default of new threads.
-    """
-    if not any(isinstance(step, KernelStep) or any(branch.ops for branch in step.branches) for step in plan.steps):
-        return lambda: None
-    import torch
-
-    torch.set_num_threads(torch.get_num_threads())
-    return lambda: torch.set_num_threads(1)
 
 
 def _allow_open_files(count: int) -> None:

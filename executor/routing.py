@@ -65,9 +65,9 @@ def physical_nbytes(plan: Plan, directory: Path) -> int:
     """
     try:
         aliasing = can_reflink(directory)
-    except OSError:  # a directory that nothing can be written to: the run itself will say so
+        sharing = {index: can_reflink(directory, Path(source.path)) for index, source in enumerate(plan.sources)}
+    except OSError:  # nothing can be written there, or a source is gone: the run itself will say so
         return plan.written_nbytes
-    sharing = {index: can_reflink(directory, Path(source.path)) for index, source in enumerate(plan.sources)}
 
     def would_take(root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
         return whole_pages(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)

@@ -7,9 +7,11 @@ one root, a source range or a kernel's result, make ONE step, which reads the ro
     Read(down_proj) ──┬─ (copy) ─────────────▶ expert 0 · expert 1 · a kernel's buffer
                       └─ scale 0.5 ─ cast ───▶ expert 2
 
-Order: the kernels, each right after the streams that fill its inputs, so that whole tensors live for the shortest time;
-then every other stream in the order of the output files. Memory is the pool of chunk buffers, plus the buffers alive,
-plus the workspace of the running kernel.
+Order: first every stream that has nothing to do with kernels, copies before what is computed, in the order of the
+output files, so that bytes move from the first moment on, while the libraries that compute are still being loaded; then
+the kernels, each right after the streams that fill its inputs, so that whole tensors live for the shortest time.
+
+Memory is the pool of chunk buffers, plus the buffers alive, plus the workspace of the running kernel.
 """
 
 from __future__ import annotations
@@ -74,6 +76,10 @@ class _Stream:
     def buffers(self) -> set[int]:
         """The buffers that it fills."""
         return {sink.buffer for sinks in self.sinks.values() for sink in sinks if isinstance(sink, BufferSink)}
+
+    def computes(self) -> bool:
+        """Whether anything is done to its elements on the way."""
+        return any(ops for ops, _ in self.sinks)
 
     def position(self) -> tuple[int, int]:
         """Where in the output it first writes."""
@@ -172,6 +178,8 @@ def _in_order(
     for stream in streams:
         for buffer in stream.buffers():
             feeding[buffer].append(stream)
+    independent = [s for s in streams if not s.buffers() and _result(s.root) is None]
+    yield from sorted(independent, key=lambda stream: (stream.computes(), stream.position()))
     done: set[_Stream] = set()
     for kernel in kernels:
         for arg in kernel.args:
@@ -184,7 +192,6 @@ def _in_order(
             if stream not in done:
                 done.add(stream)
                 yield stream
-    yield from sorted((s for s in streams if s not in done), key=_Stream.position)
 
 
 def _uses(node: _Stream | Opaque, buffers: dict[Expr, int]) -> set[int]:
