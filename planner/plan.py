@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, cast, get_args, get_origin, get_type_hints
@@ -174,13 +174,11 @@ class Plan:
     def fingerprint(self) -> str:
         """A digest of the sources and of what is written where: equal for plans that give equal bytes from equal
         files, whatever their budget."""
-        steps = []
-        for step in self.steps:
-            content = asdict(step)
-            content.pop("chunk_numel", None)
-            steps.append(content)
-        content = {"sources": self.sources, "shards": self.shards, "steps": steps}
-        return hashlib.sha256(json.dumps(_encode(content), sort_keys=True).encode()).hexdigest()
+        steps = [_encode(step) for step in self.steps]
+        for step in steps:
+            step.pop("chunk_numel", None)
+        content = {"sources": _encode(self.sources), "shards": _encode(self.shards), "steps": steps}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as JSON text, which `from_json` takes back."""
@@ -196,15 +194,20 @@ class Plan:
 
 
 def _encode(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    """`value` as JSON types. Plans have hundreds of thousands of values, so the commonest are looked at first."""
+    kind: Any = type(value)
+    if kind is int or kind is str or kind is float:
+        return value
+    if kind is tuple:
+        return [_encode(item) for item in value]
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, tuple | list):
-        return [_encode(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    return value
+    return {name: _encode(getattr(value, name)) for name in _field_names(kind)}
+
+
+@cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls))
 
 
 @cache
