@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 import moeplan
-from executor.engine import Progress
+from executor.errors import RunError
 from moeplan import report
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.options import Options
 from moeplan.progress import ProgressBar, ProgressLines, progress_on
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from executor.engine import Progress
 
-OUTPUT = "Output"
-RESOURCES = "Resources"
-REPORTS = "Reports"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(asked: bool) -> None:
@@ -37,80 +38,78 @@ def _print_version(asked: bool) -> None:
 
 @app.command(no_args_is_help=True)
 def command(
-    config: Annotated[Path, typer.Argument(help="The YAML file that names the models.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The YAML file that names the models.", show_default=False)
+    ],
     out: Annotated[
-        Path | None, typer.Argument(help="A new or empty directory for the merged model.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="OUT", help="A new or empty directory for the merged model.", show_default=False),
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be done, and do nothing.", rich_help_panel=REPORTS)
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print plan and result as JSON.", rich_help_panel=REPORTS)
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plan and result as JSON.")] = False,
     max_memory: Annotated[
         str | None,
         typer.Option(
+            metavar="SIZE",
             help="The most memory to take: 2GiB, 512MB, 50%.  [default: half of what is available]",
-            rich_help_panel=RESOURCES,
             show_default=False,
         ),
     ] = None,
     out_shard_size: Annotated[
-        str,
-        typer.Option(help="The largest output file: 5B (parameters), 500MB, 2GiB.", rich_help_panel=OUTPUT),
+        str, typer.Option(metavar="SIZE", help="The largest output file: 5B (parameters), 500MB, 2GiB.")
     ] = "5B",
     expert_layout: Annotated[
         str | None,
         typer.Option(
+            metavar="LAYOUT",
             help="One tensor an expert (separate), or the fused ones of transformers 5 (packed).  [default: separate]",
-            rich_help_panel=OUTPUT,
             show_default=False,
         ),
     ] = None,
-    random_seed: Annotated[
-        int, typer.Option(min=0, help="Seed of random gates and of noise.", rich_help_panel=OUTPUT)
-    ] = 0,
+    random_seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed of random gates and of noise.")] = 0,
     copy_tokenizer: Annotated[
-        bool, typer.Option(help="Copy tokenizer, chat template and generation config.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            help="Copy tokenizer, chat template and generation config, or not.  [default: copy]", show_default=False
+        ),
     ] = True,
-    clone_tensors: Annotated[
-        bool, typer.Option(help="Give every tensor bytes of its own.", rich_help_panel=OUTPUT)
-    ] = False,
+    clone_tensors: Annotated[bool, typer.Option("--clone-tensors", help="Give every tensor bytes of its own.")] = False,
     allow_all_same: Annotated[
         bool,
         typer.Option(
             "--i-understand-this-is-not-useful-without-training",
             help="Merge even where all experts are one model.",
-            rich_help_panel=OUTPUT,
         ),
     ] = False,
     verbose: Annotated[
-        int, typer.Option("-v", "--verbose", count=True, help="Say more; show tracebacks.", rich_help_panel=REPORTS)
-    ] = 0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say only what went wrong.", rich_help_panel=REPORTS)
+        bool, typer.Option("-v", "--verbose", help="List the output's files; show the traceback of an error.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")] = False,
     show_version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Merge dense models into a Mixture of Experts, as CONFIG says, and write it to OUT."""
+    """Merge dense models into a Mixture of Experts, as CONFIG says, and write it to OUT.
+
+    OUT may be left out with --plan. It is left as it was when something goes wrong: then the exit status is 2 for
+    wrong usage, configuration or models, 1 for a run that failed, 130 after Ctrl-C.
+    """
     if out is None and not plan:
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
-    options = Options(
-        max_memory=max_memory,
-        out_shard_size=out_shard_size,
-        expert_layout=expert_layout,
-        random_seed=random_seed,
-        copy_tokenizer=copy_tokenizer,
-        clone_tensors=clone_tensors,
-    )
-    teller = _Teller(as_json=as_json, quiet=quiet)
-    with _told(teller, verbose > 0):
+    teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
+    with _told(teller, verbose):
+        options = Options(
+            max_memory=max_memory,
+            out_shard_size=out_shard_size,
+            expert_layout=expert_layout,
+            random_seed=random_seed,
+            copy_tokenizer=copy_tokenizer,
+            clone_tensors=clone_tensors,
+        )
         merge_config = moeplan.load_config(config, allow_all_same=allow_all_same)
         if plan or out is None:
             teller.plan(moeplan.plan(merge_config, out, options), out)
+            teller.warn_of_too_little_space()
             return
 
         def on_plan(merge_plan: moeplan.MergePlan) -> None:
@@ -123,16 +122,17 @@ def command(
 class _Teller:
     """Says what happens: reports on standard output, everything else on standard error."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self._as_json = as_json
         self._quiet = quiet
+        self._verbose = verbose
         self._data: dict[str, Any] = {"warnings": []}
-        self._messages = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._report = Console(highlight=False, soft_wrap=True)
+        self._messages, self._report = _console(sys.stderr), _console(sys.stdout)
         self._progress: ProgressBar | ProgressLines | None = None
 
     def plan(self, merge_plan: moeplan.MergePlan, out: Path | None) -> None:
-        self._tell("plan", report.plan_data(merge_plan, out), report.plan_view)
+        data = report.plan_data(merge_plan, out)
+        self._tell("plan", data, lambda data: report.plan_view(data, with_files=self._verbose))
 
     def result(self, result: moeplan.MergeResult) -> None:
         self.stop()
@@ -141,7 +141,13 @@ class _Teller:
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data
         if not self._as_json and not self._quiet:
-            self._report.print(view(data))
+            with _writing_to_stdout():
+                self._report.print(view(data))
+
+    def warn_of_too_little_space(self) -> None:
+        message = report.space_warning(self._data["plan"])
+        if message:
+            warnings.warn(message, MoeplanWarning, stacklevel=2)
 
     def start(self, total_nbytes: int) -> None:
         if not self._quiet:
@@ -161,15 +167,36 @@ class _Teller:
         if issubclass(category, MoeplanWarning):
             self._data["warnings"].append(str(message))
             if not self._quiet:
-                self._messages.print(Text.assemble(("warning: ", "yellow"), str(message)))
+                self._messages.print(Text.assemble(("warning: ", "yellow"), report.printable(str(message))))
 
     def error(self, message: str) -> None:
         self.stop()
-        self._messages.print(Text.assemble(("error: ", "red"), message))
+        self._messages.print(Text.assemble(("error: ", "red"), report.printable(message)))
 
     def finish(self) -> None:
         if self._as_json:
-            print(json.dumps(self._data, indent=2))
+            with _writing_to_stdout():
+                print(json.dumps(self._data, indent=2))
+
+
+def _console(stream: TextIO) -> Console:
+    """`stream`, for text that is to be shown as it is. Only what a terminal shows is folded at an edge."""
+    width = None if stream.isatty() else 10_000
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def _writing_to_stdout() -> Iterator[None]:
+    """Raises RunError where standard output takes no more; ends the program where it is a pipe that nobody reads."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try to write the rest when it exits, and complain with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(1) from error
+        raise RunError(f"standard output: {error.strerror}") from error
 
 
 @contextmanager
@@ -181,11 +208,15 @@ def _told(teller: _Teller, verbose: bool) -> Iterator[None]:
             warnings.showwarning = teller.warning
             yield
         teller.finish()
-    except (UserError, KeyboardInterrupt, OSError, MemoryError) as error:
-        message, status = _explained(error)
-        teller.error(message)
+    except typer.Exit:
+        teller.stop()
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        teller.stop()
         if verbose:
             traceback.print_exc()
+        message, status = _explained(error)
+        teller.error(message)
         raise typer.Exit(status) from error
 
 
@@ -197,8 +228,10 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return "interrupted; nothing was left behind", 130
         case MemoryError():
             return "the machine has no memory left; give a smaller --max-memory", 1
+        case OSError():
+            return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 1
         case _:
-            return str(error), 1
+            return f"{type(error).__name__}: {error} (a bug in moeplan: please report it with what -v shows)", 1
 
 
 def main() -> None:

@@ -6,12 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family, MlpTensor
 from moeplan.checkpoint import CheckpointError
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
+from moeplan.untrusted_json import show
 from planner.expr import Concat, DType, Expr, Opaque, Zeros, add_noise, cast, rows, scale
 from planner.graph import TensorGraph
 
@@ -50,9 +52,12 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
             f"{base.checkpoint.path}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
             "embeddings (tie_word_embeddings)"
         )
+    _refuse_what_is_missing(base, "")
+    checked = {id(base)}
     for place, expert in sources.named():
-        if expert is base:
+        if id(expert) in checked:
             continue
+        checked.add(id(expert))
         where = config.where(*place)
         if expert.name != base.name:
             raise CheckpointError(
@@ -60,24 +65,42 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 f"{base.name} model; all must be of one family"
             )
         for key in (*MUST_AGREE, *SHOULD_AGREE):
-            if expert.settings[key] == base.settings[key]:
+            its, bases = _setting(expert, key), _setting(base, key)
+            if its == bases:
                 continue
             difference = (
-                f"{where}: {key} is {expert.settings[key]} in {expert.checkpoint.path} and {base.settings[key]} in "
-                f"the base {base.checkpoint.path}"
+                f"{where}: {key} is {show(its)} in {expert.checkpoint.path} and {show(bases)} in the base "
+                f"{base.checkpoint.path}"
             )
             if key in MUST_AGREE:
                 raise CheckpointError(f"{difference}; they must be equal")
             warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
         _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if ".mlp." in n])
+        _refuse_what_is_missing(expert, ".mlp.")
+
+
+def _setting(model: DenseModel, key: str) -> Any:
+    """A setting, complete with its default. RoPE's base may stand among the other parameters of RoPE."""
+    config = model.checkpoint.config
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if key == "rope_theta" and isinstance(rope, dict) and key in rope:
+        return rope[key]
+    return model.settings[key]
+
+
+def _refuse_what_is_missing(model: DenseModel, part: str) -> None:
+    """Refuse a model that lacks a tensor with `part` in its name, or has it in another shape than config.json says."""
+    for name, spec, _ in model.specs():
+        if part in name:
+            model.tensor(name, spec)
 
 
 def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]) -> None:
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise CheckpointError(
-            f"{model.checkpoint.path}: a {family.name} model cannot hold {names[0]}{more}, and without it the merged "
-            f"model would compute something else"
+            f"{model.checkpoint.path}: a {family.name} model cannot hold {show(names[0])}{more}, and without it the "
+            "merged model would compute something else"
         )
 
 

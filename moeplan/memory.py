@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import psutil
 
@@ -13,11 +16,14 @@ from moeplan.options import memory_nbytes
 
 MIB = 1 << 20
 
-RUNTIME_NBYTES = {"torch": 272 * MIB, "transformers": 424 * MIB}
-"""What a process that uses a package has resident, everything else that moeplan imports included (CPU builds)."""
+INTERPRETER_NBYTES = 64 * MIB
+"""What moeplan has resident when it has planned. Less is counted as this, so that equal inputs give equal plans."""
 
-GROWTH_NBYTES = 16 * MIB
-"""What the interpreter may still grow by while a plan runs: thread stacks, progress, the plan itself."""
+IMPORT_NBYTES = {"torch": 192 * MIB, "moeplan.gates.skeleton": 120 * MIB}
+"""What importing a package adds to that (CPU builds; where it adds more, `moeplan.merging` plans anew)."""
+
+GROWTH_NBYTES = 24 * MIB
+"""What the process may grow by while a plan runs: modelling code, thread stacks, progress, the plan itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +39,53 @@ class MemoryCap:
         return self.nbytes - self.process_nbytes
 
 
+def runtime_is_known() -> bool:
+    """Whether `IMPORT_NBYTES` holds for the torch that is installed; other builds take what they take."""
+    return version("torch").endswith("+cpu")
+
+
 def memory_cap(max_memory: str | int | None, packages: Collection[str]) -> MemoryCap:
-    """The cap that `max_memory` means on this machine, for a process that will use `packages`.
+    """The cap that `max_memory` means on this machine, for a process that will import `packages`.
 
     By default half of what is available, beside what the process has already. Raises UserError for what is not a size.
     """
-    resident = resident_nbytes()
-    expected = max((RUNTIME_NBYTES[name] for name in packages), default=0)
-    process = max(resident + GROWTH_NBYTES, expected)
+    to_import = sum(IMPORT_NBYTES[name] for name in packages if name not in sys.modules)
+    process = max(resident_nbytes(), INTERPRETER_NBYTES) + to_import + GROWTH_NBYTES
     memory = psutil.virtual_memory()
+    limit = min(memory.total, cgroup_limit_nbytes() or memory.total)
     if max_memory is None:
-        return MemoryCap(process + memory.available // 2, process)
-    return MemoryCap(memory_nbytes(max_memory, memory.total), process)
+        return MemoryCap(min(process + min(memory.available, limit) // 2, limit), process)
+    return MemoryCap(memory_nbytes(max_memory, limit), process)
+
+
+def cgroup_limit_nbytes(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """The memory limit of the container, service or batch job that this process runs in; None where it has none.
+
+    psutil knows the machine alone. Reads control groups of both versions, under `root`; see cgroups(7).
+    """
+    limits = []
+    for line in membership.read_text().splitlines() if membership.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = top / path.lstrip("/")
+        for place in (group, *group.parents):
+            if place.is_relative_to(top) and (place / name).exists():
+                text = (place / name).read_text().strip()
+                limits += [int(text)] if text != "max" else []
+    return min(limits, default=None)
 
 
 class CapError(UserError):
     """A merge does not fit its memory cap."""
 
     def __init__(self, cap: MemoryCap, needed_nbytes: int) -> None:
-        smallest = -(-(cap.process_nbytes + needed_nbytes) // MIB)
+        process, buffers = (-(-nbytes // MIB) for nbytes in (cap.process_nbytes, needed_nbytes))
         super().__init__(
-            f"--max-memory: {cap.nbytes / MIB:.0f} MiB are too few for this merge; the smallest that works is "
-            f"{smallest}MiB ({cap.process_nbytes / MIB:.0f} MiB for Python and its libraries, "
-            f"{needed_nbytes / MIB:.0f} MiB for buffers)"
+            f"the merge may take {cap.nbytes // MIB} MiB of memory, which is too little; the smallest that works is "
+            f"--max-memory {process + buffers}MiB ({process} MiB for Python and its libraries, {buffers} MiB for "
+            "buffers)"
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from executor.engine import Progress, RunResult, run
 from executor.errors import RunError
 from executor.routing import physical_nbytes
 from moeplan import architectures, gates, lowering
@@ -20,7 +20,7 @@ from moeplan.checkpoint import CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.lowering import Lowering, Sources
-from moeplan.memory import CapError, MemoryCap, memory_cap
+from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import check_output, existing, free_nbytes, staged, to_json, tokenizer_files, write_beside
@@ -31,6 +31,9 @@ from planner.graph import TensorGraph
 from planner.layout import index_json
 from planner.plan import Plan
 from planner.schedule import compile as compile_plan
+
+if TYPE_CHECKING:
+    from executor.engine import Progress, RunResult
 
 
 @dataclass(frozen=True)
@@ -150,27 +153,34 @@ def merge(
     `on_plan` is called with the plan before anything is written, `on_progress` as bytes move. Raises what `plan`
     raises, and RunError where the run fails, in which case nothing stays in `out`.
     """
+    from executor.engine import run  # here, because it takes numpy, which plans do without
+
     started = time.monotonic()
     merge_plan = plan(config, out, options)
     if on_plan is not None:
         on_plan(merge_plan)
     mode = gates.gate_mode(config.gate_mode)
-    merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
+    if not runtime_is_known():
+        merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
     directory = Path(out)
-    needed, free = merge_plan.needed_nbytes(directory), free_nbytes(directory)
-    if needed > free:
-        raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
     base = merge_plan.sources.base.checkpoint.path
     texts = {"config.json": to_json(merge_plan.model_config)}
     if len(merge_plan.plan.shards) > 1:
         texts["model.safetensors.index.json"] = index_json(merge_plan.plan.shards)
     with staged(directory) as partial:
+        _check_space(merge_plan, directory)
         result = run(
             merge_plan.plan, partial, mode.kernels, on_progress, share_extents=not merge_plan.options.clone_tensors
         )
         _warn_degenerate(merge_plan, partial)
         write_beside(partial, texts, merge_plan.copied, base)
     return MergeResult(directory, result, time.monotonic() - started)
+
+
+def _check_space(merge_plan: MergePlan, directory: Path) -> None:
+    needed, free = merge_plan.needed_nbytes(directory), free_nbytes(directory)
+    if needed > free:
+        raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
 
 
 def _with_packages_loaded(
@@ -229,9 +239,16 @@ def _warn_degenerate(merge_plan: MergePlan, directory: Path) -> None:
     names = [router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
     layers = degenerate_layers(directory, merge_plan.plan.shards, names)
     if layers:
-        named = "all layers" if len(layers) == len(names) else f"layers {', '.join(map(str, layers))}"
+        advice = "" if merge_plan.config.gate_mode in gates.PROMPTLESS else "; give them prompts that differ more"
         warnings.warn(
-            f"{named}: routing is degenerate, the prompts being too similar there; some experts will hardly be used",
+            f"routing is degenerate in {'all layers' if len(layers) == len(names) else _layers(layers)}: the router "
+            f"cannot tell some experts apart{advice}",
             MoeplanWarning,
             stacklevel=3,
         )
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    """`layers 0-3, 7`, for ascending numbers."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
+    return "layers " + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

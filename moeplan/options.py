@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from moeplan.errors import UserError
 
+_NUMBER = r"\s*(\d{1,20}(?:\.\d{1,20})?)"  # no more digits than arithmetic can take
+
 _BYTES = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _BYTES |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
@@ -42,10 +44,14 @@ class Options:
     """Give every tensor physical extents of its own, also where the file system could share them with the sources or
     among equal tensors. The bytes are the same."""
 
+    def __post_init__(self) -> None:
+        if self.random_seed < 0:
+            raise OptionError(f"--random-seed: {self.random_seed} is below zero")
+
 
 def memory_nbytes(text: str | int, total_nbytes: int) -> int:
     """The bytes that a memory size means, on a machine that has `total_nbytes`. Raises OptionError."""
-    if isinstance(text, str) and (share := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)):
+    if isinstance(text, str) and (share := re.fullmatch(_NUMBER + r"\s*%\s*", text)):
         percent = float(share[1])
         if not 0 < percent <= 100:
             raise OptionError(f"--max-memory: {text} is not between 0% and 100%")
@@ -59,15 +65,15 @@ def shard_nbytes(text: str | int, itemsize: int) -> int:
     `5B` is five billion parameters, as in mergekit; bytes are spelled out (`5GB`).
     """
     example = "such as 5B (parameters), 500MB or 2GiB"
-    if isinstance(text, str) and (count := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBkmb])\s*", text)):
+    if isinstance(text, str) and (count := re.fullmatch(_NUMBER + r"\s*([KMBkmb])\s*", text)):
         return _positive(int(float(count[1]) * _COUNTS[count[2].upper()]) * itemsize, text, "--out-shard-size", example)
     if isinstance(text, int) or text.strip().isdecimal():
-        return _positive(int(text) * itemsize, text, "--out-shard-size", example)
+        return _parse(text, {"": itemsize}, "--out-shard-size", example)
     return _parse(text, _BYTES, "--out-shard-size", example)
 
 
 def _parse(text: str | int, units: dict[str, int], option: str, example: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(_NUMBER + r"\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].upper() not in units:
         raise OptionError(f"{option}: {text!r} is not a size; write one {example}")
     return _positive(int(float(match[1]) * units[match[2].upper()]), text, option, example)

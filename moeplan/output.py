@@ -6,11 +6,12 @@ its place, the index and config.json last, so no loader ever takes half a model 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +84,41 @@ def tokenizer_files(source: Path) -> list[Path]:
 def staged(directory: Path) -> Iterator[Path]:
     """A directory to write the output in. On success its files appear in `directory`, otherwise nothing stays behind.
 
-    What is written in it must be on the disk by then. Raises RunError where the directory cannot be made.
+    What is written in it must be on the disk by then. Clears away what a merge that was killed left there. Raises
+    OutputError where another merge is writing to `directory`, RunError where it cannot be made.
     """
-    was_there = directory.exists()
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     partial = directory / PARTIAL
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise RunError(f"{directory}: cannot be made: {error.strerror}") from error
-    try:
+    with ExitStack() as cleanup:
+        for path in reversed(made):
+            cleanup.callback(_remove_if_empty, path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _lock(directory, cleanup)
+            cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            raise RunError(f"{directory}: cannot be made: {error.strerror}") from error
         yield partial
         _publish(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not was_there and not any(directory.iterdir()):
-            directory.rmdir()
+
+
+def _lock(directory: Path, cleanup: ExitStack) -> None:
+    """Keep other merges out of `directory` until `cleanup`, or until this process ends, however it does."""
+    fd = os.open(directory, os.O_RDONLY)
+    cleanup.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{directory}: another merge is writing there; give another directory") from None
+    except OSError:
+        return  # a file system without locks, as some network mounts are
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def write_beside(partial: Path, texts: Mapping[str, str], copied: Sequence[Path], source: Path) -> None:
@@ -111,8 +131,7 @@ def write_beside(partial: Path, texts: Mapping[str, str], copied: Sequence[Path]
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
         for path in partial.rglob("*"):
-            if path.is_file():
-                _sync(path)
+            _sync(path)
     except OSError as error:
         raise RunError(f"{error.filename or partial}: writing failed: {error.strerror}") from error
 
@@ -123,14 +142,21 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 
 def _publish(partial: Path, directory: Path) -> None:
+    names = sorted(entry.name for entry in partial.iterdir())
+    names.sort(key=lambda name: LAST.index(name) if name in LAST else -1)
     try:
         _sync(partial)
-        names = sorted(entry.name for entry in partial.iterdir())
-        for name in sorted(names, key=lambda name: LAST.index(name) if name in LAST else -1):
+        for name in names:
             (partial / name).rename(directory / name)
         _sync(directory)
-    except OSError as error:
-        raise RunError(f"{directory}: the finished files could not be moved here: {error.strerror}") from error
+    except BaseException as error:
+        # Back to where they are cleared away: half a model must not stay, whatever stopped this.
+        for name in names:
+            with suppress(OSError):
+                (directory / name).rename(partial / name)
+        if isinstance(error, OSError):
+            raise RunError(f"{directory}: the finished files could not be moved here: {error.strerror}") from error
+        raise
 
 
 def _sync(path: Path) -> None:

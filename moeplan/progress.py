@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-from rich import progress
 from rich.console import Console
 from rich.filesize import decimal
 
-from executor.engine import Progress
+if TYPE_CHECKING:
+    from executor.engine import Progress
 
-LINE_SECONDS = 5.0
+
+LINE_SECONDS = 10.0
 
 
 class ProgressBar:
     """Bytes, rate and time left of a run that writes `total_nbytes`, on a terminal."""
 
     def __init__(self, console: Console, total_nbytes: int) -> None:
+        from rich import progress  # here, because a plan alone has no use for it
+
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
+            progress.TextColumn("{task.description:8}"),
+            progress.BarColumn(bar_width=24),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
+            progress.TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("merging", total=total_nbytes)
+        self._task = self._bar.add_task("loading", total=total_nbytes)
         self._bar.start()
 
     def show(self, state: Progress) -> None:
-        doing = state.doing.replace("_", " ") or "merging"
-        self._bar.update(self._task, completed=state.written_nbytes, description=doing)
+        self._bar.update(self._task, completed=state.written_nbytes, description=_doing(state))
 
     def stop(self) -> None:
         self._bar.stop()
@@ -43,19 +46,27 @@ class ProgressLines:
     def __init__(self, console: Console, total_nbytes: int) -> None:
         self._console = console
         self._total = total_nbytes
-        self._started = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._said = False
+        self._first: tuple[float, int] | None = None
 
     def show(self, state: Progress) -> None:
+        if state.doing == "syncing":
+            if self._said:
+                self._console.print("syncing: waiting until everything is on the disk")
+            return
         now = time.monotonic()
+        # What came before the first chunk, such as loading libraries, says nothing about the rate.
+        self._first = self._first or (now, state.written_nbytes)
         if now - self._last < LINE_SECONDS:
             return
-        self._last = now
-        rate = state.written_nbytes / (now - self._started)
-        # Until some of it is done, the rate says more about what had to be loaded than about what is to come.
-        started = state.written_nbytes > self._total / 50
-        left = f", {(self._total - state.written_nbytes) / rate:.0f} s left" if started else ""
+        self._last, self._said = now, True
+        seconds, nbytes = now - self._first[0], state.written_nbytes - self._first[1]
+        rate = nbytes / seconds if seconds else 0.0
+        left = f", {_duration((self._total - state.written_nbytes) / rate)} left" if rate else ""
         self._console.print(
-            f"{decimal(state.written_nbytes)} of {decimal(self._total)}, {decimal(int(rate))}/s{left}", highlight=False
+            f"{_doing(state)}: {100 * state.written_nbytes // self._total}%, {decimal(state.written_nbytes)} of "
+            f"{decimal(self._total)}, {decimal(int(rate))}/s{left}"
         )
 
     def stop(self) -> None:
@@ -65,3 +76,16 @@ class ProgressLines:
 def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLines:
     """What fits `console`."""
     return (ProgressBar if console.is_terminal else ProgressLines)(console, total_nbytes)
+
+
+def _doing(state: Progress) -> str:
+    """What runs now, in a word. The executor names kernels, and those make routers."""
+    return {"": "copying", "syncing": "syncing"}.get(state.doing, "routers")
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `1 h 5 min`"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moeplan.memory import MIB
 from moeplan.merging import MergePlan, MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
+from planner.expr import SourceFile
 from planner.plan import FileSink, KernelStep, StreamStep
 
 
@@ -49,7 +51,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
         },
         "disk": {
             "needed_nbytes": merge_plan.disk_nbytes if out is None else merge_plan.needed_nbytes(out),
-            "free_nbytes": free_nbytes(out if out is not None else Path.cwd()),
+            "free_nbytes": free_nbytes(out or Path()),
         },
         "fingerprint": plan.fingerprint,
     }
@@ -68,60 +70,109 @@ def result_data(result: MergeResult) -> dict[str, Any]:
     }
 
 
-def plan_view(data: dict[str, Any]) -> RenderableType:
-    """What `--plan` prints, from `plan_data`."""
-    sources = Table(box=None, pad_edge=False, header_style="dim")
-    for column, justify in (("source", "left"), ("used as", "left"), ("files", "right"), ("read", "right")):
-        sources.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for source in data["sources"]:
-        sources.add_row(source["path"], _roles(source["used_as"]), str(source["files"]), decimal(source["read_nbytes"]))
+def plan_view(data: dict[str, Any], *, with_files: bool = False) -> RenderableType:
+    """What `--plan` prints, from `plan_data`. No line but that of a long path is wider than 80 columns."""
+    parts: list[RenderableType] = [
+        _table(
+            ("source", "used as", "files>", "read>"),
+            [
+                (source["path"], _roles(source["used_as"]), str(source["files"]), decimal(source["read_nbytes"]))
+                for source in data["sources"]
+            ],
+        )
+    ]
+    if with_files:
+        rows = [(shard["file"], str(shard["tensors"]), decimal(shard["nbytes"])) for shard in data["output"]["shards"]]
+        rows += [(f"{name} (from the base)", "", "") for name in data["output"]["copied_files"]]
+        parts += [Text(), _table(("output file", "tensors>", "size>"), rows)]
+    parts.append(Text())
+    parts += [_fact(name, lines) for name, lines in _facts(data)]
+    return Group(*parts)
 
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column()
-    for name, text in _facts(data):
-        facts.add_row(name, text)
-    return Group(sources, Text(), facts)
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines. A column whose name ends in `>` is for numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        is_number = column.endswith(">")
+        table.add_column(column.rstrip(">"), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def result_view(data: dict[str, Any]) -> RenderableType:
     """What a finished merge prints, from `result_data`."""
-    ways = sorted(data["nbytes_by_path"].items(), key=lambda way: -way[1])
-    paths = ", ".join(f"{decimal(nbytes)} {name}" for name, nbytes in ways)
+    by_path = sorted(data["nbytes_by_path"].items(), key=lambda item: -item[1])
+    ways = ", ".join(f"{decimal(nbytes)} {name}" for name, nbytes in by_path)
     rate = data["written_nbytes"] / max(data["seconds"], 1e-9)
-    return Text(
-        f"{data['path']}: {decimal(data['written_nbytes'])} in {data['seconds']:.1f} s ({decimal(int(rate))}/s), "
-        f"{decimal(data['read_nbytes'])} read, {paths}, peak memory {_mib(data['peak_memory_nbytes'])}"
+    return _fact(
+        "done",
+        [
+            printable(data["path"]),
+            f"{decimal(data['written_nbytes'])} in {data['seconds']:.1f} s ({decimal(int(rate))}/s): {ways}",
+            f"{decimal(data['read_nbytes'])} read, {_mib(data['peak_memory_nbytes'])} of memory at most",
+        ],
     )
 
 
-def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
-    output, memory, disk, shared = data["output"], data["memory"], data["disk"], data["shared"]
-    count = len(output["shards"])
+def _fact(name: str, lines: Sequence[str]) -> Text:
+    """`name`, bold, before `lines`, which stand one below the other."""
+    return Text.assemble((f"{name:8}", "bold"), f"\n{'':8}".join(lines))
+
+
+def space_warning(data: dict[str, Any]) -> str | None:
+    """What to say, from `plan_data`, where the disk is too small for the output."""
+    needed, free = data["disk"]["needed_nbytes"], data["disk"]["free_nbytes"]
+    if needed <= free:
+        return None
+    return f"the output takes {decimal(needed)} of disk space, and {decimal(free)} are free there"
+
+
+def printable(text: str) -> str:
+    """`text` with everything escaped that a terminal would obey, and no terminal can show, but line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """What else there is to say: a word, and lines of at most 72 characters."""
+    output, memory, disk = data["output"], data["memory"], data["disk"]
     again = data["read"]["more_than_once_nbytes"]
     return [
         (
             "output",
-            f"{data['architecture']}, {data['num_experts']} experts, {data['experts_per_token']} per token, "
-            f"{data['dtype']}: {decimal(output['nbytes'])}, {output['tensors']} tensors in "
-            f"{count} {'file' if count == 1 else 'files'}",
+            [
+                f"{data['architecture']} of {_count(data['num_experts'], 'expert')}, {data['experts_per_token']} "
+                f"per token, in {data['dtype']}",
+                f"{decimal(output['nbytes'])}: {_count(output['tensors'], 'tensor')} in "
+                f"{_count(len(output['shards']), 'file')}, {len(output['copied_files'])} more copied from the base",
+            ],
         ),
-        ("read", decimal(data["read"]["nbytes"]) + (f", {decimal(again)} of it more than once" if again else "")),
-        (
-            "shared",
-            f"{shared['tensors']} tensors are read once and written {shared['places']} times, which saves reading "
-            f"{decimal(shared['saved_nbytes'])}"
-            if shared["tensors"]
-            else "nothing: every tensor is written once",
-        ),
-        ("router", _router(data["router"])),
+        ("read", [decimal(data["read"]["nbytes"]) + (f", {decimal(again)} of it more than once" if again else "")]),
+        ("shared", [_shared_text(data["shared"])]),
+        ("router", [_router(data["router"])]),
         (
             "memory",
-            f"{_mib(memory['forecast_nbytes'])} at most ({_mib(memory['process_nbytes'])} Python and libraries, "
-            f"{_mib(memory['buffers_nbytes'])} buffers); the cap is {_mib(memory['cap_nbytes'])}",
+            [
+                f"{_mib(memory['forecast_nbytes'])} at most, of {_mib(memory['cap_nbytes'])} that it may take",
+                f"({_mib(memory['process_nbytes'])} Python and libraries, {_mib(memory['buffers_nbytes'])} buffers)",
+            ],
         ),
-        ("disk", f"{decimal(disk['needed_nbytes'])} needed, {decimal(disk['free_nbytes'])} free"),
+        ("disk", [f"{decimal(disk['needed_nbytes'])} needed, {decimal(disk['free_nbytes'])} free"]),
     ]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _shared_text(shared: dict[str, int]) -> str:
+    if not shared["tensors"]:
+        return "nothing: every tensor is written once"
+    return (
+        f"{_count(shared['tensors'], 'tensor')} read once and written {shared['places']:,} times; "
+        f"saves reading {decimal(shared['saved_nbytes'])}"
+    )
 
 
 def _roles(used_as: list[str]) -> str:
@@ -132,35 +183,31 @@ def _roles(used_as: list[str]) -> str:
 
 def _router(router: dict[str, Any]) -> str:
     layers = router["kernels"].get("decoder_layer", 0)
-    evaluated = f"; the prompts go through {layers} layers of the base, one in memory at a time" if layers else ""
+    evaluated = f": the prompts run through {_count(layers, 'layer')} of the base, one at a time" if layers else ""
     return f"{router['gate_mode']}{evaluated}"
 
 
 def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
-    """Each distinct source: where it is, what it is used as, what is read of it."""
-    read_nbytes: Counter[str] = Counter()
+    """Each distinct model, under the first path given for it: what it is used as, what is read of it.
+
+    A file that is part of several models counts for the first.
+    """
+    read_nbytes: Counter[SourceFile] = Counter()
     for root, nbytes in merge_plan.plan.reads():
-        read_nbytes[merge_plan.plan.sources[root.source].path] += nbytes
+        read_nbytes[merge_plan.plan.sources[root.source]] += nbytes
     names = {"base_model": "base", "experts": "expert", "shared_experts": "shared expert"}
-    roles = [
-        (model, " ".join([names[str(key)], *map(str, place[:1])]))
-        for (key, *place), model in merge_plan.sources.named()
-    ]
-    used_as: dict[str, list[str]] = {}
-    files: dict[str, set[str]] = {}
-    for model, role in roles:
-        path = str(model.checkpoint.path)
-        used_as.setdefault(path, []).append(role)
-        files.setdefault(path, {read.file.path for read in model.checkpoint.tensors.values()})
-    return [
-        {
-            "path": path,
-            "used_as": used_as[path],
-            "files": len(files[path]),
-            "read_nbytes": sum(read_nbytes[file] for file in files[path]),
-        }
-        for path in used_as
-    ]
+    found: dict[frozenset[SourceFile], dict[str, Any]] = {}
+    for (key, *place), model in merge_plan.sources.named():
+        files = frozenset(read.file for read in model.checkpoint.tensors.values())
+        if files not in found:
+            found[files] = {
+                "path": str(model.checkpoint.path),
+                "used_as": [],
+                "files": len(files),
+                "read_nbytes": sum(read_nbytes.pop(file, 0) for file in files),
+            }
+        found[files]["used_as"].append(" ".join([names[str(key)], *map(str, place[:1])]))
+    return list(found.values())
 
 
 def _shared(merge_plan: MergePlan) -> dict[str, int]:

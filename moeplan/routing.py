@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from executor.kernels import as_tensor
 from planner.layout import Shard
 
 MAX_CONDITION = 5.0
@@ -13,11 +12,13 @@ MAX_CONDITION = 5.0
 
 
 def degenerate_layers(directory: Path, shards: Iterable[Shard], routers: Sequence[str]) -> list[int]:
-    """The layers whose router, `[num_experts, hidden_size]`, has nearly dependent rows.
+    """The layers whose router, `[num_experts, hidden_size]`, has nearly dependent rows, or rows that are not finite.
 
     `routers` names each layer's, and they are read from the written `shards` in `directory`.
     """
     import torch
+
+    from executor.kernels import as_tensor
 
     places = {tensor.name: (shard.filename, tensor) for shard in shards for tensor in shard.tensors}
     degenerate = []
@@ -27,6 +28,6 @@ def degenerate_layers(directory: Path, shards: Iterable[Shard], routers: Sequenc
             file.seek(tensor.offset)
             data = memoryview(bytearray(file.read(tensor.nbytes)))
         router = as_tensor(data, tensor.dtype, len(data) // tensor.dtype.itemsize).view(tensor.shape).float()
-        if torch.linalg.cond(router) > MAX_CONDITION:
+        if not router.isfinite().all() or torch.linalg.cond(router) > MAX_CONDITION:
             degenerate.append(layer)
     return degenerate

@@ -15,22 +15,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoint(recipe, seed=0)`: the directory of a checkpoint, made on first use. Tests must not write to it."""
-    from models import RECIPES, save_checkpoint  # here, because transformers takes seconds that few tests need
+    from models import MISFITS, RECIPES, save_checkpoint  # here, because transformers takes seconds that few tests need
 
     root = tmp_path_factory.mktemp("checkpoints")
 
     def make(recipe: str, seed: int = 0) -> Path:
         path = root / f"{recipe}-{seed}"
         if not path.exists():
-            save_checkpoint(RECIPES[recipe], path, seed)
+            save_checkpoint((RECIPES | MISFITS)[recipe], path, seed)
         return path
 
     return make
 
 
 @pytest.fixture
-def merge(tmp_path: Path) -> Callable[..., Path]:
-    """`merge(base, experts, **settings)`: the directory of a merged model.
+def configure(tmp_path: Path) -> Callable[..., Any]:
+    """`configure(base, experts, **settings)`: a merge's `MergeConfig`, through a YAML file, and its `Options`.
 
     An expert is a source's path or a mapping as in the YAML. A setting that `moeplan.Options` has is an option, every
     other is a key of the YAML.
@@ -39,14 +39,38 @@ def merge(tmp_path: Path) -> Callable[..., Path]:
 
     option_names = moeplan.Options.__dataclass_fields__
 
-    def run(base: Path, experts: list[Path | dict[str, Any]], **settings: Any) -> Path:
-        number = len(list(tmp_path.glob("*.yml")))
-        config, out = tmp_path / f"{number}.yml", tmp_path / f"out-{number}"
+    def write(base: Path, experts: list[Path | dict[str, Any]], **settings: Any) -> Any:
+        config = tmp_path / f"{len(list(tmp_path.glob('*.yml')))}.yml"
         options = {key: settings.pop(key) for key in list(settings) if key in option_names}
         entries = [expert if isinstance(expert, dict) else {"source_model": expert} for expert in experts]
         document = {"base_model": base, "gate_mode": "random", "experts": entries, **settings}
         config.write_text(json.dumps(document, default=str))  # JSON is YAML
-        moeplan.merge(moeplan.load_config(config, allow_all_same=True), out, moeplan.Options(**options))
+        return moeplan.load_config(config, allow_all_same=True), moeplan.Options(**options)
+
+    return write
+
+
+@pytest.fixture
+def merge(configure: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """`merge(base, experts, **settings)`, as for `configure`: the directory of a merged model."""
+    import moeplan
+
+    def run(base: Path, experts: list[Path | dict[str, Any]], **settings: Any) -> Path:
+        config, options = configure(base, experts, **settings)
+        out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+        moeplan.merge(config, out, options)
         return out
+
+    return run
+
+
+@pytest.fixture
+def plan(configure: Callable[..., Any]) -> Callable[..., Any]:
+    """`plan(base, experts, **settings)`, as for `configure`: the `MergePlan`."""
+    import moeplan
+
+    def run(base: Path, experts: list[Path | dict[str, Any]], **settings: Any) -> Any:
+        config, options = configure(base, experts, **settings)
+        return moeplan.plan(config, options=options)
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeplan.architectures.attention import CannotHoldError, attention_settings
 from moeplan.architectures.deepseek import DEEPSEEK
 from moeplan.architectures.dense import DenseModel, dense_model
 from moeplan.architectures.family import Family
@@ -36,7 +37,8 @@ def as_dense_model(checkpoint: Checkpoint) -> DenseModel:
 def choose(config: MergeConfig, models: Sequence[DenseModel]) -> list[Family]:
     """The families that fit `config` and its source `models`, best first, among those that `architecture` names.
 
-    Raises ConfigError, saying for each family why not and what to change, where there is none.
+    The base stands first in `models`. Raises ConfigError, saying for each family why not and what to change, where
+    there is none; CheckpointError for a base that no family could hold.
     """
     named = (config.architecture or "").lower()
     candidates = [family for family in FAMILIES if any(name.lower().startswith(named) for name in family.names)]
@@ -60,13 +62,16 @@ def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) 
     shared = config.shared_experts
     if shared and family.shared is None:
         return "has no shared expert: remove shared_experts"
-    if family.shared is None:
-        return None
-    if not shared:
-        return "needs a shared expert: add one under shared_experts" if family.shared.required else None
-    prompts = bool(shared[0].positive_prompts or shared[0].negative_prompts)
-    if family.shared.gate is None and prompts:
-        return "has no gate on its shared expert: remove the prompts of shared_experts[0]"
-    if family.shared.gate is not None and not shared[0].positive_prompts and config.gate_mode not in PROMPTLESS:
-        return "has a gate on its shared expert: give shared_experts[0] positive_prompts"
+    if family.shared is not None and family.shared.required and not shared:
+        return "needs a shared expert: add one under shared_experts"
+    if family.shared is not None and shared:
+        has_gate = family.shared.gate is not None
+        if not has_gate and (shared[0].positive_prompts or shared[0].negative_prompts):
+            return "has no gate on its shared expert: remove the prompts of shared_experts[0]"
+        if has_gate and not shared[0].positive_prompts and config.gate_mode not in PROMPTLESS:
+            return "has a gate on its shared expert: give shared_experts[0] positive_prompts"
+    try:
+        attention_settings(family, models[0])
+    except CannotHoldError as error:
+        return str(error)
     return None

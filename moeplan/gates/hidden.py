@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeplan.architectures.attention import rope_switch
 from moeplan.architectures.dense import LAYER, DenseModel
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.cheap_embed import normalized
@@ -52,11 +53,12 @@ def routers(request: GateRequest) -> list[Opaque]:
         }
     )
     router_shape = (len(request.experts), base.hidden_size)
-    workspace = _workspace_nbytes(base, prompts.lengths)
+    groups = _groups(prompts.lengths, rope_switch(base))
+    workspace = _workspace_nbytes(base, groups)
 
     embed_params = {
         "model": str(base.checkpoint.path.resolve()),
-        "lengths": prompts.lengths,
+        "groups": groups,
         "rows": [row[token] for ids in prompts.tokens for token in ids],
     }
     rows = embedding_rows(base, vocabulary)
@@ -71,7 +73,7 @@ def routers(request: GateRequest) -> list[Opaque]:
             params = {
                 "model": str(base.checkpoint.path.resolve()),
                 "layer": layer - 1,
-                "lengths": prompts.lengths,
+                "groups": groups,
                 "weights": [name.removeprefix(prefix) for name in weights],
             }
             stream = Opaque(
@@ -93,7 +95,7 @@ def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> 
     from moeplan.gates.skeleton import skeleton
 
     torch.index_select(inputs[0].float(), 0, torch.tensor(params["rows"]), out=output)
-    _evaluate(skeleton(params["model"]).entering, params["lengths"], output, output)
+    _evaluate(skeleton(params["model"]).entering, params["groups"], output, output)
 
 
 def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
@@ -114,24 +116,28 @@ def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Ten
     from moeplan.gates.skeleton import skeleton
 
     stream, weights = inputs[0], dict(zip(params["weights"], inputs[1:], strict=True))
-    _evaluate(skeleton(params["model"]).layer(params["layer"], weights), params["lengths"], stream, output)
+    _evaluate(skeleton(params["model"]).layer(params["layer"], weights), params["groups"], stream, output)
 
 
 def _evaluate(
-    function: Callable[[torch.Tensor], torch.Tensor], lengths: Sequence[int], stream: torch.Tensor, output: torch.Tensor
+    function: Callable[[torch.Tensor], torch.Tensor],
+    groups: Sequence[Sequence[int]],
+    stream: torch.Tensor,
+    output: torch.Tensor,
 ) -> None:
     """Fill `output` with `function`, on `[batch, tokens, hidden_size]`, of the prompts that `stream` holds one by one.
 
-    Prompts are padded on the right to the longest of their group: under causal attention no token sees what follows it,
-    so padding changes nothing and needs no mask, and its own results are dropped. `output` may be `stream`.
+    `groups` has their lengths. Prompts are padded on the right to the longest of their group: under causal attention no
+    token sees what follows it, so padding changes nothing and needs no mask, and its own results are dropped. `output`
+    may be `stream`.
     """
     import torch
 
     with torch.inference_mode():
         begin = 0
-        for group in _groups(lengths):
+        for group in groups:
             size = sum(group)
-            prompts = torch.split(stream[begin : begin + size], group)
+            prompts = torch.split(stream[begin : begin + size], list(group))
             padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
             result = function(padded)
             torch.cat(
@@ -140,20 +146,22 @@ def _evaluate(
             begin += size
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Consecutive prompts, shortest first, that are evaluated together."""
+def _groups(lengths: Sequence[int], switch: int | None) -> list[list[int]]:
+    """Consecutive prompts, shortest first, that are evaluated together; none across `rope_switch`."""
     groups: list[list[int]] = [[]]
     for length in lengths:
-        if groups[-1] and (len(groups[-1]) + 1) * length > GROUP_TOKENS:
+        is_full = (len(groups[-1]) + 1) * length > GROUP_TOKENS
+        is_across = switch is not None and groups[-1] and groups[-1][-1] <= switch < length
+        if groups[-1] and (is_full or is_across):
             groups.append([])
         groups[-1].append(length)
     return groups
 
 
-def _workspace_nbytes(base: DenseModel, lengths: Sequence[int]) -> int:
+def _workspace_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
     """The most memory that a layer's evaluation takes beside its weights and the residual stream, in float32."""
-    tokens = max(len(group) * max(group) for group in _groups(lengths))
-    longest = max(lengths)
+    tokens = max(len(group) * max(group) for group in groups)
+    longest = max(max(group) for group in groups)
     sizes = base.sizes
     wide = 6 * sizes["hidden_size"] + 4 * sizes["intermediate_size"] + 4 * sizes["q_size"] + 4 * sizes["kv_size"]
     mask = longest * longest * math.ceil(tokens / longest)
@@ -161,5 +169,7 @@ def _workspace_nbytes(base: DenseModel, lengths: Sequence[int]) -> int:
 
 
 MODE = GateMode(
-    routers, {"embed": embed, "decoder_layer": decoder_layer, "hidden": hidden}, imports=("torch", "transformers")
+    routers,
+    {"embed": embed, "decoder_layer": decoder_layer, "hidden": hidden},
+    imports=("torch", "moeplan.gates.skeleton"),
 )

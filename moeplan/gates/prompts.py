@@ -5,7 +5,6 @@ A prompt is the BOS token, if the tokenizer has one, and the text's tokens; no o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CheckpointError
 from moeplan.config import Expert
+from moeplan.untrusted_json import JSONError, parse_object
 from planner.expr import Concat, Read
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
+MAX_NBYTES = 256 << 20
+"""Of a tokenizer file. The largest honest ones, of a quarter million tokens, have 35 MB."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,21 @@ def _encoder(path: Path, config: Any) -> _Encoder:
         return _slow_encoder(path)
     from tokenizers import Tokenizer
 
+    content = _read(file)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(f"{file}: this is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return _Encoder(tokenizer, _bos_id(path, tokenizer, config))
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a file of the checkpoint that is read whole."""
+    if not file.is_file() or file.stat().st_size > MAX_NBYTES:
+        raise CheckpointError(f"{file}: is not a regular file of at most {MAX_NBYTES >> 20} MiB")
+    return file.read_bytes()
 
 
 def _slow_encoder(path: Path) -> _Encoder:
@@ -140,10 +150,9 @@ def _bos_id(path: Path, tokenizer: Tokenizer, config: Any) -> int | None:
         if not file.exists():
             continue
         try:
-            given = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{file}: this is not JSON: {error}") from error
-        bos = given.get("bos_token") if isinstance(given, dict) else None
+            bos = parse_object(_read(file)).get("bos_token")
+        except JSONError as error:
+            raise CheckpointError(f"{file}: {error}") from error
         if isinstance(bos, dict):
             bos = bos.get("content")
         if bos is None:

@@ -1,0 +1,355 @@
+"""The command: what it prints where, how it ends, and that nothing is left of a merge that did not end well."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import moeplan, outcome, snapshot, sparse_llama, start, write_config
+from make_models import save_tokenizer
+from safetensors import safe_open
+
+import moeplan as api
+
+
+@pytest.fixture
+def config(checkpoint, tmp_path) -> Path:
+    """A YAML file that can be merged."""
+    base = checkpoint("llama-plain")
+    return write_config(tmp_path / "config.yml", base, [base, checkpoint("llama-plain", 1)])
+
+
+# ------------------------------------------------------------------------------------------------------ how it is used
+
+
+def test_the_version_is_printed():
+    result = moeplan("--version")
+    assert result.stdout.startswith("moeplan 0.")
+    assert result.status == 0
+
+
+def test_help_fits_a_terminal_and_names_every_option():
+    result = moeplan("--help")
+    assert result.status == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for option in (
+        "--plan",
+        "--json",
+        "--max-memory",
+        "--out-shard-size",
+        "--random-seed",
+        "--no-copy-tokenizer",
+        "-v",
+    ):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["config.yml"], "Invalid value for OUT: give a directory for the merged model, or --plan"),
+        (["config.yml", "out", "--fast"], "No such option: --fast"),
+        (["config.yml", "out", "--random-seed", "-1"], "'--random-seed'"),
+        (["config.yml", "out", "more"], "more"),
+    ],
+)
+def test_wrong_usage_is_status_2(args, message):
+    result = moeplan(*args)
+    assert result.status == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+# ---------------------------------------------------------------------------------------- refusals leave what was there
+
+
+def test_a_wrong_config_is_refused_with_file_and_line_and_status_2(tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text("base_model: a\nexperts:\n  - sorce_model: b\n")
+    before = snapshot(tmp_path)
+    result = moeplan(config, tmp_path / "out")
+    assert result.status == 2
+    assert result.stderr == f"error: {config}:3: experts[0].sorce_model: unknown key, did you mean source_model?\n"
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-memory", "lots", "--max-memory: 'lots' is not a size; write one such as 2GiB, 512MB or 50%"),
+        (
+            "--out-shard-size",
+            "5 apples",
+            "--out-shard-size: '5 apples' is not a size; write one such as 5B (parameters)",
+        ),
+        (
+            "--max-memory",
+            "1MiB",
+            "the merge may take 1 MiB of memory, which is too little; the smallest that works is ",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused(config, tmp_path, option, value, message):
+    before = snapshot(tmp_path)
+    result = moeplan(config, tmp_path / "out", option, value)
+    assert result.status == 2
+    assert result.error.startswith(message)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_directory_that_holds_something_is_refused_and_stays_as_it_is(config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    for args in ([], ["--plan"]):
+        result = moeplan(config, out, *args)
+        assert result.status == 2
+        assert result.error == f"{out}: the directory is not empty (precious.txt); give a new or an empty one"
+        assert snapshot(out) == {"precious.txt": b"mine"}
+
+
+def test_a_source_is_never_an_output(checkpoint, config):
+    source = checkpoint("llama-plain")
+    before = snapshot(source)
+    assert "the directory is not empty" in moeplan(config, source).error
+    assert snapshot(source) == before
+
+
+def test_sources_that_are_all_the_same_need_the_flag(checkpoint, tmp_path):
+    base = checkpoint("llama-plain")
+    config = write_config(tmp_path / "config.yml", base, [base, base], gate_mode="cheap_embed")
+    result = moeplan(config, "--plan")
+    assert result.status == 2
+    assert "pass --i-understand-this-is-not-useful-without-training" in result.error
+    assert moeplan(config, "--plan", "--i-understand-this-is-not-useful-without-training").status == 0
+
+
+@pytest.fixture
+def enormous(tmp_path) -> Path:
+    """A YAML file for a merge that takes terabytes."""
+    source = sparse_llama(tmp_path / "enormous", vocab_size=2**31 - 1, hidden_size=512)
+    return write_config(tmp_path / "config.yml", source, [source, source])
+
+
+def test_a_disk_that_is_too_small_is_told_by_the_plan_and_refused_by_the_merge(enormous, tmp_path):
+    planned = moeplan(enormous, tmp_path / "out", "--plan")
+    assert planned.status == 0
+    assert "warning: the output takes 4.4 TB of disk space, and " in planned.stderr
+    assert "disk    4.4 TB needed, " in planned.stdout
+
+    before = sorted(tmp_path.rglob("*"))
+    merged = moeplan(enormous, tmp_path / "out")
+    assert merged.status == 1
+    assert merged.error.startswith(f"{tmp_path}/out: the model takes 4398.05 GB, and ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_writing_that_fails_is_status_1_and_leaves_nothing(config, tmp_path):
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    before = snapshot(tmp_path)
+    result = outcome(start(config, tmp_path / "out", code=limit + "from moeplan.cli import main; main()"))
+    assert result.status == 1
+    assert result.error.startswith(f"{tmp_path}/out/.moeplan-partial/model.safetensors: writing failed: File too large")
+    assert "Traceback" not in result.stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_ctrl_c_is_status_130_and_leaves_nothing(tmp_path):
+    source = sparse_llama(tmp_path / "source", hidden_size=1024, intermediate_size=4096)
+    experts = [{"source_model": source, "noise_scale": 0.1 + number} for number in range(8)]  # noise takes its time
+    config = write_config(tmp_path / "config.yml", source, experts)
+    out = tmp_path / "new" / "out"
+    process = start(config, out)
+    while not list(out.glob("*/model.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    result = outcome(process)
+    assert result.status == 130
+    assert result.stderr == "error: interrupted; nothing was left behind\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_bug_is_told_without_a_traceback_which_v_shows(config, monkeypatch):
+    monkeypatch.setattr(api, "plan", lambda *_: 1 / 0)
+    result = moeplan(config, "--plan")
+    assert result.status == 1
+    assert result.stderr == (
+        "error: ZeroDivisionError: division by zero (a bug in moeplan: please report it with what -v shows)\n"
+    )
+    assert 'monkeypatch.setattr(api, "plan"' in moeplan(config, "--plan", "-v").stderr
+
+
+def test_v_shows_where_an_error_came_from(config, tmp_path):
+    result = moeplan(config, tmp_path / "out", "--max-memory", "1MiB", "-v")
+    assert result.stderr.startswith("Traceback")
+    assert result.error.startswith("the merge may take 1 MiB")
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_messages(tmp_path):
+    result = moeplan(tmp_path / "\x1b[31mred\udcff.yml", "--plan")
+    assert r"\x1b[31mred\udcff.yml: no such file" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------- what is said where
+
+
+def test_a_merge_says_what_it_will_do_and_what_it_did(config, tmp_path):
+    result = moeplan(config, tmp_path / "out")
+    assert result.status == 0
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["source", "used", "as", "files", "read"]
+    facts = {line.split()[0] for line in lines[4:] if line[:1].strip()}
+    assert facts == {"output", "read", "shared", "router", "memory", "disk", "done"}
+    assert f"done    {tmp_path}/out" in lines
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as model:
+        assert f"{len(model.keys())} tensors in 1 file" in result.stdout
+
+
+def test_a_plan_writes_nothing(config, tmp_path):
+    before = snapshot(tmp_path)
+    for args in ([], [tmp_path / "new" / "out"]):
+        assert moeplan(config, *args, "--plan").status == 0
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["hidden", "random"])
+def test_a_plan_of_large_numbers_fits_80_columns(tmp_path, monkeypatch, mode):
+    monkeypatch.chdir(tmp_path)
+    source = sparse_llama(Path("large"), vocab_size=128_256, hidden_size=16384, num_hidden_layers=16)
+    save_tokenizer(source)
+    config = write_config(Path("c.yml"), source, [source] * 128, gate_mode=mode)
+    result = moeplan(config, "--plan", "-v", "--i-understand-this-is-not-useful-without-training")
+    assert result.status == 0, result.stderr
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
+
+
+def test_v_lists_the_output_s_files(config):
+    result = moeplan(config, "--plan", "-v", "--out-shard-size", "200KB")
+    names = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("model-")]
+    assert names == [f"model-{number:05}-of-{len(names):05}.safetensors" for number in range(1, len(names) + 1)]
+    assert len(names) > 1
+
+
+def test_json_is_all_that_is_on_standard_output(checkpoint, tmp_path):
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    config = write_config(tmp_path / "config.yml", base, [base, other, other])
+    planned, merged = moeplan(config, "--plan", "--json"), moeplan(config, tmp_path / "out", "--json")
+    plan, both = json.loads(planned.stdout), json.loads(merged.stdout)
+    assert plan.keys() == {"warnings", "plan"}
+    assert both.keys() == {"warnings", "plan", "result"}
+    assert [warning.rpartition(": ")[2] for warning in plan["warnings"]] == [
+        "3 is no power of two, which older versions of llama.cpp cannot read"
+    ]
+    assert "warning: " in planned.stderr
+    assert plan["plan"]["num_experts"] == 3
+    assert plan["plan"]["read"]["nbytes"] == sum(source["read_nbytes"] for source in plan["plan"]["sources"])
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert plan["plan"]["output"]["nbytes"] == both["result"]["written_nbytes"] == size
+    assert both["result"]["path"] == str(tmp_path / "out")
+
+
+def test_an_error_leaves_no_json(tmp_path):
+    result = moeplan(tmp_path / "none.yml", "--plan", "--json")
+    assert result.stdout == ""
+    assert result.status == 2
+
+
+def test_quiet_says_only_what_went_wrong(checkpoint, tmp_path):
+    base = checkpoint("llama-plain")
+    config = write_config(tmp_path / "config.yml", base, [base] * 3)
+    result = moeplan(config, tmp_path / "out", "--quiet")
+    assert (result.stdout, result.stderr, result.status) == ("", "", 0)
+    assert moeplan(config, tmp_path / "out", "--quiet").stderr.startswith("error: ")
+
+
+def test_a_model_under_several_paths_is_one_source_and_read_once(checkpoint, tmp_path):
+    base = tmp_path / "[bold]base"  # nothing in a path is markup
+    base.mkdir()
+    for file in checkpoint("llama-plain").iterdir():
+        os.link(file, base / file.name)
+    (tmp_path / "symbolic link").symlink_to(base)
+    (tmp_path / "hard links").mkdir()
+    for file in base.iterdir():
+        os.link(file, tmp_path / "hard links" / file.name)
+    experts = [
+        tmp_path / "hard links",
+        f"{base}/../[bold]base",
+        tmp_path / "symbolic link",
+        checkpoint("llama-plain", 1),
+    ]
+    config = write_config(tmp_path / "config.yml", base, experts)
+
+    plan = json.loads(moeplan(config, "--plan", "--json").stdout)["plan"]
+    first, second = plan["sources"]
+    assert (first["path"], first["used_as"]) == (str(base), ["base", "expert 0", "expert 1", "expert 2"])
+    assert second["used_as"] == ["expert 3"]
+    assert first["read_nbytes"] + second["read_nbytes"] == plan["read"]["nbytes"]
+    matrix_nbytes = 64 * 96 * 4
+    assert plan["shared"] == {"tensors": 9, "places": 27, "saved_nbytes": 18 * matrix_nbytes}
+
+    shown = moeplan(config, "--plan").stdout
+    assert f"{base}  base, expert 0, expert 1, expert 2 " in shown
+    assert "9 tensors read once and written 27 times; saves reading 442.4 kB" in shown
+
+
+def test_output_that_nobody_reads_ends_the_command_quietly(config):
+    process = start(config, "--plan", "--json", stdout=subprocess.PIPE)
+    process.stdout.close()
+    process.stdout = None
+    result = outcome(process)
+    assert (result.stderr, result.status) == ("", 1)
+
+
+@pytest.mark.parametrize("args", [["--plan"], ["--plan", "--json"]])
+def test_output_that_cannot_be_written_is_an_error(config, args):
+    with open("/dev/full", "w") as full:
+        result = outcome(start(config, *args, stdout=full))
+    assert (result.stderr, result.status) == ("error: standard output: No space left on device\n", 1)
+
+
+# ------------------------------------------------------------------------------------------------ a plan takes a second
+
+
+@pytest.fixture(scope="module")
+def eight_7b_models(tmp_path_factory) -> Path:
+    """The YAML file of eight sparse 7B models with `hidden` gates."""
+    root = tmp_path_factory.mktemp("7b")
+    sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    models = [sparse_llama(root / f"model-{number}", **sizes) for number in range(8)]
+    save_tokenizer(models[0])
+    return write_config(root / "config.yml", models[0], models, gate_mode="hidden")
+
+
+def test_a_plan_imports_nothing_heavy(eight_7b_models):
+    code = (
+        "import atexit, sys\n"
+        "heavy = 'torch', 'transformers', 'networkx', 'numpy', 'safetensors', 'rich.progress'\n"
+        "atexit.register(lambda: print(*[name for name in heavy if name in sys.modules], file=sys.stderr))\n"
+        "from moeplan.cli import main; main()"
+    )
+    result = outcome(start(eight_7b_models, "--plan", code=code))
+    assert result.status == 0, result.stderr
+    assert result.stderr.splitlines()[-1:] == [""]
+
+
+def test_a_plan_of_eight_7b_models_takes_a_second_of_processor_time(eight_7b_models):
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-c", "from moeplan.cli import main; main()", eight_7b_models, "--plan"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Other processes take caches and clock speed away, never add: the least of some runs is the truth.
+    assert min(seconds() for _ in range(3)) < 1.0

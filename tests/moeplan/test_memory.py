@@ -1,0 +1,114 @@
+"""Where memory goes: the cap that is kept by the whole process, and what it is reckoned from."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from commands import outcome, sparse_llama, start, write_config
+from make_models import save_tokenizer
+
+from moeplan import memory
+from moeplan.memory import CapError, MemoryCap, cgroup_limit_nbytes, memory_cap
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cgroups(tmp_path):
+    """`cgroups(membership, limits)`: the memory limit where a process is in these groups and these files exist."""
+
+    def limit(membership: str, limits: dict[str, str]) -> int | None:
+        (tmp_path / "cgroup").write_text(membership)
+        for name, text in limits.items():
+            (tmp_path / "sys" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "sys" / name).write_text(text + "\n")
+        return cgroup_limit_nbytes(tmp_path / "sys", tmp_path / "cgroup")
+
+    return limit
+
+
+def test_a_container_s_limit_is_found(cgroups):
+    assert cgroups("0::/\n", {"memory.max": str(4096 * MIB)}) == 4096 * MIB
+
+
+def test_the_least_limit_of_a_group_and_those_around_it_counts(cgroups):
+    limits = {
+        "slurm/memory.max": str(900 * MIB),
+        "slurm/job/memory.max": str(500 * MIB),
+        "slurm/job/step/memory.max": "max",
+        "other/memory.max": str(1 * MIB),
+    }
+    assert cgroups("0::/slurm/job/step\n", limits) == 500 * MIB
+
+
+def test_a_limit_of_the_first_version_of_control_groups_is_found(cgroups):
+    limits = {"memory/docker/1/memory.limit_in_bytes": str(700 * MIB), "cpu/docker/1/memory.limit_in_bytes": "1"}
+    assert cgroups("5:cpu:/docker/1\n4:cpuset,memory:/docker/1\n0::/\n", limits) == 700 * MIB
+
+
+def test_there_may_be_no_limit(cgroups, tmp_path):
+    assert cgroups("0::/\n", {"memory.max": "max"}) is None
+    assert cgroup_limit_nbytes(tmp_path, tmp_path / "no such file") is None
+
+
+def test_a_share_and_the_default_keep_to_a_container_s_limit(monkeypatch):
+    monkeypatch.setattr(memory, "cgroup_limit_nbytes", lambda: 1000 * MIB)
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
+    assert memory_cap("50%", ()).nbytes == 500 * MIB
+    process = 100 * MIB + memory.GROWTH_NBYTES
+    assert memory_cap(None, ()) == MemoryCap(process + 500 * MIB, process)
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 900 * MIB)
+    assert memory_cap(None, ()).nbytes == 1000 * MIB
+
+
+def test_what_is_imported_already_is_not_counted_twice(monkeypatch):
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 500 * MIB)
+    assert "torch" in sys.modules
+    assert memory_cap("1GiB", ("torch",)).process_nbytes == 500 * MIB + memory.GROWTH_NBYTES
+
+
+def test_a_cap_that_is_too_small_names_the_smallest_that_works():
+    message = str(CapError(MemoryCap(100 * MIB, 280 * MIB), 3 * MIB // 2))
+    assert message == (
+        "the merge may take 100 MiB of memory, which is too little; the smallest that works is --max-memory 282MiB "
+        "(280 MiB for Python and its libraries, 2 MiB for buffers)"
+    )
+
+
+# --------------------------------------------------------------------------------------- a process of its own, measured
+
+
+MEASURED = (
+    "import atexit, re\n"
+    "from pathlib import Path\n"
+    "status = Path('/proc/self/status')\n"
+    "atexit.register(lambda: print('peak', re.search('VmHWM:\\\\s+(\\\\d+)', status.read_text())[1], 'KiB'))\n"
+    "from moeplan.cli import main; main()"
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
+@pytest.mark.parametrize(("mode", "expert"), [("random", {"noise_scale": 0.01, "residual_scale": 0.5}), ("hidden", {})])
+def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode, expert):
+    source = sparse_llama(
+        tmp_path / "source", vocab_size=16000, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
+    )
+    save_tokenizer(source)
+    experts = [{"source_model": source, **expert}] * 2
+    experts[1] = experts[1] | {"positive_prompts": ["another prompt, " * 30]}
+    config = write_config(tmp_path / "config.yml", source, experts, gate_mode=mode, dtype="float16")
+    args = [config, tmp_path / "out", "--i-understand-this-is-not-useful-without-training", "--quiet"]
+
+    refused = outcome(start(*args, "--max-memory", "1MiB"))
+    assert refused.status == 2
+    assert not (tmp_path / "out").exists()
+    smallest = int(re.search(r"the smallest that works is --max-memory (\d+)MiB", refused.stderr)[1])
+    almost = outcome(start(*args, "--max-memory", f"{smallest - 1}MiB"))
+    assert almost.status == 2
+    assert not (tmp_path / "out").exists()
+
+    merged = outcome(start(*args, "--max-memory", f"{smallest}MiB", code=MEASURED))
+    assert merged.status == 0, merged.stderr
+    peak = int(re.fullmatch(r"peak (\d+) KiB\n", merged.stdout)[1]) / 1024
+    assert 0.8 * smallest < peak <= smallest

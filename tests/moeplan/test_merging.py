@@ -1,0 +1,389 @@
+"""Sources that do not fit each other, the output family or their prompts: refused, or warned about, unwritten to."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Outcome, moeplan, snapshot, write_config
+from safetensors.torch import load_file, save_file
+
+import moeplan as api
+from executor.errors import RunError
+from moeplan import merging
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change config.json; `...` removes a key."""
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def models(checkpoint, tmp_path) -> tuple[Path, Path]:
+    """A base and another model of the same make, which a test may spoil."""
+    paths = tmp_path / "base", tmp_path / "other"
+    for seed, path in enumerate(paths):
+        shutil.copytree(checkpoint("llama-plain", seed), path)
+        edit_config(path, rope_theta=300.0, rope_parameters=...)
+    return paths
+
+
+@pytest.fixture
+def refused(models, tmp_path) -> Callable[..., str]:
+    """`refused(*options, prompt=..., **settings)`: the message that a merge of base and other is refused with.
+
+    Tried with an output directory that is not there and with an empty one: both stay so.
+    """
+
+    def try_both(*options: str, prompt: str = "a prompt", **settings: Any) -> str:
+        base, other = models
+        experts = [base, {"source_model": other, "positive_prompts": [prompt]}]
+        config = write_config(tmp_path / "config.yml", base, experts, **settings)
+        empty = tmp_path / "empty"
+        empty.mkdir(exist_ok=True)
+        results = []
+        for out in (tmp_path / "new" / "out", empty):
+            before = snapshot(tmp_path)
+            results.append(moeplan(config, out, *options))
+            assert snapshot(tmp_path) == before
+        assert {result.status for result in results} == {2}
+        assert {result.stdout for result in results} == {""}
+        assert "Traceback" not in results[0].stderr
+        assert results[0].error == results[1].error
+        return results[0].error.replace(f"{tmp_path}/", "")
+
+    return try_both
+
+
+def warned(outcome: Outcome) -> list[str]:
+    assert outcome.status == 0, outcome.stderr
+    return [line.removeprefix("warning: ") for line in outcome.stderr.splitlines() if line.startswith("warning: ")]
+
+
+# ----------------------------------------------------------------------------------- sources that do not fit each other
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sides"),
+    [
+        ("hidden_size", 128, "hidden_size is 128 in other and 64 in the base base"),
+        ("intermediate_size", 192, "intermediate_size is 192 in other and 96 in the base base"),
+        ("num_hidden_layers", 2, "num_hidden_layers is 2 in other and 3 in the base base"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu' in other and 'silu' in the base base"),
+    ],
+)
+def test_sizes_that_differ_are_refused_with_both_values(models, refused, key, value, sides):
+    edit_config(models[1], **{key: value})
+    assert refused() == f"config.yml:1: experts[1].source_model: {sides}; they must be equal"
+
+
+def test_a_default_that_another_model_spells_out_otherwise_is_a_difference(models, refused):
+    edit_config(models[1], intermediate_size=...)
+    message = "intermediate_size is 11008 in other and 96 in the base base; they must be equal"
+    assert refused() == f"config.yml:1: experts[1].source_model: {message}"
+
+
+def test_models_of_two_families_are_refused(models, refused):
+    edit_config(models[1], model_type="mistral")
+    message = "other is a mistral model and the base base a llama model; all must be of one family"
+    assert refused() == f"config.yml:1: experts[1].source_model: {message}"
+
+
+def test_a_model_of_an_unknown_family_is_refused(models, refused):
+    edit_config(models[0], model_type="gpt2")
+    assert refused().startswith("config.yml:1: base_model: base: models of type gpt2 cannot be merged; moeplan knows ")
+
+
+def test_a_source_that_is_not_there_is_refused_at_its_line(models, refused):
+    shutil.rmtree(models[1])
+    assert refused().startswith("config.yml:1: experts[1].source_model: other: no such directory; ")
+
+
+# ------------------------------------------------------------------------------- tensors that are missing or in excess
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("mode", ["random", "hidden"])
+def test_a_tensor_that_is_missing_is_named(models, refused, which, mode):
+    edit_tensors(models[which], lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    path = models[which].name
+    assert refused(gate_mode=mode) == (
+        f"{path}: there is no tensor model.layers.1.mlp.up_proj.weight, which a llama model has"
+    )
+
+
+@pytest.mark.parametrize("mode", ["random", "cheap_embed"])
+def test_missing_embeddings_are_named(models, refused, mode):
+    edit_tensors(models[0], lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    edit_config(models[0], dtype=..., torch_dtype=...)
+    assert refused(gate_mode=mode) == ("base: there is no tensor model.embed_tokens.weight, which a llama model has")
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_refused(models, refused):
+    def transpose(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.2.mlp.down_proj.weight"
+        tensors[name] = tensors[name].T.contiguous()
+
+    edit_tensors(models[1], transpose)
+    assert refused() == (
+        "other: model.layers.2.mlp.down_proj.weight has shape [96, 64], and config.json makes it [64, 96] "
+        "(hidden_size × intermediate_size)"
+    )
+
+
+def test_a_base_without_an_output_matrix_is_refused_unless_the_embeddings_are_it(models, refused, tmp_path):
+    edit_tensors(models[0], lambda tensors: tensors.pop("lm_head.weight"))
+    assert refused() == (
+        "base: there is no tensor lm_head.weight, and config.json does not tie it to the embeddings "
+        "(tie_word_embeddings)"
+    )
+    edit_config(models[0], tie_word_embeddings=True)
+    assert moeplan(tmp_path / "config.yml", "--plan").status == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "which", "message"),
+    [
+        ("llama-attention-bias", 0, "'model.layers.0.self_attn.k_proj.bias' (and 11 more)"),
+        ("llama-mlp-bias", 0, "'model.layers.0.mlp.down_proj.bias' (and 8 more)"),
+        ("llama-mlp-bias", 1, "'model.layers.0.mlp.down_proj.bias' (and 8 more)"),
+    ],
+)
+def test_biases_that_the_output_cannot_hold_are_refused_not_dropped(
+    models, refused, checkpoint, recipe, which, message
+):
+    shutil.rmtree(models[which])
+    shutil.copytree(checkpoint(recipe), models[which])
+    assert refused() == (
+        f"{models[which].name}: a Mixtral model cannot hold {message}, and without it the merged model would compute "
+        "something else"
+    )
+
+
+def test_an_expert_s_attention_is_not_used_so_its_biases_do_no_harm(models, checkpoint, tmp_path):
+    config = write_config(tmp_path / "config.yml", models[0], [models[0], checkpoint("llama-attention-bias")])
+    assert warned(moeplan(config, tmp_path / "out")) == []
+
+
+def test_tensor_names_cannot_reach_the_terminal_unescaped(models, refused):
+    edit_tensors(models[0], lambda tensors: tensors.update({"\x1b]0;owned\x07": torch.zeros(1)}))
+    assert r"cannot hold '\x1b]0;owned\x07', and" in refused()
+
+
+# ------------------------------------------------------------------------------------------------- what the family is
+
+
+def test_an_unknown_output_family_is_refused_with_those_that_there_are(refused):
+    assert refused(architecture="switch").startswith(
+        "config.yml:1: architecture: there is no output family 'switch'; there are Mixtral, "
+    )
+
+
+def test_a_family_that_the_sources_do_not_fit_is_refused_with_the_reason(models, refused):
+    message = refused(architecture="Mixtral", shared_experts=[{"source_model": models[1]}])
+    assert message.startswith("config.yml:1: experts: no output family fits these models:\n  Mixtral ")
+    assert message.endswith("has no shared expert: remove shared_experts")
+
+
+def test_an_expert_layout_that_the_family_lacks_is_refused(refused):
+    message = refused("--expert-layout", "round")
+    assert message == "--expert-layout: Mixtral has no layout 'round'; it has separate, packed"
+
+
+# ------------------------------------------------------------------------------------------------------------ RoPE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "RoPE scaling of type 'su' cannot be held"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope parameters that differ between layers"),
+        ({"rope_scaling": "linear"}, "rope parameters that differ between layers cannot be carried over"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the merged model rotates whole heads"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'; it must be a positive number"),
+        ({"rope_theta": 0}, "rope_theta is 0; it must be a positive number"),
+    ],
+)
+def test_rope_that_the_merged_model_would_compute_otherwise_is_refused(models, refused, changes, message):
+    for path in models:
+        edit_config(path, **changes)
+    assert refused().startswith(f"base/config.json: {message}")
+
+
+# ------------------------------------------------------------------------------------- prompts and the base's tokenizer
+
+
+def test_prompts_need_a_tokenizer(models, refused):
+    (models[0] / "tokenizer.json").unlink()
+    assert refused(gate_mode="cheap_embed") == (
+        "base: there is no tokenizer (tokenizer.json or tokenizer.model), and this gate mode reads prompts; copy the "
+        "model's tokenizer files there, or use gate_mode: random"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}", "this is not a tokenizer: "),
+        (b"\x00\xff", "this is not a tokenizer: "),
+        (None, "is not a regular file of at most 256 MiB"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_refused(models, refused, content, message):
+    file = models[0] / "tokenizer.json"
+    file.unlink()
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content)
+    assert refused(gate_mode="hidden").startswith(f"base/tokenizer.json: {message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is not a JSON object but []"),
+        ("{", "is not JSON"),
+        ('{"a":' * 100_000, "is nested more than 64 levels deep"),
+        ('{"bos_token": "<start>"}', "bos_token '<start>' is not a token of tokenizer.json"),
+        ('{"bos_token": 1}', "bos_token 1 is not a token of tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_config_that_names_no_bos_token_of_the_tokenizer_is_refused(models, refused, content, message):
+    (models[0] / "tokenizer_config.json").write_text(content)
+    assert refused(gate_mode="hidden").startswith(f"base/tokenizer_config.json: {message}")
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_refused(models, refused):
+    message = refused(gate_mode="hidden", prompt="x" * 256)
+    assert message == f"the prompt '{'x' * 40}…' has 257 tokens, and the context of base is 256"
+
+
+def test_a_prompt_without_any_token_is_refused(models, refused):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (models[0] / name).unlink()
+    edit_config(models[0], bos_token_id=None)
+    message = refused(gate_mode="hidden", prompt="")
+    assert message == "the prompt '' has no tokens, and the tokenizer of base has no BOS token"
+
+
+def test_a_tokenizer_of_another_model_is_refused(models, refused):
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:50].clone()
+
+    for path in models:
+        edit_config(path, vocab_size=50)
+        edit_tensors(path, shrink)
+    assert re.fullmatch(
+        r"the prompt '.*' has token \d+, and the embeddings of base have 50 rows; its tokenizer is of another model",
+        refused(gate_mode="cheap_embed"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what deserves a word
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"rope_theta": 1e6}, "rope_theta is 1000000.0 in other and 300.0 in the base base"),
+        ({"rope_theta": ...}, "rope_theta is 10000.0 in other and 300.0 in the base base"),
+        ({"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0 in other and 300.0 in"),
+        ({"vocab_size": 400}, "vocab_size is 400 in other and 384 in the base base"),
+    ],
+)
+def test_a_difference_that_does_not_reach_the_output_is_a_warning(models, tmp_path, changes, difference):
+    edit_config(models[1], **changes)
+    config = write_config(tmp_path / "config.yml", models[0], [models[0], models[1], models[1], models[1]])
+    (warning,) = warned(moeplan(config, "--plan"))
+    warning = warning.replace(f"{tmp_path}/", "")
+    assert warning.startswith(f"config.yml:1: experts[1].source_model: {difference}")
+    assert warning.endswith("; the merged model has the base's")
+
+
+def test_rope_in_another_spelling_is_no_difference(models, tmp_path):
+    edit_config(models[1], rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 300.0})
+    config = write_config(tmp_path / "config.yml", models[0], models)
+    assert warned(moeplan(config, "--plan")) == []
+
+
+def test_a_number_of_experts_that_is_no_power_of_two_is_a_warning(models, tmp_path):
+    config = write_config(tmp_path / "config.yml", models[0], [models[0], models[1], models[1]])
+    (warning,) = warned(moeplan(config, "--plan"))
+    assert warning.endswith("experts: 3 is no power of two, which older versions of llama.cpp cannot read")
+
+
+def test_layers_whose_router_cannot_tell_experts_apart_are_named(models, tmp_path):
+    prompts = [{"positive_prompts": ["the same"]}, {"positive_prompts": ["the same", "the same"]}]
+    experts = [{"source_model": path, **given} for path, given in zip(models, prompts, strict=True)]
+    config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode="hidden")
+    (warning,) = warned(moeplan(config, tmp_path / "out"))
+    assert warning == (
+        "routing is degenerate in all layers: the router cannot tell some experts apart; give them prompts that "
+        "differ more"
+    )
+
+
+def test_only_degenerate_layers_are_named_and_no_prompts_where_there_are_none(models, tmp_path):
+    experts = [models[0]] * 64  # of 64 random rows of 64 numbers, some combination nearly vanishes
+    config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode="random")
+    (warning,) = warned(moeplan(config, tmp_path / "out"))
+    assert warning == "routing is degenerate in all layers: the router cannot tell some experts apart"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([3], "layers 3"), ([0, 1, 2, 7], "layers 0-2, 7"), ([1, 3, 4, 6, 7, 8], "layers 1, 3-4, 6-8")],
+)
+def test_layers_in_a_row_are_named_by_the_first_and_the_last(numbers, text):
+    assert merging._layers(numbers) == text
+
+
+def test_a_router_with_numbers_that_are_not_finite_is_degenerate(models, tmp_path):
+    edit_tensors(models[0], lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+    config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="hidden")
+    (warning,) = warned(moeplan(config, tmp_path / "out"))
+    assert warning.startswith("routing is degenerate in layers 1-2: ")
+
+
+# ------------------------------------------------------------------------------------------------------ runs that fail
+
+
+@pytest.mark.parametrize("harm", ["change", "removal"])
+def test_a_source_that_does_not_stay_as_it_was_planned_fails_the_run(models, tmp_path, harm):
+    config = api.load_config(write_config(tmp_path / "config.yml", models[0], models))
+    file = models[1] / "model.safetensors"
+
+    def meddle(plan: api.MergePlan) -> None:
+        if harm == "change":
+            os.utime(file, ns=(0, 0))
+        else:
+            file.unlink()
+
+    with pytest.raises(RunError, match=rf"{file}: (the file was changed|cannot be opened any more)"):
+        api.merge(config, tmp_path / "out", on_plan=meddle)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_interrupted_progress_display_raises_leaves_nothing(models, tmp_path):
+    config = api.load_config(write_config(tmp_path / "config.yml", models[0], models))
+
+    def interrupt(state: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.merge(config, tmp_path / "new" / "out", on_progress=interrupt)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,89 @@
+"""What is seen of a merge under way."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from executor.engine import Progress
+from moeplan import progress
+from moeplan.progress import ProgressBar, ProgressLines, progress_on
+
+GB = 10**9
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets: `clock.now`, in seconds."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def console(**options) -> tuple[Console, StringIO]:
+    stream = StringIO()
+    return Console(file=stream, highlight=False, markup=False, **options), stream
+
+
+def test_a_terminal_gets_a_bar_and_everything_else_gets_lines():
+    assert isinstance(progress_on(console(force_terminal=True)[0], 1), ProgressBar)
+    assert isinstance(progress_on(console()[0], 1), ProgressLines)
+
+
+def test_lines_come_now_and_then_with_bytes_rate_and_time_left(clock):
+    on, stream = console(width=200)
+    lines = ProgressLines(on, 100 * GB)
+    clock.now += 30  # loading takes its time, and is not held against the disk
+    for seconds in range(41):
+        lines.show(Progress(0, 2 * GB * seconds, "" if seconds else "decoder_layer"))
+        clock.now += 1
+    assert stream.getvalue().splitlines() == [
+        "routers: 0%, 0 bytes of 100.0 GB, 0 bytes/s",
+        "copying: 20%, 20.0 GB of 100.0 GB, 2.0 GB/s, 40 s left",
+        "copying: 40%, 40.0 GB of 100.0 GB, 2.0 GB/s, 30 s left",
+        "copying: 60%, 60.0 GB of 100.0 GB, 2.0 GB/s, 20 s left",
+        "copying: 80%, 80.0 GB of 100.0 GB, 2.0 GB/s, 10 s left",
+    ]
+
+
+def test_a_merge_of_a_few_seconds_says_nothing_on_the_way(clock):
+    on, stream = console()
+    lines = ProgressLines(on, GB)
+    for part in range(9):
+        clock.now += 1
+        lines.show(Progress(0, GB * part // 8, ""))
+    lines.show(Progress(0, GB, "syncing"))
+    lines.stop()
+    assert stream.getvalue() == ""
+
+
+def test_a_long_merge_says_that_it_waits_for_the_disk_at_the_end(clock):
+    on, stream = console(width=200)
+    lines = ProgressLines(on, GB)
+    clock.now += 11
+    lines.show(Progress(0, 1000, ""))
+    lines.show(Progress(0, GB, "syncing"))
+    assert stream.getvalue().splitlines()[-1] == "syncing: waiting until everything is on the disk"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (99, "99 s"), (150, "2 min"), (3600, "1 h 0 min"), (1e5, "27 h 47 min")]
+)
+def test_durations_are_rounded_to_what_one_wants_to_know(seconds, text):
+    assert progress._duration(seconds) == text
+
+
+@pytest.mark.parametrize("doing", ["", "decoder_layer", "syncing"])
+def test_a_bar_fits_80_columns(doing):
+    on, stream = console(force_terminal=True, width=80, color_system=None)
+    bar = ProgressBar(on, 932 * GB)
+    bar.show(Progress(0, 123 * GB, doing))
+    bar.show(Progress(0, 465 * GB, doing))
+    bar.stop()
+    shown = [line for line in stream.getvalue().replace("\r", "\n").split("\n") if " GB" in line]
+    assert shown
+    assert "465.0/932.0 GB" in shown[-1]
+    assert max(map(len, shown)) <= 80
