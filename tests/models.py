@@ -1,11 +1,12 @@
 """Small real checkpoints, written by transformers: seeded, quick, and awkward in every way that real ones are.
 
 A recipe is data: the family, what its config says otherwise than `SIZES`, how it is saved. `RECIPES` holds every family
-times every variant, so that a new family is one entry in `FAMILIES`.
+times every variant, and what is awkward in one family alone, so that a new family is one entry in `FAMILIES`.
 """
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,20 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 32,
 }
 
+YARN_SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a checkpoint. `terse`: its config.json says what the recipe says, and no defaults beside it."""
+    """How to make a checkpoint.
+
+    `terse`: its config.json says what the recipe says, and no defaults beside it. `bos`: its tokenizer has a BOS token.
+    """
 
     family: str
     config: Mapping[str, Any] = field(default_factory=dict)
     terse: bool = False
+    bos: bool = True
     dtype: str = "float32"
     max_shard_size: str = "1GB"
     extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -65,8 +72,21 @@ def _old_rope(**scaling: Any) -> dict[str, Any]:
     }
 
 
-# What sets the family apart from the others.
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": 8}}
+GRANITE_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+}
+
+# What sets the family apart from the others. Qwen's tokenizers have no BOS token, though its configs name one.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"config": {"sliding_window": 8}},
+    "qwen2": {"bos": False},
+    "qwen3": {"bos": False},
+    "granite": {"config": GRANITE_MULTIPLIERS},
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -79,34 +99,81 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "off-page": {"config": {"hidden_size": 56, "intermediate_size": 90, "head_dim": ABSENT}},
     "rope-old": _old_rope(),
     "rope-old-linear": _old_rope(type="linear", factor=2.0),
+    "rope-old-yarn": _old_rope(type="yarn", factor=4.0, original_max_position_embeddings=64),
     "rope-old-llama3": _old_rope(**LLAMA3_SCALING),
     "rope-new-llama3": {"config": {"rope_parameters": {"rope_theta": 700.0, **LLAMA3_SCALING}}},
+    "rope-new-yarn": {"config": {"rope_parameters": {"rope_theta": 700.0, **YARN_SCALING}}},
 }
 
-# Nothing in config.json but what nobody can guess. 16 heads, because Mistral's default is 8 key-value heads.
-_ERA_OF_LLAMA_1 = {
-    "config": {
-        "num_attention_heads": 16,
-        **dict.fromkeys(("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"), ABSENT),
+
+def _silent(num_attention_heads: int, *keys: str) -> dict[str, Any]:
+    """A config.json with nothing but what nobody can guess: not these keys, nor any that transformers adds."""
+    silent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", *keys)
+    return {"config": {"num_attention_heads": num_attention_heads, **dict.fromkeys(silent, ABSENT)}, "terse": True}
+
+
+def _window(**config: Any) -> dict[str, Any]:
+    return {"config": {"use_sliding_window": True, "sliding_window": 8, **config}, "terse": True}
+
+
+def _rope_with_context_outside(tokens: int, **scaling: Any) -> dict[str, Any]:
+    """As Phi's configs have it: the context that the model was made for stands beside the scaling, and counts."""
+    recipe = _old_rope(**scaling)
+    recipe["config"]["original_max_position_embeddings"] = tokens
+    return recipe
+
+
+_ROTARY_BUFFERS = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(2) for n in range(3)}
+_QWEN = {
+    "silent": _silent(32),  # as many heads as the family has key-value heads by default
+    "window": _window(max_window_layers=0),
+    "window-by-layer": _window(layer_types=["sliding_attention"] * 3),
+    "window-above-all-layers": _window(),
+    "window-in-no-layer": _window(max_window_layers=0, layer_types=["full_attention"] * 3),
+    "window-off": _window(use_sliding_window=False, max_window_layers=0),
+}
+
+# 16 heads, because Mistral's default is 8 key-value heads.
+OWN_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "old": {**_silent(16), "extra_tensors": _ROTARY_BUFFERS},
+        "rope-yarn-in-two-places": _rope_with_context_outside(
+            16, type="yarn", factor=4.0, original_max_position_embeddings=64
+        ),
+        # Some prompts are shorter than these 24 tokens, some longer, and are rotated in another way.
+        "rope-longrope": _rope_with_context_outside(
+            24, type="longrope", short_factor=[1 + n / 10 for n in range(8)], long_factor=[2 + n / 3 for n in range(8)]
+        ),
     },
-    "terse": True,
-    "extra_tensors": {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(2) for n in range(3)},
+    "mistral": {
+        "old": {**_silent(16), "extra_tensors": _ROTARY_BUFFERS},
+        "default-window": {"config": {"sliding_window": ABSENT}, "terse": True},
+        "no-window": {"config": {"sliding_window": None}},
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "granite": {"silent": _silent(16, *GRANITE_MULTIPLIERS)},
+}
+
+# What no MoE family that takes the source, or not every one, can hold.
+MISFITS: dict[str, Recipe] = {
+    "llama-attention-bias": Recipe("llama", {"attention_bias": True}),
+    "llama-mlp-bias": Recipe("llama", {"mlp_bias": True}),
+    "qwen3-attention-bias": Recipe("qwen3", {"attention_bias": True}),
+    "granite-attention-bias": Recipe("granite", {"attention_bias": True}),
+    "granite-mlp-bias": Recipe("granite", {"mlp_bias": True}),
+    "qwen2-mixed-window": Recipe("qwen2", **_window(max_window_layers=1)),
+    "qwen3-mixed-window": Recipe("qwen3", **_window(layer_types=["full_attention", *["sliding_attention"] * 2])),
 }
 
 
 def _recipes() -> dict[str, Recipe]:
-    own = {
-        "llama": {"old": _ERA_OF_LLAMA_1},
-        "mistral": {
-            "old": _ERA_OF_LLAMA_1,
-            "default-window": {"config": {"sliding_window": ABSENT}, "terse": True},
-            "no-window": {"config": {"sliding_window": None}},
-        },
-    }
     return {
-        f"{family}-{name}": Recipe(family, **{**variant, "config": {**common, **variant.get("config", {})}})
+        f"{family}-{name}": Recipe(
+            family, **{**common, **variant, "config": {**common.get("config", {}), **variant.get("config", {})}}
+        )
         for family, common in FAMILIES.items()
-        for name, variant in {**VARIANTS, **own.get(family, {})}.items()
+        for name, variant in {**VARIANTS, **OWN_VARIANTS[family]}.items()
     }
 
 
@@ -116,7 +183,8 @@ RECIPES = _recipes()
 def save_checkpoint(recipe: Recipe, path: Path, seed: int) -> None:
     """Save the checkpoint of `recipe`, its weights drawn from `seed`, with a tokenizer, to the directory `path`."""
     config = {key: value for key, value in (SIZES | recipe.config).items() if value is not ABSENT}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.family, **config))
+    # A copy, because transformers 5 adds to the RoPE parameters that it is given.
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.family, **deepcopy(config)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -134,6 +202,10 @@ def save_checkpoint(recipe: Recipe, path: Path, seed: int) -> None:
     save_tokenizer(path)
     # transformers 5 no longer writes this file; the checkpoints that are out there have it.
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if not recipe.bos:
+        del special["bos_token"]
+        file = path / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": None}, indent=2))
     (path / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
 
 

@@ -2,68 +2,69 @@
 
 import pytest
 import torch
+from families import CASES, NUM_LAYERS, OUTPUTS, Case, expected_tensors, plain_recipe, router_names
 from models import read_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-NEW_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-NUM_LAYERS = 3
+MIXTRAL = Case("mixtral", "llama", "separate", 0)
+QWEN2_OF_LLAMA = Case("qwen2-moe", "llama", "separate", 1)
+SHARED_CASES = [case for case in CASES if case.shared]
+
+DISTINCT = [
+    *((case, plain_recipe(case)) for case in CASES),
+    *((MIXTRAL, f"llama-{name}") for name in ("sharded", "off-page", "f16", "tied", "old")),
+    (Case("mixtral", "mistral", "separate", 0), "mistral-bf16"),
+    (Case("mixtral", "llama", "packed", 0), "llama-off-page"),
+    (Case("deepseek", "llama", "separate", 1), "llama-tied"),
+    # Biases of zeros as high as the projections, and an output matrix of its own.
+    *((QWEN2_OF_LLAMA, f"llama-{name}") for name in ("wide-heads", "off-page", "tied", "bf16")),
+    (Case("qwen2-moe", "qwen2", "packed", 1), "qwen2-tied"),
+    (Case("qwen3-moe", "qwen3", "packed", 0), "qwen3-tied"),
+    (Case("granite", "granite", "packed", 1), "granite-off-page"),
+]
 
 
-def is_router(name: str) -> bool:
-    return name.endswith("block_sparse_moe.gate.weight")
-
-
-def merged_tensors(out) -> dict[str, Tensor]:
-    """All of the merged model but its router."""
-    return {name: tensor for name, tensor in read_tensors(out).items() if not is_router(name)}
+def merged_tensors(out, case: Case = MIXTRAL) -> dict[str, Tensor]:
+    """All of the merged model but its routers, and its shared experts' gates."""
+    return {name: tensor for name, tensor in read_tensors(out).items() if name not in router_names(case)}
 
 
 def expert_tensors(source, expert: int) -> dict[str, Tensor]:
     """The MLPs of `source`, under the names they have in a Mixtral as its `expert`."""
-    tensors = read_tensors(source)
-    return {
-        f"model.layers.{n}.block_sparse_moe.experts.{expert}.{new}.weight": tensors[
-            f"model.layers.{n}.mlp.{old}.weight"
-        ]
-        for n in range(NUM_LAYERS)
-        for old, new in NEW_NAMES.items()
-    }
-
-
-def expected_tensors(base, experts) -> dict[str, Tensor]:
-    """All tensors, but the router, of the Mixtral that has `base`'s attention and the experts' MLPs.
-
-    The rotary frequencies that checkpoints of Llama 1's time hold are no weights, and belong in no model of today.
-    """
-    not_shared = (".mlp.", ".rotary_emb.inv_freq")
-    shared = {name: tensor for name, tensor in read_tensors(base).items() if not any(n in name for n in not_shared)}
-    return shared | {
-        name: tensor for n, source in enumerate(experts) for name, tensor in expert_tensors(source, n).items()
-    }
+    tensors = expected_tensors(MIXTRAL, source, [source] * (expert + 1))
+    return {name: tensor for name, tensor in tensors.items() if f".experts.{expert}." in name}
 
 
 def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensors[name].dtype == tensor.dtype, name
-        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert tensors[name].shape == tensor.shape, name
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    ["llama-plain", "llama-sharded", "llama-off-page", "llama-f16", "mistral-bf16", "llama-tied", "llama-old"],
-)
-def test_every_tensor_of_distinct_experts_is_its_source_s_bit_for_bit(recipe, checkpoint, merge):
-    base, *experts = (checkpoint(recipe, seed) for seed in range(5))
-    out = merge(base, experts)
-    assert_same_bits(merged_tensors(out), expected_tensors(base, experts))
+@pytest.mark.parametrize(("case", "recipe"), DISTINCT, ids=lambda value: str(value))
+def test_every_tensor_of_distinct_experts_is_its_source_s_bit_for_bit(case, recipe, checkpoint, merge):
+    base, shared, *experts = (checkpoint(recipe, seed) for seed in range(6))
+    out = merge(base, experts, **case.settings(shared))
+    assert_same_bits(merged_tensors(out, case), expected_tensors(case, base, experts, shared))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_routers_have_a_row_for_each_expert_and_gates_have_one(case, checkpoint, merge):
+    source = checkpoint(plain_recipe(case))
+    tensors = read_tensors(merge(source, [source] * 8, **case.settings(source)))
+    gate = OUTPUTS[case.output].shared.router if case.shared else ""
+    for layer in range(NUM_LAYERS):
+        assert tensors[f"model.layers.{layer}.{case.names.router}"].shape == (8, 64)
+        assert not gate or tensors[f"model.layers.{layer}.{gate}"].shape == (1, 64)
 
 
 def test_experts_may_be_stored_in_other_ways_than_the_base(checkpoint, merge):
     base = checkpoint("llama-plain")
     experts = [checkpoint("llama-sharded", 1), checkpoint("llama-tied", 2)]
-    assert_same_bits(merged_tensors(merge(base, experts)), expected_tensors(base, experts))
+    assert_same_bits(merged_tensors(merge(base, experts)), expected_tensors(MIXTRAL, base, experts))
 
 
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
@@ -72,7 +73,7 @@ def test_a_cast_rounds_as_torch_does(source, target, checkpoint, merge, tmp_path
     recipe = {"f32": "llama-plain"}.get(source, f"llama-{source}")
     base = with_awkward_numbers(checkpoint(recipe), tmp_path / "awkward")
     out = merge(base, [base] * 2, dtype=target)
-    expected = expected_tensors(base, [base] * 2)
+    expected = expected_tensors(MIXTRAL, base, [base] * 2)
     tensors = merged_tensors(out)
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -104,10 +105,21 @@ def test_residual_scale_multiplies_the_down_projections_in_float32(recipe, dtype
     base, expert = checkpoint(recipe), checkpoint(recipe, 1)
     out = merge(base, [base, {"source_model": expert, "residual_scale": factor}], dtype=dtype)
     tensors = merged_tensors(out)
-    for name, tensor in expected_tensors(base, [base, expert]).items():
+    for name, tensor in expected_tensors(MIXTRAL, base, [base, expert]).items():
         if ".experts.1.w2." in name:
             tensor = tensor.float() * factor
         assert torch.equal(tensors[name], tensor.to(getattr(torch, dtype))), name
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
+def test_residual_scale_of_a_shared_expert_multiplies_its_down_projections_alone(case, checkpoint, merge):
+    base, shared = checkpoint(plain_recipe(case)), checkpoint(plain_recipe(case), 1)
+    out = merge(base, [base] * 2, **case.settings(shared, residual_scale=-0.5))
+    expected = expected_tensors(case, base, [base] * 2, shared)
+    down = {name for name, made_of in OUTPUTS[case.output].shared.tensors.items() if made_of == ("down_proj",)}
+    scaled = {n: t * -0.5 for n, t in expected.items() if any(n.endswith(name) for name in down)}
+    assert len(scaled) == NUM_LAYERS
+    assert_same_bits(merged_tensors(out, case), expected | scaled)
 
 
 def noise(out, source, expert: int, scale: float, residual_scale: float = 1.0) -> dict[str, Tensor]:
@@ -139,7 +151,23 @@ def test_noise_is_normal_with_the_scale_asked_for_and_different_everywhere(check
     assert likeness.abs().max() < 0.08
 
     others = {name: tensor for name, tensor in merged_tensors(out).items() if ".experts." not in name}
-    assert_same_bits(others, expected_tensors(base, experts=[]))
+    assert_same_bits(others, expected_tensors(MIXTRAL, base, experts=[]))
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
+def test_noise_of_a_shared_expert_is_normal_and_unlike_the_experts(case, checkpoint, merge):
+    base = checkpoint(plain_recipe(case))
+    noisy = {"source_model": base, "noise_scale": 0.05}
+    out = merge(base, [noisy, noisy], **case.settings(base, noise_scale=0.05))
+
+    tensors = merged_tensors(out, case)
+    expected = expected_tensors(case, base, [base] * 2, base)
+    changed = [(tensors[n] - tensor) / 0.05 for n, tensor in expected.items() if not torch.equal(tensors[n], tensor)]
+    added = torch.cat([tensor.reshape(-1, 96 * 64) for tensor in changed])
+    assert len(added) == 3 * 3 * NUM_LAYERS  # three matrices of three MLPs a layer
+    assert added.mean(dim=1).abs().max() < 0.06
+    assert (added.std(dim=1) - 1).abs().max() < 0.05
+    assert (torch.corrcoef(added) - torch.eye(len(added))).abs().max() < 0.08
 
 
 def test_noise_is_the_same_for_the_same_seed_and_another_for_another(checkpoint, merge):

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from models import RECIPES, read_tensors
+from families import CASES, OUTPUTS, plain_recipe, recipes_of
+from models import GRANITE_MULTIPLIERS, RECIPES, read_tensors
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
@@ -68,33 +69,49 @@ def test_no_tokenizer_is_copied_where_none_is_wanted(checkpoint, merge):
     assert not [name for name in COPIED if (out / name).exists()]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_config_json_says_the_same_to_old_and_new_readers(recipe, checkpoint, merge):
-    source = checkpoint(recipe)
-    out = merge(source, [source] * 4, experts_per_token=3)
-    dense, config = AutoConfig.from_pretrained(source), read_json(out / "config.json")
+def test_config_json_is_what_the_plan_says(checkpoint, merge, plan):
+    source = checkpoint("llama-plain")
+    assert read_json(merge(source, [source] * 2) / "config.json") == plan(source, [source] * 2).model_config
 
-    assert config["architectures"] == ["MixtralForCausalLM"]
-    assert config["model_type"] == "mixtral"
-    assert config["num_local_experts"] == 4
+
+SAME_IN_EVERY_FAMILY = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range"),
+    *("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+]
+CONFIGS = [
+    pytest.param(case, recipe, id=f"{case}-{recipe}")
+    for case in CASES
+    for recipe in recipes_of(case.source)
+    if case.layout == next(iter(OUTPUTS[case.output].layouts))
+    and (case.output != "deepseek" or recipe in ("llama-plain", "llama-old", "llama-rope-old-linear", "llama-tied"))
+]
+
+
+@pytest.mark.parametrize(("case", "recipe"), CONFIGS)
+def test_config_json_says_the_same_to_old_and_new_readers(case, recipe, checkpoint, plan):
+    source = checkpoint(recipe)
+    dense, output = AutoConfig.from_pretrained(source), OUTPUTS[case.output]
+    config = plan(source, [source] * 4, experts_per_token=3, **case.settings(source)).model_config
+
+    assert config["architectures"] == [output.model_class]
+    assert config["model_type"] == output.model_type
+    assert config[output.num_experts_key] == 4
     assert config["num_experts_per_tok"] == 3
     assert config["torch_dtype"] == config["dtype"] == RECIPES[recipe].dtype
-    for key in (
-        "hidden_act",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "vocab_size",
-        "bos_token_id",
-        "eos_token_id",
-    ):
+    for key in SAME_IN_EVERY_FAMILY:
         assert config[key] == getattr(dense, key), key
-    assert config["sliding_window"] == getattr(dense, "sliding_window", None)
+    assert config["tie_word_embeddings"] == (dense.tie_word_embeddings and output.tied)
+    assert config["head_dim"] == (getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads)
 
-    rope = dense.rope_parameters
-    assert config["rope_parameters"].items() >= rope.items() - {("type", "linear")}
+    kinds = getattr(dense, "layer_types", None) or ["sliding_attention"]
+    window = getattr(dense, "sliding_window", None) if "sliding_attention" in kinds else None
+    assert config["sliding_window"] == window
+
+    rope = {key: value for key, value in dense.rope_parameters.items() if key != "type"}
+    if hasattr(dense, "original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = dense.original_max_position_embeddings
+    assert config["rope_parameters"].items() >= rope.items()
     assert config["rope_theta"] == rope["rope_theta"]
     if rope["rope_type"] == "default":
         assert config["rope_scaling"] is None
@@ -102,3 +119,58 @@ def test_config_json_says_the_same_to_old_and_new_readers(recipe, checkpoint, me
         # Readers older than transformers 4.43 know `type` and not `rope_type`.
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         assert config["rope_scaling"].items() >= scaling.items()
+        assert config["rope_scaling"]["type"] == rope["rope_type"]
+
+
+# What makes every layer a mixture of equal experts whose chosen weights sum to 1, in each family's words. Mixtral and
+# Granite have no words for it: they are always so.
+MOE_SETTINGS = {
+    "mixtral": {"num_local_experts": 4},
+    "deepseek": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 96,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "softmax",
+        "attention_bias": False,
+        "auto_map": {
+            "AutoConfig": "deepseek-ai/deepseek-moe-16b-base--configuration_deepseek.DeepseekConfig",
+            "AutoModel": "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekModel",
+            "AutoModelForCausalLM": "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekForCausalLM",
+        },
+    },
+    "qwen2-moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "qkv_bias": True,
+    },
+    "qwen3-moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "attention_bias": False,
+    },
+    "granite": {
+        "num_local_experts": 4,
+        "shared_intermediate_size": 96,
+        "attention_bias": False,
+        **GRANITE_MULTIPLIERS,
+    },
+}
+WITHOUT_SHARED = {"deepseek": {"n_shared_experts": None}, "granite": {"shared_intermediate_size": 0}}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_config_json_makes_every_layer_a_mixture_of_equal_experts(case, checkpoint, plan):
+    source = checkpoint(plain_recipe(case))
+    config = plan(source, [source] * 4, **case.settings(source)).model_config
+    expected = MOE_SETTINGS[case.output] | (WITHOUT_SHARED.get(case.output, {}) if not case.shared else {})
+    assert {key: config[key] for key in expected} == expected
