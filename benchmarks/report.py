@@ -1,0 +1,87 @@
+"""A run's results for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.contenders import LIMITS
+from benchmarks.results import Report
+from benchmarks.table import COLUMNS, rows
+from benchmarks.targets import TargetRow, target_rows
+
+TARGET_COLUMNS = ("issue", "target", "measured", "holds")
+RIGHT = ("seconds", "GB/s", "× floor", "peak MiB", "GB read", "GB written")
+HOLDS = {True: "yes", False: "NO", None: "–"}
+
+
+def facts(report: Report) -> list[str]:
+    """What one has to know to read the numbers."""
+    machine = report.machine
+    cache = "in the page cache" if report.warm else "not in the page cache"
+    lines = [
+        f"{report.started}, {report.seconds / 60:.0f} minutes; {machine.cpu}, {machine.num_cpus} CPUs, "
+        f"{machine.memory_nbytes / (1 << 30):.0f} GiB of memory, {machine.kernel}, {machine.file_system}; "
+        f"load {machine.load_before:.1f} before, {machine.load_after:.1f} after (the suite's own included)",
+        f"Medians of {report.rounds} interleaved rounds, with the least and the most. Time includes the start of the "
+        f"process and waiting for the disk. Sources are {cache} when a program starts; programs are. Peaks are of all "
+        "rounds.",
+    ]
+    if report.tiny:
+        lines.append("The models are tiny: this shows that everything runs, and nothing else. No target is judged.")
+    return lines
+
+
+def to_json(report: Report) -> str:
+    """Everything that was measured, and the targets."""
+    data = {**asdict(report), "targets": [asdict(row) for row in target_rows(report)]}
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_markdown(report: Report, plots: Sequence[str]) -> str:
+    """The table and the targets, followed by the plots, which are files beside it."""
+    parts = ["# moeplan's benchmarks", *facts(report)]
+    parts.append("\n".join(f"- **{name}**: {about}" for name, about in _legend(report)))
+    parts.append(_markdown_table(COLUMNS, rows(report)))
+    parts.append("## Targets")
+    parts.append(_markdown_table(TARGET_COLUMNS, (_target_cells(row) for row in target_rows(report))))
+    parts += [f"![{name}]({name})" for name in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_terminal(report: Report) -> RenderableType:
+    """The same for rich."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in RIGHT else "left")
+    for row in rows(report):
+        table.add_row(Text(row[0], style="bold"), *(Text(cell) for cell in row[1:]))
+    targets = Table(box=None, pad_edge=False, header_style="dim")
+    for column in TARGET_COLUMNS:
+        targets.add_column(column)
+    for target in target_rows(report):
+        targets.add_row(*(Text(cell, style=_style(target)) for cell in _target_cells(target)))
+    return Group(*(Text(fact) for fact in facts(report)), Text(), table, Text(), targets)
+
+
+def _legend(report: Report) -> list[tuple[str, str]]:
+    """What the names in the table stand for."""
+    return [(case.name, case.about) for case in report.cases] + [(limit.name, limit.program.value) for limit in LIMITS]
+
+
+def _target_cells(row: TargetRow) -> tuple[str, ...]:
+    return str(row.issue), row.target, row.measured, HOLDS[row.holds]
+
+
+def _style(row: TargetRow) -> str:
+    return {True: "green", False: "red", None: "dim"}[row.holds]
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [columns, ["---:" if column in RIGHT else "---" for column in columns], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

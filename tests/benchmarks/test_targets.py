@@ -1,0 +1,87 @@
+"""Ratios are of one round; a target holds, is missed, or was not measured, and the report says which."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.contenders import CP, MATMUL, READ_BASE, WRITE_FLOOR, Contender, mergekit, moeplan
+from benchmarks.results import CaseResult, Machine, Report, Result, not_run, ratios
+from benchmarks.targets import TargetRow, target_rows
+
+MIB = 1 << 20
+RUN = replace(not_run(""), error=None, printed={"result": {"read_nbytes": 1000}})
+
+
+def result(contender: Contender, *seconds: float, peak_mib: int = 300, **more: object) -> Result:
+    runs = tuple(replace(RUN, seconds=s, peak_rss_nbytes=peak_mib * MIB, **more) for s in seconds)
+    return Result(contender.name, runs)
+
+
+def report(*results: Result, case: str = "random", tiny: bool = False) -> Report:
+    measured = CaseResult(case, case, "", read_nbytes=1000, output_nbytes=1000, results=results)
+    return Report("now", 1.0, 3, tiny, False, Machine("", 1, 1, "", "", 0.0, 0.0), (measured,))
+
+
+def row(measured: Report, words: str) -> TargetRow:
+    return next(row for row in target_rows(measured) if words in row.target)
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    # The disk was three times as slow in the second round, for both.
+    assert ratios(result(moeplan(), 1.5, 4.5), result(WRITE_FLOOR, 1.0, 3.0)) == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(("seconds", "holds"), [((4.4, 4.5, 9.0), True), ((4.4, 4.6, 4.7), False)])
+def test_a_target_holds_by_the_median(seconds: tuple[float, ...], holds: bool) -> None:
+    measured = report(result(WRITE_FLOOR, 3.0, 3.0, 3.0), result(moeplan(), *seconds))
+    assert row(measured, "1.5 × the write floor").holds is holds
+
+
+def test_a_memory_cap_is_judged_by_the_worst_run() -> None:
+    runs = result(moeplan(), 1.0, 1.0, 1.0)
+    exceeded = replace(runs.runs[1], peak_rss_nbytes=385 * MIB)
+    measured = report(replace(runs, runs=(runs.runs[0], exceeded, runs.runs[2])))
+    assert row(measured, "copy, 4 × 1.1B: peak RSS").measured == "385 MiB"
+    assert row(measured, "copy, 4 × 1.1B: peak RSS").holds is False
+
+
+def test_a_target_whose_run_failed_is_missed() -> None:
+    failed = Result(moeplan().name, (not_run("exit status 1: no"),))
+    missed = row(report(result(CP, 1.0), failed), "as fast as cp")
+    assert (missed.holds, missed.measured) == (False, "moeplan: exit status 1: no")
+
+
+def test_what_was_skipped_or_not_run_is_neither_held_nor_missed() -> None:
+    measured = report(result(moeplan(), 1.0), Result(mergekit().name, skipped="it is not there"))
+    skipped, absent = row(measured, "5 × as fast as mergekit-moe"), row(measured, "upcycling")
+    assert (skipped.holds, skipped.measured) == (None, "skipped: it is not there")
+    assert (absent.holds, absent.measured) == (None, "not measured: upcycling was not run")
+
+
+def test_nothing_is_judged_on_tiny_models() -> None:
+    measured = report(result(WRITE_FLOOR, 1.0), result(moeplan(), 9.0), tiny=True)
+    assert row(measured, "1.5 × the write floor").holds is None
+
+
+@pytest.mark.parametrize(("seconds", "holds"), [(7.2, True), (7.3, False)])
+def test_hidden_is_allowed_the_longer_of_reading_and_computing(seconds: float, holds: bool) -> None:
+    # 2.0 + 1.3 × max(1.0, 4.0): the arithmetic in the faster of the two dtypes.
+    matmul = result(MATMUL, 30.0, printed={"float32": 9.0, "bfloat16": 4.0})
+    hidden = result(moeplan(gate_mode="hidden"), seconds)
+    measured = report(result(moeplan(), 2.0), result(READ_BASE, 1.0), matmul, hidden, case="hidden")
+    assert row(measured, "random + 1.3").holds is holds
+
+
+@pytest.mark.parametrize(
+    ("counted", "kernel", "holds"), [(1000, 50 * MIB, True), (2000, 50 * MIB, False), (1000, 200 * MIB, False)]
+)
+def test_reading_once_is_what_the_engine_counts_and_what_the_kernel_saw(counted: int, kernel: int, holds: bool) -> None:
+    run = result(moeplan(), 1.0, printed={"result": {"read_nbytes": counted}}, read_nbytes=kernel)
+    assert row(report(run, case="upcycling"), "upcycling").holds is holds
+
+
+def test_outputs_of_other_bytes_are_said_to_be_so() -> None:
+    capped = moeplan("--max-memory", "384MiB")
+    measured = report(result(moeplan(), 1.0, digest="a"), result(capped, 1.0, digest="b"), case="memory")
+    verdict = row(measured, "1.1B: bytes as without a cap")
+    assert (verdict.holds, verdict.measured) == (False, "NOT equal")
