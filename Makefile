@@ -6,7 +6,15 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint pytest clean
+# Other programs that read what moeplan writes, each in an environment of its own, and tests that are not part of `make test`.
+GGUF          := .venv-gguf
+TRANSFORMERS4 := .venv-transformers4
+
+# What the tests do not use is left out of llama.cpp, and what is left is compiled quickly rather than to run fast.
+LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DGGML_OPENMP=OFF \
+                   -DCMAKE_C_FLAGS_RELEASE=-O2 -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
+.PHONY: demo test lint pytest test-gguf test-transformers4 clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,5 +36,27 @@ lint: $(READY)
 pytest: $(READY)
 	$(BIN)/python -m pytest -n auto
 
+test-gguf: $(READY) $(GGUF)/.ready
+	READER_PYTHON=$(GGUF)/bin/python $(BIN)/python -m pytest -n auto tests/readers/test_gguf.py
+
+test-transformers4: $(READY) $(TRANSFORMERS4)/.ready
+	READER_PYTHON=$(TRANSFORMERS4)/bin/python $(BIN)/python -m pytest -n auto tests/readers/test_transformers4.py
+
+# llama.cpp's converter is no package: it is taken from the source package of llama.cpp's Python bindings.
+$(GGUF)/.ready: tests/readers/gguf_requirements.txt
+	$(PYTHON) -m venv --clear $(GGUF)
+	$(GGUF)/bin/python -m pip install --quiet --upgrade pip
+	$(GGUF)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --constraint $< --dest $(GGUF) llama-cpp-python
+	mkdir $(GGUF)/source
+	tar -xzf $(GGUF)/llama_cpp_python-*.tar.gz -C $(GGUF)/source --strip-components=1
+	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(GGUF)/bin/python -m pip install --quiet --no-binary llama-cpp-python --requirement $<
+	@touch $@
+
+$(TRANSFORMERS4)/.ready: tests/readers/transformers4_requirements.txt
+	$(PYTHON) -m venv --clear $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/python -m pip install --quiet --upgrade pip
+	$(TRANSFORMERS4)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GGUF) $(TRANSFORMERS4) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

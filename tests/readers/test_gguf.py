@@ -1,0 +1,188 @@
+"""llama.cpp's own converter takes what moeplan writes, and llama.cpp computes what transformers does.
+
+Every expert is the base model, so the dense model's logits are expected (the oracle of `tests/oracle`). Weights of the
+chosen experts must sum to 1 for that, and llama.cpp leaves those of DeepSeek and Qwen2 MoE as they are: there, all
+experts are chosen. What llama.cpp cannot do stands in docs/compatibility.md; each has a test here, so that a newer
+llama.cpp that can shows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from families import CASES, OUTPUTS, Case, recipes_of
+from reading import NUM_TOKENS, ReaderError, logits_here, relative_error, some_tokens
+from transformers import AutoConfig
+
+NUM_EXPERTS = 4
+TOLERANCE = 1e-3
+NOT_NORMALISED = ("deepseek", "qwen2-moe")
+LLAMA3 = ("rope-old-llama3", "rope-new-llama3")
+YARN = ("rope-old-yarn", "rope-new-yarn")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What llama.cpp cannot do: these variants of a source in these outputs. Without a message it is computed wrong."""
+
+    outputs: Sequence[str]
+    variants: Sequence[str]
+    message: str | None = None
+
+
+LIMITS = [
+    Limit(tuple(OUTPUTS), ("gelu",)),  # its experts are always SiLU
+    Limit(("deepseek",), ("rope-old-linear",)),
+    Limit(("qwen2-moe", "qwen3-moe"), LLAMA3),
+    Limit(("granite",), LLAMA3, "Missing <MODEL_TENSOR.ROPE_FREQS"),
+    Limit(("qwen2-moe", "granite"), ("wide-heads",), "attn_q.weight' has wrong shape"),
+]
+REFUSED_LAYOUTS = [case for case in CASES if case.output == "mixtral" and case.layout == "packed"]
+WITHOUT_SHARED = [case for case in CASES if case.output == "deepseek" and not case.shared]
+TAKEN = [case for case in CASES if case not in REFUSED_LAYOUTS + WITHOUT_SHARED]
+
+NOT_IN_DEEPSEEK = (*LLAMA3, *YARN, "wide-heads")  # nor a sliding window: moeplan refuses them
+
+# Every recipe of one source for each output. What another source or layout could still get wrong, a few show.
+FULLY_TESTED = {
+    "mixtral": "llama",
+    "deepseek": "llama",
+    "qwen2-moe": "qwen2",
+    "qwen3-moe": "qwen3",
+    "granite": "granite",
+}
+FEW = ("plain", "tied", "off-page")
+
+
+def variant_of(case: Case, recipe: str) -> str:
+    return recipe.removeprefix(f"{case.source}-")
+
+
+def limit_of(case: Case, recipe: str) -> Limit | None:
+    variant = variant_of(case, recipe)
+    return next((limit for limit in LIMITS if case.output in limit.outputs and variant in limit.variants), None)
+
+
+def is_first(case: Case) -> bool:
+    """Whether the case has the layout and the shared expert that its family's others differ from."""
+    output = OUTPUTS[case.output]
+    return case.layout == next(iter(output.layouts)) and case.shared == output.shared_experts[0]
+
+
+def recipes_for(case: Case) -> list[str]:
+    if (case.output, case.source) == ("deepseek", "mistral"):
+        return ["mistral-no-window"]
+    recipes = recipes_of(case.source)
+    if case.output == "deepseek":
+        return [recipe for recipe in recipes if variant_of(case, recipe) not in NOT_IN_DEEPSEEK]
+    full = is_first(case) and FULLY_TESTED[case.output] == case.source
+    return recipes if full else [f"{case.source}-{variant}" for variant in FEW]
+
+
+def named(*values) -> object:
+    return pytest.param(*values, id="-".join(str(value) for value in values if not isinstance(value, Limit)))
+
+
+MATRIX = [(case, recipe) for case in TAKEN for recipe in recipes_for(case)]
+RIGHT = [named(case, recipe) for case, recipe in MATRIX if limit_of(case, recipe) is None]
+LIMITED = [named(case, recipe, limit) for case, recipe in MATRIX if (limit := limit_of(case, recipe))]
+
+
+def merge_copies(merge, source, case, **settings):
+    """Merge copies of `source`, with a shared expert that adds nothing where the case has one."""
+    settings.setdefault("experts_per_token", NUM_EXPERTS if case.output in NOT_NORMALISED else 2)
+    return merge(source, [source] * NUM_EXPERTS, **case.settings(source, residual_scale=0), **settings)
+
+
+def error_of(llama_cpp, out, source, num_tokens=NUM_TOKENS):
+    tokens = some_tokens(source, num_tokens)
+    return relative_error(llama_cpp.logits(out, tokens), logits_here(source, tokens))
+
+
+@pytest.mark.parametrize(("case", "recipe"), RIGHT)
+def test_llama_cpp_computes_the_dense_model_s_logits(case, recipe, gpt2_checkpoint, merge, llama_cpp):
+    source = gpt2_checkpoint(recipe)
+    window = getattr(AutoConfig.from_pretrained(source), "sliding_window", None)
+    error = error_of(llama_cpp, merge_copies(merge, source, case), source, min(window or NUM_TOKENS, NUM_TOKENS))
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", [case for case in TAKEN if case.output != "deepseek"], ids=str)
+def test_llama_cpp_mixes_distinct_experts_as_transformers_does(case, gpt2_checkpoint, merge, llama_cpp):
+    recipe = "mistral-no-window" if case.source == "mistral" else f"{case.source}-plain"
+    base, shared, *experts = (gpt2_checkpoint(recipe, seed) for seed in range(NUM_EXPERTS + 2))
+    experts_per_token = NUM_EXPERTS if case.output in NOT_NORMALISED else 2
+    out = merge(base, experts, experts_per_token=experts_per_token, **case.settings(shared))
+    tokens = some_tokens(base)
+    assert relative_error(llama_cpp.logits(out, tokens), logits_here(out, tokens)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("case", "recipe", "limit"), LIMITED)
+def test_what_llama_cpp_cannot_do_is_refused_or_wrong(case, recipe, limit, gpt2_checkpoint, merge, llama_cpp):
+    source = gpt2_checkpoint(recipe)
+    out = merge_copies(merge, source, case)
+    if limit.message is None:
+        assert error_of(llama_cpp, out, source) > 10 * TOLERANCE
+    else:
+        with pytest.raises(ReaderError, match=limit.message):
+            llama_cpp.logits(out, some_tokens(source))
+
+
+@pytest.mark.parametrize("case", WITHOUT_SHARED, ids=str)
+def test_llama_cpp_s_converter_refuses_a_deepseek_moe_without_shared_expert(case, gpt2_checkpoint, merge, llama_cpp):
+    source = gpt2_checkpoint("mistral-no-window" if case.source == "mistral" else "llama-plain")
+    with pytest.raises(ReaderError, match="required argument is not an integer"):
+        llama_cpp.logits(merge_copies(merge, source, case), some_tokens(source))
+
+
+@pytest.mark.parametrize("case", REFUSED_LAYOUTS, ids=str)
+def test_llama_cpp_s_converter_refuses_the_packed_layout_of_mixtral(case, gpt2_checkpoint, merge, llama_cpp):
+    source = gpt2_checkpoint(f"{case.source}-plain")
+    with pytest.raises(ReaderError, match=r"Can not map tensor 'model.layers.0.mlp.experts"):
+        llama_cpp.logits(merge_copies(merge, source, case), some_tokens(source))
+
+
+@pytest.mark.parametrize("case", [case for case in TAKEN if is_first(case) and case.output in NOT_NORMALISED], ids=str)
+def test_llama_cpp_does_not_normalise_the_weights_of_the_chosen_experts(case, gpt2_checkpoint, merge, llama_cpp):
+    source = gpt2_checkpoint("mistral-no-window" if case.source == "mistral" else f"{case.source}-plain")
+    assert error_of(llama_cpp, merge_copies(merge, source, case, experts_per_token=2), source) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe"),
+    [
+        named(case, f"{case.source}-{variant}")
+        for case in TAKEN
+        for source, variant in (("mistral", "plain"), ("qwen2", "window"), ("qwen3", "window"))
+        if is_first(case) and case.source == source and case.output != "deepseek"
+    ],
+)
+def test_llama_cpp_ignores_sliding_windows(case, recipe, gpt2_checkpoint, merge, llama_cpp):
+    source = gpt2_checkpoint(recipe)
+    assert error_of(llama_cpp, merge_copies(merge, source, case), source) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in TAKEN if is_first(case) and case.source in ("llama", "granite")], ids=str
+)
+def test_llama_cpp_s_converter_takes_sentencepiece_tokenizers_but_not_in_qwen2_moe(
+    case, sentencepiece_checkpoint, merge, llama_cpp
+):
+    source = sentencepiece_checkpoint(f"{case.source}-plain")
+    out = merge_copies(merge, source, case)
+    if case.output == "qwen2-moe":
+        with pytest.raises(ReaderError, match="BPE pre-tokenizer was not recognized"):
+            llama_cpp.logits(out, some_tokens(source))
+    else:
+        assert error_of(llama_cpp, out, source) <= TOLERANCE
+
+
+def test_llama_cpp_s_converter_refuses_a_byte_level_tokenizer_that_it_does_not_know(gpt2_checkpoint, merge, llama_cpp):
+    out = merge_copies(merge, gpt2_checkpoint("llama-plain"), TAKEN[0])
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ReaderError, match="BPE pre-tokenizer was not recognized"):
+        llama_cpp.logits(out, some_tokens(out))
