@@ -14,7 +14,7 @@ TRANSFORMERS4 := .venv-transformers4
 LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DGGML_OPENMP=OFF \
                    -DCMAKE_C_FLAGS_RELEASE=-O2 -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
-.PHONY: demo test lint pytest test-gguf test-transformers4 clean
+.PHONY: demo test lint pytest test-gguf test-transformers4 bench bench-smoke clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,5 +58,14 @@ $(TRANSFORMERS4)/.ready: tests/readers/transformers4_requirements.txt
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
+# mergekit-moe, the peer, gets an environment of its own: .venv-peer.
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m benchmarks.peer
+	$(BIN)/python -m benchmarks
+
+bench-smoke: $(READY)
+	$(BIN)/python -m benchmarks --smoke --out .bench/smoke
+
 clean:
-	rm -rf $(VENV) $(GGUF) $(TRANSFORMERS4) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GGUF) $(TRANSFORMERS4) .venv-peer .bench .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -25,6 +25,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
     plan, config = merge_plan.plan, merge_plan.config
     return {
         "architecture": merge_plan.family.name,
+        "would_fit_too": [family.name for family in merge_plan.alternatives],
         "dtype": DTYPE_NAMES[merge_plan.dtype],
         "num_experts": len(config.experts),
         "experts_per_token": config.experts_per_token,
@@ -146,6 +147,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
                 f"per token, in {data['dtype']}",
                 f"{decimal(output['nbytes'])}: {_count(output['tensors'], 'tensor')} in "
                 f"{_count(len(output['shards']), 'file')}, {len(output['copied_files'])} more copied from the base",
+                *_choice(data["architecture"], data["would_fit_too"]),
             ],
         ),
         ("read", [decimal(data["read"]["nbytes"]) + (f", {decimal(again)} of it more than once" if again else "")]),
@@ -159,6 +161,16 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
             ],
         ),
         ("disk", [f"{decimal(disk['needed_nbytes'])} needed, {decimal(disk['free_nbytes'])} free"]),
+    ]
+
+
+def _choice(chosen: str, others: list[str]) -> list[str]:
+    """Why this family, where others would do."""
+    if not others:
+        return []
+    return [
+        f"({' and '.join(others)} would fit, too: `architecture:` chooses;",
+        f"without it, the first in mergekit's order: {chosen})",
     ]
 
 

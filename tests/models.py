@@ -102,6 +102,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope-old-yarn": _old_rope(type="yarn", factor=4.0, original_max_position_embeddings=64),
     "rope-old-llama3": _old_rope(**LLAMA3_SCALING),
     "rope-new-llama3": {"config": {"rope_parameters": {"rope_theta": 700.0, **LLAMA3_SCALING}}},
+    "rope-new-dynamic": {
+        "config": {
+            "max_position_embeddings": 72,  # beyond which it scales
+            "rope_parameters": {"rope_theta": 700.0, "rope_type": "dynamic", "factor": 2.0},
+        }
+    },
     "rope-new-yarn": {"config": {"rope_parameters": {"rope_theta": 700.0, **YARN_SCALING}}},
 }
 

@@ -17,7 +17,7 @@ from moeplan.config import ConfigError, MergeConfig
 from moeplan.gates import PROMPTLESS
 
 FAMILIES: tuple[Family, ...] = (MIXTRAL, DEEPSEEK, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE_SHARED)
-"""In order of preference where several fit: the one that most programs can read comes first."""
+"""In order of preference where several fit, which is mergekit's, so that the same YAML gives the same family."""
 
 
 DENSE_FAMILIES = {dense.model_type: dense for family in FAMILIES for dense in family.sources}

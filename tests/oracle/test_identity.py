@@ -42,8 +42,8 @@ def test_a_moe_of_copies_computes_what_the_dense_model_does(case, recipe, checkp
     assert type(moe).__name__ == OUTPUTS[case.output].model_class
     assert not any(loading.values()), loading
 
-    beyond_any_window = (getattr(dense.config, "sliding_window", None) or 0) + 32
-    tokens = torch.randint(VOCAB_SIZE, (1, beyond_any_window), generator=torch.Generator().manual_seed(0))
+    beyond_any_window_or_context = (getattr(dense.config, "sliding_window", None) or 0) + 80
+    tokens = torch.randint(VOCAB_SIZE, (1, beyond_any_window_or_context), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, logits = dense(tokens).logits, moe(tokens).logits
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -77,7 +77,7 @@ def mixture_of(case: Case, out, base, experts, shared):
 
 @torch.inference_mode()
 def assert_same_logits(model, expected) -> None:
-    tokens = torch.randint(VOCAB_SIZE, (1, 40), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(VOCAB_SIZE, (1, 80), generator=torch.Generator().manual_seed(0))
     logits, wanted = model(tokens).logits, expected(tokens).logits
     assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -112,7 +112,10 @@ def deepseek(out) -> LlamaForCausalLM:
 @pytest.mark.parametrize("with_shared", [False, True])
 @pytest.mark.parametrize(
     "recipe",
-    ["llama-plain", "llama-old", "llama-tied", "llama-off-page", "llama-rope-old-linear", "mistral-no-window"],
+    [
+        *("llama-plain", "llama-old", "llama-tied", "llama-off-page", "llama-rope-old-linear"),
+        *("llama-rope-new-dynamic", "mistral-no-window"),
+    ],
 )
 def test_a_deepseek_of_copies_computes_what_the_dense_model_does(recipe, with_shared, checkpoint, merge):
     source = checkpoint(recipe)
