@@ -53,12 +53,11 @@ def read(paths: list[str], nbytes: int) -> tuple[int, bool]:
     for path in paths:
         fd, directly = open_directly(path, os.O_RDONLY)
         direct = direct and directly
-        offset = 0
-        while done < nbytes and (count := os.preadv(fd, [block[: whole_pages(nbytes - done)]], offset)):
+        offset, end = 0, os.fstat(fd).st_size
+        while offset < end and done < nbytes:
+            count = os.preadv(fd, [block[: whole_pages(nbytes - done)]], offset)
             offset += count
             done += count
-            if count % PAGE:
-                break  # the file's end: direct I/O cannot begin anywhere but on a page
         os.close(fd)
     return done, direct
 

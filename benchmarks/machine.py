@@ -15,7 +15,7 @@ def machine(directory: Path, load_before: float) -> Machine:
         num_cpus=len(os.sched_getaffinity(0)),
         memory_nbytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         kernel=f"{os.uname().sysname} {os.uname().release}",
-        file_system=_file_system(directory.resolve()),
+        file_system=file_system(directory.resolve()),
         load_before=load_before,
         load_after=os.getloadavg()[0],
     )
@@ -26,7 +26,8 @@ def _first_after(file: str, key: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
-def _file_system(directory: Path) -> str:
+def file_system(directory: Path) -> str:
+    """The type of the file system that `directory`, a resolved path, is on."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     above = [mount for mount in mounts if directory.is_relative_to(mount[1])]
     # Of several mounts at one place, the last is the one that is seen.

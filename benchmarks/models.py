@@ -59,7 +59,7 @@ class Models:
 
 
 def make_models(models: Models, directory: Path) -> list[Path]:
-    """Write the checkpoints below `directory`, durably; returns the directory of each."""
+    """Write the checkpoints below `directory`; returns the directory of each. Data are on the disk then."""
     paths = [directory / f"model-{number}" for number in range(models.count)]
     for seed, path in enumerate(paths):
         path.mkdir(parents=True)
@@ -130,8 +130,8 @@ def _write_file(path: Path, tensors: list[Tensor], dtype: str, data: memoryview 
             for number, (_, shape) in enumerate(tensors):
                 for chunk in _tensor_bytes(number, shape, dtype, data):
                     file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _tensor_bytes(number: int, shape: tuple[int, ...], dtype: str, data: memoryview) -> Iterator[memoryview]:

@@ -16,7 +16,7 @@ from benchmarks.table import COLUMNS, rows
 from benchmarks.targets import TargetRow, target_rows
 
 TARGET_COLUMNS = ("issue", "target", "measured", "holds")
-RIGHT = ("seconds", "GB/s", "× floor", "peak MiB", "GB read", "GB written")
+RIGHT = ("seconds", "CPU s", "GB/s", "× floor", "peak MiB", "GB read", "GB written")
 HOLDS = {True: "yes", False: "NO", None: "–"}
 
 

@@ -7,7 +7,7 @@ from benchmarks.results import CaseResult, Measurement, Report, Result, ratios, 
 
 MIB = 1 << 20
 
-COLUMNS = ("case", "contender", "seconds", "GB/s", "× floor", "peak MiB", "GB read", "GB written", "")
+COLUMNS = ("case", "contender", "seconds", "CPU s", "GB/s", "× floor", "peak MiB", "GB read", "GB written", "")
 """Disk traffic is what the process had the disk do. × floor: over the write floor of the same round."""
 
 
@@ -22,15 +22,16 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 
 def _cells(case: CaseResult, result: Result) -> tuple[str, ...]:
     if result.skipped is not None:
-        return (result.name, *[""] * 6, f"skipped: {result.skipped}")
+        return (result.name, *[""] * 7, f"skipped: {result.skipped}")
     if result.failure is not None:
-        return (result.name, *[""] * 6, f"failed: {result.failure}")
+        return (result.name, *[""] * 7, f"failed: {result.failure}")
     seconds = result.spread(lambda run: run.seconds)
     output = result.runs[-1].output_nbytes
     floor = case.good(WRITE_FLOOR.name)
     return (
         result.name,
         f"{seconds.median:.2f} ({seconds.least:.2f}–{seconds.most:.2f})",
+        f"{result.spread(lambda run: run.cpu_seconds).median:.1f}",
         f"{output / seconds.median / 1e9:.2f}" if output else "",
         f"{spread(ratios(result, floor)).median:.2f}" if output and floor is not None else "",
         _peak(result),
