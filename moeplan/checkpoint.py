@@ -276,9 +276,26 @@ def _read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[s
         infos = parse_header(header, status.st_size - data_offset)
     except HeaderError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, real_path)
+    opened = _one_path(real_path, status)
+    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, opened)
     tensors = {tensor: Read(source, data_offset + info.begin, info.dtype, info.shape) for tensor, info in infos.items()}
     return tensors, header_nbytes
+
+
+_paths: dict[tuple[int, int], str] = {}
+
+
+def _one_path(path: str, status: os.stat_result) -> str:
+    """The path that a file was first opened by, so that hard links to it are one source; `path` where that is gone."""
+    identity = (status.st_dev, status.st_ino)
+    first = _paths.setdefault(identity, path)
+    try:
+        known = Path(first).stat()
+    except OSError:
+        known = None
+    if known is None or (known.st_dev, known.st_ino) != identity:
+        _paths[identity] = first = path
+    return first
 
 
 def _read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -43,15 +43,15 @@ class DType(Enum):
 class SourceFile:
     """A file that tensors are read from.
 
-    It is identified by the file it really is (device, inode, size, time of last change), not by the path typed: two
-    paths to one file are equal, and a file that changes during a run is noticed.
+    It is identified by the file it really is (device, inode, size, time of last change), not by the path typed; who
+    makes one sees to it that each file has one path. So a file that changes during a run is noticed.
     """
 
     device: int
     inode: int
     nbytes: int
     mtime_ns: int
-    path: str = field(compare=False)
+    path: str
 
 
 class _HashConsed(type):

@@ -768,3 +768,13 @@ def test_the_largest_headers_take_less_than_a_second_and_200_mib(tmp_path: Path)
         assert float(seconds) < 1, case
         assert "must have dtype, shape and data_offsets" in message, case
     assert int(peak_kib) < 200 * 1024
+
+
+def test_a_file_that_moved_is_found_where_it_is_now(path: Path, tmp_path: Path) -> None:
+    write_config(path)
+    save_file({"weight": torch.ones(4)}, path / WEIGHTS)
+    kept = open_checkpoint(path).tensors["weight"]
+    path.rename(tmp_path / "moved")
+    found = open_checkpoint(tmp_path / "moved").tensors["weight"]
+    assert Path(kept.file.path) == path / WEIGHTS
+    assert Path(found.file.path) == tmp_path / "moved" / WEIGHTS
