@@ -85,7 +85,12 @@ def _measured(cases: list[Case], settings: Settings, console: Console, *, tiny: 
         # No program is to be the first that is read from the disk. Hidden gates have each import all it ever does.
         hidden = next(case for case in CASES if case.name == "hidden")
         list(run_cases([hidden.tiny()], replace(settings, rounds=1), say))
-    results: list[CaseResult] = list(run_cases(cases, settings, say))
+    results: list[CaseResult] = []
+    try:
+        for result in run_cases(cases, settings, say):
+            results.append(result)
+    except KeyboardInterrupt:
+        say("interrupted; the report has the cases that were finished")
     return Report(
         started=now,
         seconds=time.monotonic() - started,

@@ -52,7 +52,8 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
             f"{base.checkpoint.path}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
             "embeddings (tie_word_embeddings)"
         )
-    _refuse_what_is_missing(base, "")
+    for name, spec, _ in base.specs():  # gates may need any of them
+        base.tensor(name, spec)
     checked = {id(base)}
     for place, expert in sources.named():
         if id(expert) in checked:
@@ -76,7 +77,6 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 raise CheckpointError(f"{difference}; they must be equal")
             warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
         _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if ".mlp." in n])
-        _refuse_what_is_missing(expert, ".mlp.")
 
 
 def _setting(model: DenseModel, key: str) -> Any:
@@ -86,13 +86,6 @@ def _setting(model: DenseModel, key: str) -> Any:
     if key == "rope_theta" and isinstance(rope, dict) and key in rope:
         return rope[key]
     return model.settings[key]
-
-
-def _refuse_what_is_missing(model: DenseModel, part: str) -> None:
-    """Refuse a model that lacks a tensor with `part` in its name, or has it in another shape than config.json says."""
-    for name, spec, _ in model.specs():
-        if part in name:
-            model.tensor(name, spec)
 
 
 def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]) -> None:

@@ -16,11 +16,14 @@ from moeplan.options import memory_nbytes
 
 MIB = 1 << 20
 
+GRAIN_NBYTES = 16 * MIB
+"""Resident sets are rounded up to this: two processes that do the same differ by less."""
+
 INTERPRETER_NBYTES = 64 * MIB
 """What moeplan has resident when it has planned. Less is counted as this, so that equal inputs give equal plans."""
 
-IMPORT_NBYTES = {"torch": 192 * MIB, "moeplan.gates.skeleton": 120 * MIB}
-"""What importing a package adds to that (CPU builds; where it adds more, `moeplan.merging` plans anew)."""
+IMPORT_NBYTES = {"torch": 224 * MIB, "moeplan.gates.skeleton": 120 * MIB}
+"""What importing a package adds to that (CPU builds; see `runtime_is_known`)."""
 
 GROWTH_NBYTES = 24 * MIB
 """What the process may grow by while a plan runs: modelling code, thread stacks, progress, the plan itself."""
@@ -50,7 +53,8 @@ def memory_cap(max_memory: str | int | None, packages: Collection[str]) -> Memor
     By default half of what is available, beside what the process has already. Raises UserError for what is not a size.
     """
     to_import = sum(IMPORT_NBYTES[name] for name in packages if name not in sys.modules)
-    process = max(resident_nbytes(), INTERPRETER_NBYTES) + to_import + GROWTH_NBYTES
+    resident = -(-resident_nbytes() // GRAIN_NBYTES) * GRAIN_NBYTES
+    process = max(resident, INTERPRETER_NBYTES) + to_import + GROWTH_NBYTES
     memory = psutil.virtual_memory()
     limit = min(memory.total, cgroup_limit_nbytes() or memory.total)
     if max_memory is None:

@@ -156,10 +156,16 @@ def merge(
     from executor.engine import run  # here, because it takes numpy, which plans do without
 
     started = time.monotonic()
-    merge_plan = plan(config, out, options)
+    mode = gates.gate_mode(config.gate_mode)
+    try:
+        merge_plan = plan(config, out, options)
+    except CapError:
+        if runtime_is_known():
+            raise
+        _import(mode.imports)  # so that the smallest cap that is named works
+        merge_plan = plan(config, out, options)
     if on_plan is not None:
         on_plan(merge_plan)
-    mode = gates.gate_mode(config.gate_mode)
     if not runtime_is_known():
         merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
     directory = Path(out)
@@ -183,12 +189,16 @@ def _check_space(merge_plan: MergePlan, directory: Path) -> None:
         raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
 
 
+def _import(packages: tuple[str, ...]) -> None:
+    for package in packages:
+        import_module(package)
+
+
 def _with_packages_loaded(
     merge_plan: MergePlan, out: str | Path, options: Options | None, packages: tuple[str, ...]
 ) -> MergePlan:
     """Import what the run will use; plan anew where that takes more memory here than was reckoned with."""
-    for package in packages:
-        import_module(package)
+    _import(packages)
     taken = memory_cap(None, ()).process_nbytes
     if taken <= merge_plan.memory.process_nbytes:
         return merge_plan

@@ -1,6 +1,7 @@
 """Running the `moeplan` command: in this process, which is quick, or in one of its own, which is what users do."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -41,7 +42,8 @@ def start(*args: object, code: str = "from moeplan.cli import main; main()", **o
     """Start the command in a process of its own, which runs `code`."""
     command = [sys.executable, "-c", code, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(command, text=True, **pipes)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
+    return subprocess.Popen(command, text=True, env=env, **pipes)
 
 
 def outcome(process: subprocess.Popen[str]) -> Outcome:

@@ -54,18 +54,26 @@ def test_there_may_be_no_limit(cgroups, tmp_path):
 
 def test_a_share_and_the_default_keep_to_a_container_s_limit(monkeypatch):
     monkeypatch.setattr(memory, "cgroup_limit_nbytes", lambda: 1000 * MIB)
-    monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 96 * MIB)
     assert memory_cap("50%", ()).nbytes == 500 * MIB
-    process = 100 * MIB + memory.GROWTH_NBYTES
+    process = 96 * MIB + memory.GROWTH_NBYTES
     assert memory_cap(None, ()) == MemoryCap(process + 500 * MIB, process)
-    monkeypatch.setattr(memory, "resident_nbytes", lambda: 900 * MIB)
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 896 * MIB)
     assert memory_cap(None, ()).nbytes == 1000 * MIB
 
 
 def test_what_is_imported_already_is_not_counted_twice(monkeypatch):
-    monkeypatch.setattr(memory, "resident_nbytes", lambda: 500 * MIB)
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 496 * MIB)
     assert "torch" in sys.modules
-    assert memory_cap("1GiB", ("torch",)).process_nbytes == 500 * MIB + memory.GROWTH_NBYTES
+    assert memory_cap("1GiB", ("torch",)).process_nbytes == 496 * MIB + memory.GROWTH_NBYTES
+
+
+def test_processes_that_differ_by_little_have_the_same_left_for_buffers(monkeypatch):
+    caps = set()
+    for nbytes in (300 * MIB, 303 * MIB + 17):
+        monkeypatch.setattr(memory, "resident_nbytes", lambda nbytes=nbytes: nbytes)
+        caps.add(memory_cap("1GiB", ()))
+    assert len(caps) == 1
 
 
 def test_a_cap_that_is_too_small_names_the_smallest_that_works():
@@ -87,12 +95,26 @@ MEASURED = (
     "from moeplan.cli import main; main()"
 )
 
+# Stands in for a build of torch that takes more memory than the one that the numbers in `moeplan.memory` are of.
+LARGER_TORCH = (
+    "from moeplan import memory, merging\n"
+    "memory.IMPORT_NBYTES['torch'] = 64 << 20\n"
+    "merging.runtime_is_known = lambda: False\n"
+)
+
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
-@pytest.mark.parametrize(("mode", "expert"), [("random", {"noise_scale": 0.01, "residual_scale": 0.5}), ("hidden", {})])
-def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode, expert):
+@pytest.mark.parametrize(
+    ("mode", "expert", "build"),
+    [
+        ("random", {"noise_scale": 0.01, "residual_scale": 0.5}, ""),
+        ("hidden", {}, ""),
+        ("random", {}, LARGER_TORCH),
+    ],
+)
+def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode, expert, build):
     source = sparse_llama(
-        tmp_path / "source", vocab_size=16000, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
+        tmp_path / "source", vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
     )
     save_tokenizer(source)
     experts = [{"source_model": source, **expert}] * 2
@@ -100,15 +122,16 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
     config = write_config(tmp_path / "config.yml", source, experts, gate_mode=mode, dtype="float16")
     args = [config, tmp_path / "out", "--i-understand-this-is-not-useful-without-training", "--quiet"]
 
-    refused = outcome(start(*args, "--max-memory", "1MiB"))
+    refused = outcome(start(*args, "--max-memory", "1MiB", code=build + MEASURED))
     assert refused.status == 2
     assert not (tmp_path / "out").exists()
     smallest = int(re.search(r"the smallest that works is --max-memory (\d+)MiB", refused.stderr)[1])
-    almost = outcome(start(*args, "--max-memory", f"{smallest - 1}MiB"))
+    almost = outcome(start(*args, "--max-memory", f"{smallest - 1}MiB", code=build + MEASURED))
     assert almost.status == 2
     assert not (tmp_path / "out").exists()
 
-    merged = outcome(start(*args, "--max-memory", f"{smallest}MiB", code=MEASURED))
+    merged = outcome(start(*args, "--max-memory", f"{smallest}MiB", code=build + MEASURED))
     assert merged.status == 0, merged.stderr
     peak = int(re.fullmatch(r"peak (\d+) KiB\n", merged.stdout)[1]) / 1024
-    assert 0.8 * smallest < peak <= smallest
+    # How much of a library is resident depends on the page cache, by some tens of MiB.
+    assert 0.7 * smallest < peak <= smallest
