@@ -87,7 +87,7 @@ class Case:
 
 
 CLOWN_CAR = Models(LLAMA_1B, 4)
-MEMORY_CAPS = ("320MiB", CAP, "1GiB")
+MEMORY_CAPS = ("368MiB", CAP, "1GiB")
 PLANNED_EXPERTS = (2, 8, 32, 128)
 
 
