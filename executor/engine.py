@@ -4,6 +4,9 @@ Streams are cut into chunks, and chunks are independent of each other: each says
 and where it goes. So a few workers take them in the plan's order, one slab of memory each, and reading, computing and
 writing overlap without any queue between them. Taking a slab waits until one is free, which bounds the memory of a run
 whatever the size of a tensor. A kernel waits for the chunks before it, since it needs whole tensors.
+
+A journal is told of each chunk, when it is written to all its places, and of kernels' results, so that a run that was
+interrupted can be gone on with; now and then everything written so far is put on the disk, in the background.
 """
 
 from __future__ import annotations
@@ -21,12 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from executor import kernels as elementwise
 from executor.buffers import SlabPool, WholeTensors
+from executor.checksums import checksum
+from executor.errors import RunError
+from executor.journal import Journal
 from executor.memory import peak_resident_nbytes
 from executor.reader import SourceReader
-from executor.routing import Alias, Piece, Routes, route
+from executor.resuming import Work, remaining, result_keys
+from executor.routing import Alias, Part, Piece, route
 from executor.torch_threads import TorchThreads
 from executor.writer import ShardWriter
-from planner.expr import AddNoise
+from planner.expr import BLOCK
 from planner.layout import PAGE
 from planner.plan import (
     BufferRoot,
@@ -36,7 +43,6 @@ from planner.plan import (
     FileSink,
     KernelStep,
     Plan,
-    Root,
     StreamStep,
     ZeroRoot,
 )
@@ -46,6 +52,9 @@ if TYPE_CHECKING:
 
 Kernel = Callable[[Any, Sequence["torch.Tensor"], "torch.Tensor"], None]
 """`kernel(params, inputs, output)` computes `output` in place. `params` is the kernel step's JSON, parsed."""
+
+SYNC_SECONDS = 10.0
+"""How often what is written is put on the disk for good: the most work that a machine that goes down can lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +68,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run did. `nbytes_by_path` says how the output's bytes got there: "direct", "buffered", "reflinked" …"""
+    """What a run did. `nbytes_by_path` says how the output's bytes got there: "direct", "buffered", "reflinked" …
+
+    `checksums` has those of the streams that went through memory, by the first place that each goes to; nobody has seen
+    the bytes of the others, which were shared with their sources.
+    """
 
     read_nbytes: int
     written_nbytes: int
     nbytes_by_path: dict[str, int]
+    checksums: dict[FileSink, int]
     seconds: float
     peak_buffer_nbytes: int
     peak_resident_nbytes: int
@@ -75,34 +89,43 @@ def run(
     kernels: Mapping[str, Kernel] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     *,
+    journal: Journal | None = None,
     share_extents: bool = True,
+    check_sources: bool = False,
 ) -> RunResult:
     """Write the plan's shards into `directory`, which exists, and wait until they are on the disk.
 
-    `kernels` are the functions for the plan's kernel steps, by name. Without `share_extents` every output tensor gets
-    physical extents of its own, also where the file system could share them. Raises RunError when a source changed or
-    cannot be read, or when the disk is full or fails; what was written until then stays where it is.
+    `kernels` are the functions for the plan's kernel steps, by name. What `journal` says is finished is not done again.
+    Without `share_extents` every output tensor gets physical extents of its own, also where the file system could share
+    them. With `check_sources` everything is read a second time, and must be the same. Raises RunError when a source
+    changed or cannot be read, or when the disk is full or fails; what was written until then stays where it is.
     """
     started = time.monotonic()
+    journal = journal or Journal()
     _allow_open_files(len(plan.sources) + 2 * len(plan.shards))
     with (
         closing(SourceReader(plan.sources)) as reader,
         closing(ShardWriter(directory, plan.shards)) as writer,
+        ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,
     ):
-        engine = _Run(plan, reader, writer, workers, kernels or {}, on_progress)
+        routes = route(plan, reader, writer, directory if share_extents else None)
+        work = remaining(plan, routes, journal)
+        engine = _Run(plan, work, reader, writer, workers, syncer, journal, kernels or {}, on_progress, check_sources)
+        engine.written_nbytes += routes.shortcut_nbytes + work.finished_nbytes
         try:
-            engine.run_steps(route(plan, reader, writer, directory if share_extents else None))
+            engine.run_steps(routes.aliases)
         except BaseException:
             workers.shutdown(wait=True, cancel_futures=True)
             raise
         engine.report("syncing")
-        writer.sync()
+        engine.make_durable()
         reader.check_unchanged()
         return RunResult(
             read_nbytes=engine.read_nbytes,
             written_nbytes=engine.written_nbytes,
-            nbytes_by_path=dict(writer.nbytes),
+            nbytes_by_path=dict(writer.nbytes) | ({"resumed": n} if (n := work.finished_nbytes) else {}),
+            checksums={content: stream.checksum for content, stream in journal.finished.streams.items()},
             seconds=time.monotonic() - started,
             peak_buffer_nbytes=engine.peak_buffer_nbytes,
             peak_resident_nbytes=peak_resident_nbytes(),
@@ -115,39 +138,54 @@ class _Run:
     def __init__(
         self,
         plan: Plan,
+        work: Work,
         reader: SourceReader,
         writer: ShardWriter,
         workers: ThreadPoolExecutor,
+        syncer: ThreadPoolExecutor,
+        journal: Journal,
         kernels: Mapping[str, Kernel],
         on_progress: Callable[[Progress], None] | None,
+        check_sources: bool,
     ) -> None:
         self._plan = plan
+        self._work = work
         self._torch = TorchThreads(plan)
         self._reader = reader
         self._writer = writer
         self._workers = workers
+        self._syncer = syncer
+        self._journal = journal
         self._kernels = kernels
         self._on_progress = on_progress
+        self._check_sources = check_sources
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
         self._tensors = WholeTensors(plan.buffer_nbytes)
         self._under_way: deque[Future[tuple[int, int]]] = deque()
+        self._result_keys = result_keys(plan)
+        self._saved = {
+            step.output.buffer: self._result_keys[index]
+            for index, step in enumerate(plan.steps)
+            if isinstance(step, KernelStep) and index in self._result_keys
+        }
+        self._syncing: Future[None] | None = None
+        self._synced = time.monotonic()
         self.read_nbytes = 0
         self.written_nbytes = sum(shard.data_start for shard in plan.shards)
         self.peak_buffer_nbytes = 0
 
-    def run_steps(self, routes: Routes) -> None:
-        self.written_nbytes += routes.shortcut_nbytes
+    def run_steps(self, aliases: Sequence[Alias]) -> None:
         for index, (step, forecast) in enumerate(zip(self._plan.steps, self._plan.memory_nbytes, strict=True)):
             if isinstance(step, KernelStep):
                 self._finish_chunks()
-                self._run_kernel(step, forecast)
+                self._run_kernel(index, step, forecast)
             else:
-                self._run_stream(step, routes.pieces[index], forecast)
+                self._run_stream(step, self._work.pieces.get(index, ()), forecast)
             if step.frees:
                 self._finish_chunks()
-                self._tensors.free(step.frees)
+                self._free(step.frees)
         self._finish_chunks()
-        for alias in routes.aliases:
+        for alias in aliases:
             self._make_alias(alias)
         self._finish_chunks()
 
@@ -155,15 +193,39 @@ class _Run:
         if self._on_progress is not None:
             self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
 
+    def make_durable(self) -> None:
+        """Put everything that is written on the disk, and have the journal say so."""
+        position = self._journal.position
+        try:
+            self._writer.sync()
+        except RunError:
+            self._journal.distrust()
+            raise
+        self._journal.mark_safe(position)
+
+    def _make_durable_now_and_then(self) -> None:
+        if self._syncing is not None and self._syncing.done():
+            self._syncing.result()
+            self._syncing, self._synced = None, time.monotonic()
+        if self._syncing is None and time.monotonic() - self._synced > SYNC_SECONDS:
+            self._syncing = self._syncer.submit(self.make_durable)
+
+    def _free(self, buffers: Sequence[int]) -> None:
+        self._tensors.free(buffers)
+        for buffer in buffers:
+            if buffer in self._saved:
+                self._journal.drop_result(self._saved[buffer])
+
     def _run_stream(self, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
-        for branch in step.branches:
-            for sink in branch.sinks:
-                if isinstance(sink, BufferSink):
-                    self._tensors.get(sink.buffer)
+        for piece in pieces:
+            for part in piece.parts:
+                for sink in part.branch.sinks:
+                    if isinstance(sink, BufferSink):
+                        self._tensors.get(sink.buffer)
         self._check_forecast(forecast)
         for piece in pieces:
-            for chunk in _chunks(piece, step.chunk_numel):
-                self._submit(self._run_chunk, step.root, chunk)
+            for chunk in _chunks(piece, step):
+                self._submit(self._run_chunk, step, chunk)
 
     def _submit(self, work: Callable[..., tuple[int, int]], *args: Any) -> None:
         """Have a worker do `work(slab, *args)` as soon as there is a slab for it."""
@@ -178,34 +240,47 @@ class _Run:
         finally:
             self._slabs.give_back(slab)
 
-    def _run_chunk(self, slab: memoryview, root: Root, piece: Piece) -> tuple[int, int]:
+    def _run_chunk(self, slab: memoryview, step: StreamStep, piece: Piece) -> tuple[int, int]:
         """Read, transform and write one chunk; returns the bytes read from and written to files."""
+        root = step.root
         nbytes = piece.numel * root.dtype.itemsize
         slab = slab[_alignment(piece) :]
         chunk, scratch = elementwise.cut(slab, nbytes)
         read = written = 0
         match root:
             case FileRoot(source, offset):
-                self._reader.read_into(source, offset + piece.first * root.dtype.itemsize, chunk)
+                offset += piece.first * root.dtype.itemsize
+                self._reader.read_into(source, offset, chunk)
                 read = nbytes
             case BufferRoot(buffer, offset):
                 begin = offset + piece.first * root.dtype.itemsize
                 chunk = self._tensors.get(buffer)[begin : begin + nbytes]
             case ZeroRoot():
                 elementwise.clear(chunk)
-        for branch in piece.branches:
+        for part in piece.parts:
             data = chunk
-            if branch.ops:
+            if part.branch.ops:
                 self._torch.use_one()
-                data = elementwise.apply(branch.ops, chunk, root.dtype, piece.first, piece.numel, scratch)
-            for sink in branch.sinks:
-                offset = sink.offset + piece.first * branch.dtype.itemsize
-                if isinstance(sink, FileSink):
-                    self._writer.write(sink.shard, offset, data)
-                    written += len(data)
-                else:
-                    self._tensors.get(sink.buffer)[offset : offset + len(data)] = data
+                data = elementwise.apply(part.branch.ops, chunk, root.dtype, piece.first, piece.numel, scratch)
+            written += self._write(step, part, piece.first, piece.numel, data)
+        if self._check_sources and isinstance(root, FileRoot):
+            self._reader.check_again(root.source, offset, chunk)
         return read, written
+
+    def _write(self, step: StreamStep, part: Part, first: int, numel: int, data: memoryview) -> int:
+        """Write elements to all their places; returns how many bytes went to files."""
+        itemsize = part.branch.dtype.itemsize
+        files = []
+        for sink in part.branch.sinks:
+            offset = sink.offset + first * itemsize
+            if isinstance(sink, FileSink):
+                self._writer.write(sink.shard, offset, data)
+                files.append(sink)
+            else:
+                self._tensors.get(sink.buffer)[offset : offset + len(data)] = data
+        if part.content is not None:
+            self._journal.add_chunk(part.content, first, numel, checksum(data, itemsize, first, step.head_numel), files)
+        return len(files) * len(data)
 
     def _make_alias(self, alias: Alias) -> None:
         """Share what can be shared, copy the rest."""
@@ -221,13 +296,20 @@ class _Run:
         self._writer.write(alias.target.shard, alias.target.offset + begin, slab[:nbytes])
         return 0, nbytes
 
-    def _run_kernel(self, step: KernelStep, forecast: int) -> None:
+    def _run_kernel(self, index: int, step: KernelStep, forecast: int) -> None:
+        if index in self._work.restored:
+            self._journal.load_result(self._result_keys[index], self._tensors.get(step.output.buffer))
+            self._check_forecast(forecast)
+        if index not in self._work.kernels:
+            return
         self.report(step.kernel)
         self._torch.use_all()
         inputs = [self._view(view) for view in step.inputs]
         output = self._view(step.output)
         self._check_forecast(forecast)
         self._kernels[step.kernel](json.loads(step.params), inputs, output)
+        if index in self._result_keys:
+            self._journal.save_result(self._result_keys[index], self._tensors.get(step.output.buffer))
 
     def _view(self, view: BufferView) -> torch.Tensor:
         memory = self._tensors.get(view.buffer)
@@ -242,6 +324,7 @@ class _Run:
         read, written = chunk.result()
         self.read_nbytes += read
         self.written_nbytes += written
+        self._make_durable_now_and_then()
         self.report()
 
     def _check_forecast(self, forecast: int) -> None:
@@ -251,27 +334,22 @@ class _Run:
             raise AssertionError(f"buffers take {used} bytes where the plan forecast {forecast}")
 
 
-def _chunks(piece: Piece, chunk_numel: int) -> Iterator[Piece]:
-    """`piece` in chunks. The first is cut so that the others begin at a page of the file they are written to first.
-
-    Not where noise is drawn: noise comes in blocks, and chunks must begin where a block does.
-    """
+def _chunks(piece: Piece, step: StreamStep) -> Iterator[Piece]:
+    """`piece` in chunks of whole blocks."""
     first, end = piece.first, piece.first + piece.numel
-    numel = chunk_numel
-    noisy = any(isinstance(op, AddNoise) for branch in piece.branches for op in branch.ops)
-    if not noisy and piece.numel > chunk_numel:
-        numel -= _alignment(piece) // piece.branches[0].dtype.itemsize
     while first < end:
-        yield Piece(first, min(numel, end - first), piece.branches)
-        first, numel = first + numel, chunk_numel
+        # The first block may be short: see `planner.plan.StreamStep`.
+        stop = min(end, first + step.chunk_numel - (first - step.head_numel) % BLOCK)
+        yield Piece(first, stop - first, piece.parts)
+        first = stop
 
 
 def _alignment(piece: Piece) -> int:
     """Where in a page the piece begins in the file that it is written to first."""
-    for branch in piece.branches:
-        for sink in branch.sinks:
+    for part in piece.parts:
+        for sink in part.branch.sinks:
             if isinstance(sink, FileSink):
-                return (sink.offset + piece.first * branch.dtype.itemsize) % PAGE
+                return (sink.offset + piece.first * part.branch.dtype.itemsize) % PAGE
     return 0
 
 

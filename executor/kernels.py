@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.expr import NOISE_BLOCK, AddNoise, Cast, DType, Op, Scale
+from planner.expr import BLOCK, AddNoise, Cast, DType, Op, Scale
 from planner.layout import PAGE
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
 def fill_normal(out: np.ndarray, seed: int, first: int) -> None:
     """Fill flat float32 `out` with standard normal noise, of a tensor's elements from `first` on, where a block begins.
 
-    Each block of `NOISE_BLOCK` elements has a Philox stream of its own, keyed by `(seed, block)`, so that any chunk can
+    Each block of `BLOCK` elements has a Philox stream of its own, keyed by `(seed, block)`, so that any chunk can
     be filled without those before it. Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
     """
-    for begin in range(0, len(out), NOISE_BLOCK):
-        key = np.array([seed, (first + begin) // NOISE_BLOCK], dtype=np.uint64)
+    for begin in range(0, len(out), BLOCK):
+        key = np.array([seed, (first + begin) // BLOCK], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key))
-        block = out[begin : begin + NOISE_BLOCK]
+        block = out[begin : begin + BLOCK]
         generator.standard_normal(dtype=np.float32, out=block)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from xxhash import xxh3_64_intdigest
+
 from executor.errors import RunError
 from planner.expr import SourceFile
 
@@ -46,6 +48,16 @@ class SourceReader:
             if DONTNEED is not None:
                 os.posix_fadvise(self._fds[source], offset, count, DONTNEED)
             memory, offset = memory[count:], offset + count
+
+    def check_again(self, source: int, offset: int, memory: memoryview) -> None:
+        """Read once more what was read into `memory`, which is overwritten. Raises RunError where it differs."""
+        before = xxh3_64_intdigest(memory)
+        self.read_into(source, offset, memory)
+        if xxh3_64_intdigest(memory) != before:
+            raise RunError(
+                f"{self._sources[source].path}: the {len(memory):,} bytes from byte {offset:,} on were other ones when "
+                "read again; the disk, its cable or the memory of this machine is failing"
+            )
 
     def check_unchanged(self) -> None:
         """Raises RunError, naming the file, if a source is not what it was when the run was planned."""

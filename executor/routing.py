@@ -19,12 +19,24 @@ from planner.plan import Branch, BufferSink, FileRoot, FileSink, Plan, StreamSte
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A branch of a stream, with the sinks that are to be streamed to.
+
+    `content` is the first place in the output that the plan's branch goes to, which a journal and checksums know its
+    elements by; None where they take no notice: of buffers, and of what a shortcut left over.
+    """
+
+    branch: Branch
+    content: FileSink | None
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements `first` to `first + numel` of a stream, and the branches that they still must run through."""
+    """Elements `first` to `first + numel` of a stream, and the parts that they still must run through."""
 
     first: int
     numel: int
-    branches: tuple[Branch, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,7 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
     for index, step in enumerate(plan.steps):
         if not isinstance(step, StreamStep):
             continue
-        streamed: list[Branch] = []
+        streamed: list[Part] = []
         edges: list[Piece] = []
         for branch in step.branches:
             left: list[FileSink | BufferSink] = []
@@ -104,7 +116,8 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
                     origin = origin or sink
                     left.append(sink)
             if left:
-                streamed.append(replace(branch, sinks=tuple(left)))
+                content = None if origin is None else next(s for s in branch.sinks if isinstance(s, FileSink))
+                streamed.append(Part(replace(branch, sinks=tuple(left)), content))
         whole = [Piece(0, step.numel, tuple(streamed))] if streamed else []
         routes.pieces[index] = whole + edges
     return routes
@@ -137,17 +150,18 @@ def _edges(branch: Branch, begin: int, end: int, nbytes: int) -> Iterator[Piece]
     itemsize = branch.dtype.itemsize
     for first, stop in ((0, begin), (end, nbytes)):
         if first < stop:
-            yield Piece(first // itemsize, (stop - first) // itemsize, (branch,))
+            yield Piece(first // itemsize, (stop - first) // itemsize, (Part(branch, None),))
 
 
 def _reserve(plan: Plan, routes: Routes, writer: ShardWriter) -> None:
     ranges: dict[int, list[tuple[int, int]]] = {number: [] for number in range(len(plan.shards))}
     for pieces in routes.pieces.values():
         for piece in pieces:
-            for branch in piece.branches:
-                for sink in branch.sinks:
+            for part in piece.parts:
+                itemsize = part.branch.dtype.itemsize
+                for sink in part.branch.sinks:
                     if isinstance(sink, FileSink):
-                        begin = sink.offset + piece.first * branch.dtype.itemsize
-                        ranges[sink.shard].append((begin, begin + piece.numel * branch.dtype.itemsize))
+                        begin = sink.offset + piece.first * itemsize
+                        ranges[sink.shard].append((begin, begin + piece.numel * itemsize))
     for shard, wanted in ranges.items():
         writer.reserve(shard, wanted)

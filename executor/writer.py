@@ -28,6 +28,8 @@ MIN_DIRECT_NBYTES = 64 << 10
 class ShardWriter:
     """Output shards under way in `directory`, at full size from the start. Safe to write to from several threads.
 
+    A shard that is there already, from a run that was interrupted, keeps what is in it.
+
     `nbytes` counts what was written, by way: "direct", "buffered". Raises RunError, from any method, where the disk is
     full or fails.
     """
@@ -105,7 +107,7 @@ class ShardWriter:
     def _create(self, number: int, nbytes: int) -> None:
         path = self._paths[number]
         try:
-            self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666))
+            self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
             os.ftruncate(self._fds[number], nbytes)
         except OSError as error:
             raise self._failed(number, error) from error

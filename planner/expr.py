@@ -22,8 +22,9 @@ from weakref import WeakValueDictionary
 
 Shape = tuple[int, ...]
 
-NOISE_BLOCK = 1 << 14
-"""Elements that noise is drawn for at a time. A stream is cut at multiples of it, so that no draw is split in two."""
+BLOCK = 1 << 14
+"""Elements that stay together: noise is drawn, and checksums are taken, a block at a time. Streams are cut between
+blocks, so that neither depends on how a tensor is cut."""
 
 
 class DType(Enum):

@@ -77,10 +77,14 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class StreamStep:
-    """Read `numel` elements once, in chunks of `chunk_numel`, and run each chunk through every branch."""
+    """Read `numel` elements once, in chunks of `chunk_numel`, and run each chunk through every branch.
+
+    The first block has `head_numel` elements, every other one `planner.expr.BLOCK`; chunks are whole blocks.
+    """
 
     root: Root
     numel: int
+    head_numel: int
     chunk_numel: int
     branches: tuple[Branch, ...]
     frees: tuple[int, ...]

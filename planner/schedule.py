@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from planner.errors import BudgetError
 from planner.expr import (
-    NOISE_BLOCK,
+    BLOCK,
     AddNoise,
     Cast,
     Concat,
@@ -255,6 +255,7 @@ def _stream_step(
     return StreamStep(
         root=_root(root, sources, buffers),
         numel=root.numel,
+        head_numel=_head_numel(list(stream.sinks.items())),
         chunk_numel=_chunk_numel(root.dtype, list(stream.sinks), slab_nbytes),
         branches=tuple(Branch(ops, dtype, tuple(sinks)) for (ops, dtype), sinks in stream.sinks.items()),
         frees=frees,
@@ -283,7 +284,21 @@ def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int
         itemsize += DType.F32.itemsize
     itemsize += max((dtype.itemsize for ops, dtype in chains if ops), default=0)
     numel = (slab_nbytes - PAGE) // itemsize  # a page to move the chunk within, so that it can be aligned
-    return numel - numel % NOISE_BLOCK
+    return numel - numel % BLOCK
+
+
+def _head_numel(branches: Sequence[tuple[Chain, list[Sink]]]) -> int:
+    """How many elements the first block has: so many that the next one begins at a page of the first file written to.
+
+    A whole block where noise is drawn, whose blocks are counted from the tensor's first element.
+    """
+    if any(isinstance(op, AddNoise) for (ops, _), _ in branches for op in ops):
+        return BLOCK
+    for (_, dtype), sinks in branches:
+        for sink in sinks:
+            if isinstance(sink, FileSink):
+                return BLOCK - sink.offset % PAGE // dtype.itemsize
+    return BLOCK
 
 
 def _kernel_step(kernel: Opaque, buffers: dict[Expr, int], frees: tuple[int, ...]) -> KernelStep:

@@ -1,0 +1,340 @@
+"""The journal of a run: what of its plan is finished, in a file that outlives the process.
+
+A line of JSON for each chunk, once it is written to all its places, and for each kernel's result that later kernels
+need, which is saved beside the journal. The system keeps what a process wrote when the process is killed, not when the
+machine goes down; so now and then, when everything written so far is on the disk, a line says so, and after a restart
+of the machine only what stands before the last such line counts.
+
+The journal knows nothing of what the plan is for. Its first line holds the `identity` that the caller gives: who finds
+a journal with another identity must not go on with it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from executor.checksums import MODULUS
+from executor.errors import RunError
+from planner.plan import FileSink
+
+NAME = "journal"
+RESULTS = "results"
+
+Interval = tuple[int, int]
+"""Elements from the first number up to the second."""
+
+
+@dataclass
+class StreamRecord:
+    """What is finished of one stream: `checksum` is the sum of `numel` elements'.
+
+    `intervals`, ascending, are what earlier runs wrote, and `sinks` the places that have all of that.
+    """
+
+    checksum: int = 0
+    numel: int = 0
+    intervals: list[Interval] = field(default_factory=list)
+    sinks: set[FileSink] = field(default_factory=set)
+
+    def count(self, numel: int, checksum: int) -> None:
+        self.checksum = (self.checksum + checksum) % MODULUS
+        self.numel += numel
+
+    def extend(self, first: int, numel: int, sinks: set[FileSink]) -> None:
+        self.sinks = self.sinks & sinks if self.intervals else sinks
+        bisect.insort(self.intervals, (first, first + numel))
+
+
+@dataclass
+class Finished:
+    """What is finished of a run.
+
+    `streams` are known by the first place in the output that each goes to; `results`, the checksums of kernels'
+    saved results, by the names that the plan gives them.
+    """
+
+    streams: dict[FileSink, StreamRecord] = field(default_factory=lambda: defaultdict(StreamRecord))
+    results: dict[str, int] = field(default_factory=dict)
+    publishing: list[str] | None = None
+    """The names of a finished model that is being moved to its place, and"""
+
+    replacing: list[str] = field(default_factory=list)
+    """of what it takes the place of."""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take over what a line of the journal says."""
+        match record:
+            case {"content": content, "elements": [first, numel], "checksum": checksum, "sinks": sinks}:
+                stream = self.streams[FileSink(*content)]
+                stream.count(numel, checksum)
+                stream.extend(first, numel, {FileSink(*sink) for sink in sinks})
+            case {"forgotten": content}:
+                self.streams.pop(FileSink(*content), None)
+            case {"result": key, "checksum": checksum}:
+                self.results[key] = checksum
+            case {"dropped": key}:
+                self.results.pop(key, None)
+            case {"publishing": names, "replacing": replaced}:
+                self.publishing, self.replacing = names, replaced
+
+
+class Journal:
+    """The journal in `directory`, which exists; None: one that is kept in memory and forgotten.
+
+    `finished` is what earlier runs finished, and what this one adds to it. Safe to add to from several threads. Raises
+    RunError, from any method, where the disk is full or fails.
+    """
+
+    def __init__(self, directory: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
+        self._directory = directory
+        self._lock = Lock()
+        self._fd: int | None = None
+        self._position = 0
+        self.finished = Finished()
+        if directory is None:
+            return
+        lines, safe = _trusted(directory)
+        for line in lines:
+            self.finished.add(line)
+        self._drop_damaged_results(directory)
+        with _failing(directory / NAME):
+            self._fd = self._rewritten(directory, identity or {}, lines, safe)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is finished yet, in this run or before."""
+        done = self.finished
+        return not (done.streams or done.results or done.publishing)
+
+    @property
+    def position(self) -> int:
+        """Where the journal ends now: see `mark_safe`."""
+        return self._position
+
+    def written(self, content: FileSink, sinks: Iterable[FileSink]) -> list[Interval]:
+        """The elements of the stream known as `content` that earlier runs wrote to all of `sinks`.
+
+        If they wrote to fewer places, because they could share extents and this run cannot, all of it is done again.
+        """
+        if content not in self.finished.streams:
+            return []
+        stream = self.finished.streams[content]
+        if stream.sinks.issuperset(sinks):
+            return stream.intervals
+        with self._lock:
+            del self.finished.streams[content]
+            self._append({"forgotten": [content.shard, content.offset]})
+        return []
+
+    def add_chunk(self, content: FileSink, first: int, numel: int, checksum: int, sinks: Iterable[FileSink]) -> None:
+        """Elements `first` to `first + numel` of the stream known as `content` are written to all of `sinks`."""
+        with self._lock:
+            self.finished.streams[content].count(numel, checksum)
+            self._append(
+                {
+                    "content": [content.shard, content.offset],
+                    "elements": [first, numel],
+                    "checksum": checksum,
+                    "sinks": [[sink.shard, sink.offset] for sink in sinks],
+                }
+            )
+
+    def mark_safe(self, position: int) -> None:
+        """Everything that the journal said up to `position` is on the disk."""
+        with self._lock:
+            self._append({"safe": position})
+        self._sync()
+
+    def distrust(self) -> None:
+        """Syncing failed: nobody knows whether what was written since the last `mark_safe` is on the disk."""
+        with suppress(RunError), self._lock:
+            self._append({"lost": True})
+
+    # ------------------------------------------------------------------------------------------------ kernels' results
+
+    def save_result(self, key: str, memory: memoryview) -> None:
+        """Save a kernel's result, under a name that the plan gives it."""
+        if self._directory is None:
+            return
+        path = self._result(key)
+        with _failing(path):
+            path.parent.mkdir(exist_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                _write(fd, memory, 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        with self._lock:
+            self.finished.results[key] = xxh3_64_intdigest(memory)
+            self._append({"result": key, "checksum": self.finished.results[key]})
+
+    def load_result(self, key: str, memory: memoryview) -> None:
+        """Fill `memory` with a result that an earlier run saved."""
+        path = self._result(key)
+        with _failing(path), open(path, "rb", buffering=0) as file:
+            file.readinto(memory)
+        if xxh3_64_intdigest(memory) != self.finished.results[key]:
+            raise RunError(f"{path}: is not what was saved there; start again with --restart")
+
+    def drop_result(self, key: str) -> None:
+        """Nothing needs this result any more."""
+        if self._directory is None or self.finished.results.pop(key, None) is None:
+            return
+        with self._lock:
+            self._append({"dropped": key})
+        with suppress(OSError):
+            self._result(key).unlink()
+
+    def _drop_damaged_results(self, directory: Path) -> None:
+        for key, expected in list(self.finished.results.items()):
+            try:
+                intact = xxh3_64_intdigest((directory / RESULTS / key).read_bytes()) == expected
+            except OSError:
+                intact = False
+            if not intact:
+                del self.finished.results[key]
+
+    def _result(self, key: str) -> Path:
+        assert self._directory is not None
+        return self._directory / RESULTS / key
+
+    # --------------------------------------------------------------------------------------------------- the finish
+
+    def begin_publishing(self, names: list[str], replaced: list[str]) -> None:
+        """The model is complete and on the disk, and its files, `names`, are about to be moved to their place."""
+        with self._lock:
+            self.finished.publishing, self.finished.replacing = names, replaced
+            self._append({"publishing": names, "replacing": replaced})
+            self._append({"safe": self._position})
+        self._sync()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    # ----------------------------------------------------------------------------------------------------- the file
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self._fd is None or self._directory is None:
+            return
+        line = _line(record)
+        with _failing(self._directory / NAME):
+            _write(self._fd, memoryview(line), self._position)
+        self._position += len(line)
+
+    def _sync(self) -> None:
+        if self._fd is not None and self._directory is not None:
+            with _failing(self._directory / NAME):
+                os.fsync(self._fd)
+
+    def _rewritten(self, directory: Path, identity: Mapping[str, Any], lines: list[dict[str, Any]], safe: int) -> int:
+        """Write the journal anew, without what does not count; returns its file, which takes the old one's place."""
+        new = directory / f"{NAME}.new"
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            text = _line({"identity": identity, "machine": _machine_start()})
+            text += b"".join(map(_line, lines[:safe]))
+            text += _line({"safe": len(text)}) + b"".join(map(_line, lines[safe:]))
+            _write(fd, memoryview(text), 0)
+            os.fsync(fd)
+            new.rename(directory / NAME)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._position = len(text)
+        return fd
+
+
+@contextmanager
+def _failing(path: Path) -> Iterator[None]:
+    """Turns an OSError within into a RunError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
+
+
+def read_identity(directory: Path) -> dict[str, Any] | None:
+    """The identity that the journal in `directory` was begun with; None where there is none that can be read."""
+    for record, _ in _records(directory):
+        identity = record.get("identity")
+        return identity if isinstance(identity, dict) else None
+    return None
+
+
+def read_publishing(directory: Path) -> list[str]:
+    """The names of the finished model that was being moved to its place when its run ended."""
+    finished = Finished()
+    for record, _ in _records(directory):
+        finished.add(record)
+    return finished.publishing or []
+
+
+def _trusted(directory: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines that count, and how many of them, from the first on, are on the disk for certain."""
+    lines: list[dict[str, Any]] = []
+    ends: list[int] = []
+    safe = 0
+    machine = ""
+    for record, end in _records(directory):
+        if "identity" in record:
+            machine = str(record.get("machine"))
+        elif "safe" in record:
+            safe = sum(each <= record["safe"] for each in ends)
+        elif "lost" in record:
+            del lines[safe:], ends[safe:]
+        else:
+            lines.append(record)
+            ends.append(end)
+    if not machine or machine != _machine_start():
+        del lines[safe:]
+    return lines, safe
+
+
+def _records(directory: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line's record with the position where the line ends, up to the first line that is none."""
+    try:
+        text = (directory / NAME).read_bytes()
+    except OSError:
+        return
+    begin = 0
+    while (end := text.find(b"\n", begin) + 1) > 0:
+        try:
+            record = json.loads(text[begin:end])
+        except ValueError:
+            return
+        if not isinstance(record, dict):
+            return
+        yield record, end
+        begin = end
+
+
+def _machine_start() -> str:
+    """What tells this start of the machine from others; "" where the system has no such thing."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)

@@ -1,0 +1,114 @@
+"""What is left to do of a plan, when a journal says what is finished.
+
+A place that is written needs nothing more. A kernel runs only where something that is left needs its result, and no
+earlier run saved that. So an interrupted run goes on with the chunk that it was at, and a chain of kernels with the
+link that it was at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from executor.journal import Interval, Journal
+from executor.routing import Part, Piece, Routes
+from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan
+
+
+@dataclass
+class Work:
+    """What is left: pieces by the index of their step, and the indices of the kernels to run and to `restore`."""
+
+    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    kernels: set[int] = field(default_factory=set)
+    restored: set[int] = field(default_factory=set)
+    finished_nbytes: int = 0
+    """Bytes of the output that are there already."""
+
+
+def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
+    """What is left of `routes`, going backwards from what is to be written to what that needs."""
+    work = Work()
+    keys = result_keys(plan)
+    needed: set[int] = set()
+    for index, step in reversed(list(enumerate(plan.steps))):
+        if isinstance(step, KernelStep):
+            if step.output.buffer not in needed:
+                continue
+            if keys.get(index) in journal.finished.results:
+                work.restored.add(index)
+            else:
+                work.kernels.add(index)
+                needed |= {view.buffer for view in step.inputs}
+            continue
+        routed = routes.pieces.get(index, [])
+        pieces = [left for piece in routed for left in _left(piece, needed, journal)]
+        work.finished_nbytes += _file_nbytes(routed) - _file_nbytes(pieces)
+        if pieces:
+            work.pieces[index] = pieces
+            if isinstance(step.root, BufferRoot):
+                needed.add(step.root.buffer)
+    return work
+
+
+def result_keys(plan: Plan) -> dict[int, str]:
+    """By the index of its step, a name for each kernel's result that a later kernel needs."""
+    used = {view.buffer for step in plan.steps if isinstance(step, KernelStep) for view in step.inputs}
+    keys = {}
+    kernels = [(index, step) for index, step in enumerate(plan.steps) if isinstance(step, KernelStep)]
+    for number, (index, step) in enumerate(kernels):
+        if step.output.buffer in used:
+            digest = hashlib.sha256(f"{step.kernel} {step.params}".encode()).hexdigest()
+            keys[index] = f"{number}-{digest[:16]}"
+    return keys
+
+
+def _left(piece: Piece, needed: set[int], journal: Journal) -> Iterator[Piece]:
+    """The pieces of `piece` that are left, each with the parts that are left of it there."""
+    parts = [(part, _done(part, journal)) for part in piece.parts]
+    begin, end = piece.first, piece.first + piece.numel
+    cuts = {begin, end} | {at for _, done in parts for interval in done for at in interval if begin < at < end}
+    before: Piece | None = None
+    for first, stop in pairwise(sorted(cuts)):
+        left = tuple(kept for part, done in parts if (kept := _kept(part, _within(first, done), needed)) is not None)
+        if before is not None and (not left or left != before.parts):
+            yield before
+            before = None
+        if left:
+            before = Piece(first if before is None else before.first, 0, left)
+            before = replace(before, numel=stop - before.first)
+    if before is not None:
+        yield before
+
+
+def _done(part: Part, journal: Journal) -> list[Interval]:
+    """The elements that are written to every file that `part` goes to."""
+    if part.content is None:
+        return []
+    return journal.written(part.content, [sink for sink in part.branch.sinks if isinstance(sink, FileSink)])
+
+
+def _within(first: int, intervals: Sequence[Interval]) -> bool:
+    return any(begin <= first < end for begin, end in intervals)
+
+
+def _kept(part: Part, is_done: bool, needed: set[int]) -> Part | None:
+    """`part` without the places that are written and the buffers that nothing needs; None where nothing is left."""
+    sinks = tuple(
+        sink for sink in part.branch.sinks if (sink.buffer in needed if isinstance(sink, BufferSink) else not is_done)
+    )
+    if not sinks:
+        return None
+    return Part(replace(part.branch, sinks=sinks), None if is_done else part.content)
+
+
+def _file_nbytes(pieces: Sequence[Piece]) -> int:
+    return sum(
+        piece.numel * part.branch.dtype.itemsize
+        for piece in pieces
+        for part in piece.parts
+        for sink in part.branch.sinks
+        if isinstance(sink, FileSink)
+    )

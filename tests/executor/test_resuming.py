@@ -1,0 +1,229 @@
+"""Runs that are interrupted and gone on with: nothing is done twice, and the bytes are those of a run in one go."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import column_sums, digest, planned, source
+
+from executor import engine, journal
+from executor.engine import RunResult, run
+from executor.errors import RunError
+from executor.journal import Journal
+from planner.expr import DType, Expr, Opaque, Read, cast, scale
+from planner.plan import Plan
+
+KERNELS = {"column_sums": column_sums}
+
+
+class Stop(Exception):  # noqa: N818
+    """Stops a run from within."""
+
+
+@pytest.fixture
+def reads(tmp_path: Path) -> dict[str, Read]:
+    generator = torch.Generator().manual_seed(0)
+    names = ("large", "other", "third")
+    tensors = {name: torch.randn(3001, 1000, generator=generator).bfloat16() for name in names}
+    return source(tmp_path / "source.safetensors", tensors)
+
+
+@pytest.fixture
+def plan(reads: dict[str, Read]) -> Plan:
+    """Copies, copies of one thing in two places, casts, and a chain of kernels."""
+    first = Opaque("column_sums", "1", (reads["large"],), DType.F32, (1, 1000))
+    second = Opaque("column_sums", "2", (first,), DType.F32, (1000,))
+    outputs: dict[str, Expr] = {
+        "copy": reads["large"],
+        "copy again": reads["large"],
+        "other": reads["other"],
+        "halved": cast(scale(reads["third"], 0.5), DType.F16),
+        "third": reads["third"],
+        "sums": second,
+    }
+    return planned(outputs, budget=40 << 20, shard=16 << 20)
+
+
+@pytest.fixture
+def whole(plan: Plan, tmp_path: Path) -> tuple[dict[str, str], RunResult]:
+    """The digests of a run in one go, and its result."""
+    (tmp_path / "whole").mkdir()
+    result = run(plan, tmp_path / "whole", KERNELS)
+    return digest(tmp_path / "whole"), result
+
+
+def go_on(plan: Plan, place: Path, **how: Any) -> RunResult:
+    """Run with the journal in `place`, into a directory beside it."""
+    (place / "model").mkdir(parents=True, exist_ok=True)
+    kept = Journal(place, {"plan": plan.fingerprint})
+    try:
+        return run(plan, place / "model", how.pop("kernels", KERNELS), journal=kept, **how)
+    finally:
+        kept.close()
+
+
+def stopping_after(nbytes: int) -> Callable[[object], None]:
+    def watch(state: Any) -> None:
+        if state.written_nbytes >= nbytes:
+            raise Stop
+
+    return watch
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_an_interrupted_run_goes_on_where_it_was(
+    plan: Plan, whole: tuple[dict[str, str], RunResult], tmp_path: Path, share: float
+) -> None:
+    digests, in_one_go = whole
+    place = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(int(share * plan.written_nbytes)))
+    written = 0
+    pwrite = os.pwrite
+
+    def counting(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal written
+        count = pwrite(fd, data, offset)
+        written += count
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", counting)
+        result = go_on(plan, place)
+    assert digest(place / "model") == digests
+    assert result.checksums == in_one_go.checksums
+    resumed = result.nbytes_by_path.get("resumed", 0)
+    under_way = plan.pool.workers * plan.pool.slab_nbytes * 2  # a chunk may go to two places
+    assert resumed >= share * plan.written_nbytes - under_way - (1 << 20)
+    journal_nbytes = sum(file.stat().st_size for file in place.iterdir() if file.is_file())
+    assert written <= plan.written_nbytes - resumed + journal_nbytes + (1 << 16)
+
+
+def test_what_was_finished_under_one_budget_counts_under_another(
+    reads: dict[str, Read], whole: tuple[dict[str, str], RunResult], plan: Plan, tmp_path: Path
+) -> None:
+    outputs: dict[str, Expr] = {"a": reads["large"], "b": reads["other"], "c": cast(reads["third"], DType.F32)}
+    digests = set()
+    for number, budgets in enumerate([(32 << 20,), (32 << 20, 2 << 20), (2 << 20, 32 << 20)]):
+        place = tmp_path / f"place {number}"
+        for budget in budgets[:-1]:
+            with pytest.raises(Stop):
+                go_on(planned(outputs, budget), place, on_progress=stopping_after(9_000_000))
+        result = go_on(planned(outputs, budgets[-1]), place)
+        assert ("resumed" in result.nbytes_by_path) is (len(budgets) > 1)
+        digests.add(str((digest(place / "model"), sorted(result.checksums.items(), key=str))))
+    assert len(digests) == 1
+
+
+def test_kernels_whose_results_were_saved_do_not_run_again(plan: Plan, tmp_path: Path, whole: Any) -> None:
+    ran: list[int] = []
+
+    def counted(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        ran.append(params)
+        if params == 2 and len(ran) == 2:
+            raise Stop
+        column_sums(params, inputs, output)
+
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    result = go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    assert ran == [1, 2, 2]
+    assert digest(tmp_path / "place" / "model") == whole[0]
+    assert result.checksums == whole[1].checksums
+    assert list((tmp_path / "place" / journal.RESULTS).iterdir()) == []
+
+
+def test_a_saved_result_that_was_damaged_is_computed_again(plan: Plan, tmp_path: Path, whole: Any) -> None:
+    def stopping(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        if params == 2:
+            raise Stop
+        column_sums(params, inputs, output)
+
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": stopping})
+    (saved,) = (tmp_path / "place" / journal.RESULTS).iterdir()
+    saved.write_bytes(saved.read_bytes()[:-1] + b"\x7f")
+    go_on(plan, tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == whole[0]
+
+
+def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(12_000_000))
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    result = go_on(plan, place)
+    assert "resumed" not in result.nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+    monkeypatch.setattr(engine, "SYNC_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "synced", on_progress=stopping_after(plan.written_nbytes))
+    monkeypatch.setattr(journal, "_machine_start", lambda: "yet another start")
+    assert go_on(plan, tmp_path / "synced").nbytes_by_path["resumed"] > 0
+    assert digest(tmp_path / "synced" / "model") == whole[0]
+
+
+def test_what_could_not_be_synced_does_not_count(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(RunError, match="Input/output error"):
+        go_on(plan, place)
+    monkeypatch.undo()
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+def test_a_journal_that_ends_in_the_middle_of_a_line_counts_up_to_there(plan: Plan, tmp_path: Path, whole: Any) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
+    text = (place / journal.NAME).read_bytes()
+    lines = text.count(b"\n")
+    assert lines > 8
+    (place / journal.NAME).write_bytes(text[: len(text) * 2 // 3] + b"\x00\xff{")
+    assert "resumed" in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+def test_the_identity_that_a_journal_was_begun_with_can_be_read(tmp_path: Path) -> None:
+    assert journal.read_identity(tmp_path) is None
+    Journal(tmp_path, {"config": {"a": 1}}).close()
+    assert journal.read_identity(tmp_path) == {"config": {"a": 1}}
+    assert json.loads((tmp_path / journal.NAME).read_text().splitlines()[0])["identity"] == {"config": {"a": 1}}
+
+
+def test_a_second_reading_that_differs_is_told(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checked").mkdir()
+    run(plan, tmp_path / "checked", KERNELS, check_sources=True)
+    assert digest(tmp_path / "checked") == whole[0]
+    preadv, calls = os.preadv, 0
+
+    def flipping(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        count = preadv(fd, views, offset)
+        if calls == 5:
+            views[0][100] ^= 4
+        return count
+
+    monkeypatch.setattr(os, "preadv", flipping)
+    with pytest.raises(RunError, match=r"source\.safetensors: the [\d,]+ bytes from byte [\d,]+ on were other ones"):
+        run(plan, tmp_path / "checked", KERNELS, check_sources=True)
