@@ -244,13 +244,14 @@ class _Run:
         """Read, transform and write one chunk; returns the bytes read from and written to files."""
         root = step.root
         nbytes = piece.numel * root.dtype.itemsize
-        slab = slab[_alignment(piece) :]
-        chunk, scratch = elementwise.cut(slab, nbytes)
+        # Where the chunk lies in a page is where it lies in its file, so that it can be read, and written, directly.
+        at = (root.offset + piece.first * root.dtype.itemsize) % PAGE if isinstance(root, FileRoot) else 0
+        chunk, scratch = elementwise.cut(slab, nbytes, at)
         read = written = 0
         match root:
             case FileRoot(source, offset):
                 offset += piece.first * root.dtype.itemsize
-                self._reader.read_into(source, offset, chunk)
+                self._reader.read_into(source, offset, slab, at, nbytes)
                 read = nbytes
             case BufferRoot(buffer, offset):
                 begin = offset + piece.first * root.dtype.itemsize
@@ -261,10 +262,11 @@ class _Run:
             data = chunk
             if part.branch.ops:
                 self._torch.use_one()
-                data = elementwise.apply(part.branch.ops, chunk, root.dtype, piece.first, piece.numel, scratch)
+                to = _place_in_page(part, piece.first)
+                data = elementwise.apply(part.branch.ops, chunk, root.dtype, piece.first, piece.numel, scratch, to)
             written += self._write(step, part, piece.first, piece.numel, data)
         if self._check_sources and isinstance(root, FileRoot):
-            self._reader.check_again(root.source, offset, chunk)
+            self._reader.check_again(root.source, offset, slab, at, nbytes)
         return read, written
 
     def _write(self, step: StreamStep, part: Part, first: int, numel: int, data: memoryview) -> int:
@@ -344,12 +346,11 @@ def _chunks(piece: Piece, step: StreamStep) -> Iterator[Piece]:
         first = stop
 
 
-def _alignment(piece: Piece) -> int:
-    """Where in a page the piece begins in the file that it is written to first."""
-    for part in piece.parts:
-        for sink in part.branch.sinks:
-            if isinstance(sink, FileSink):
-                return (sink.offset + piece.first * part.branch.dtype.itemsize) % PAGE
+def _place_in_page(part: Part, first: int) -> int:
+    """Where in a page element `first` begins in the file that it is written to first."""
+    for sink in part.branch.sinks:
+        if isinstance(sink, FileSink):
+            return (sink.offset + first * part.branch.dtype.itemsize) % PAGE
     return 0
 
 

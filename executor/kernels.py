@@ -4,8 +4,9 @@ A chunk is worked on in place of a slab that the caller cuts up, so nothing here
 
     slab   ├─ chunk as read ─┤├─ float32 work ─┤├─ noise ─┤├─ result ─┤
 
-Regions begin at the same place within a page, so a chunk that is read to an aligned place gives an aligned result.
-Those that a stream's operations do not need are not there (`planner.schedule` sizes chunks by the same rule).
+Regions begin at pages, but for the first, which lies in its page as in the file it was read from, and the last, which
+lies as in the file that it goes to: so both can be moved directly. Those that a stream's operations do not need are not
+there (`planner.schedule` sizes chunks by the same rule).
 """
 
 from __future__ import annotations
@@ -44,20 +45,22 @@ def clear(memory: memoryview) -> None:
 
 
 def apply(
-    ops: Sequence[Op], chunk: memoryview, dtype: DType, first: int, numel: int, scratch: memoryview
+    ops: Sequence[Op], chunk: memoryview, dtype: DType, first: int, numel: int, scratch: memoryview, at: int = 0
 ) -> memoryview:
     """Run `ops` on a chunk of `numel` elements of `dtype`, the first of which is the tensor's element `first`.
 
-    The chunk stays as it is: other operations may be run on it. The result lies in `scratch` until the next call.
+    The chunk stays as it is: other operations may be run on it. The result lies in `scratch` until the next call, at
+    byte `at` of a page.
     """
     arithmetic = any(not isinstance(op, Cast) for op in ops)
     noisy = any(isinstance(op, AddNoise) for op in ops)
-    work, scratch = cut(scratch, numel * 4 if arithmetic else 0)
+    rounded = isinstance(ops[-1], Cast)
+    work, scratch = cut(scratch, numel * 4 if arithmetic else 0, 0 if rounded else at)
     noise, scratch = cut(scratch, numel * 4 if noisy else 0)
 
-    result, x = chunk, as_tensor(chunk, dtype, numel)
+    result, x = work, as_tensor(chunk, dtype, numel)
     if arithmetic:
-        result, x = work, as_tensor(work, DType.F32, numel).copy_(x)
+        x = as_tensor(work, DType.F32, numel).copy_(x)
     for op in ops:
         match op:
             case Scale(factor):
@@ -66,13 +69,14 @@ def apply(
                 fill_normal(np.frombuffer(noise, np.float32), seed, first)
                 x.add_(as_tensor(noise, DType.F32, numel), alpha=scale)
             case Cast(to):
-                result, _ = cut(scratch, numel * to.itemsize)
+                result, _ = cut(scratch, numel * to.itemsize, at)
                 x = as_tensor(result, to, numel).copy_(x)
     return result
 
 
-def cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
-    return memory[:nbytes], memory[-(-nbytes // PAGE) * PAGE :]
+def cut(memory: memoryview, nbytes: int, at: int = 0) -> tuple[memoryview, memoryview]:
+    """`nbytes` of `memory`, from byte `at` of its first page on, and what is left from the next page on."""
+    return memory[at : at + nbytes], memory[-(-(at + nbytes) // PAGE) * PAGE :]
 
 
 def fill_normal(out: np.ndarray, seed: int, first: int) -> None:

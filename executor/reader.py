@@ -9,10 +9,8 @@ from contextlib import ExitStack
 from xxhash import xxh3_64_intdigest
 
 from executor.errors import RunError
+from executor.local import LocalFile
 from planner.expr import SourceFile
-
-DONTNEED = getattr(os, "POSIX_FADV_DONTNEED", None)
-"""Advice, where the system takes it, to forget what was read: nothing is read twice, and others need the page cache."""
 
 
 class SourceReader:
@@ -20,49 +18,40 @@ class SourceReader:
 
     def __init__(self, sources: Sequence[SourceFile]) -> None:
         self._sources = sources
-        self._fds: list[int] = []
+        self._files: list[LocalFile] = []
         with ExitStack() as on_error:
             on_error.callback(self.close)
             for source in sources:
-                try:
-                    self._fds.append(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC))
-                except OSError as error:
-                    raise RunError(f"{source.path}: cannot be opened any more: {error.strerror}") from error
+                self._files.append(LocalFile(source.path))
             self.check_unchanged()
             on_error.pop_all()
 
     def fd(self, source: int) -> int:
         """The open file of a source."""
-        return self._fds[source]
+        return self._files[source].fd
 
-    def read_into(self, source: int, offset: int, memory: memoryview) -> None:
-        """Fill `memory` from byte `offset` of a source. Raises RunError where the file ends too early or fails."""
-        path = self._sources[source].path
-        while len(memory):
-            try:
-                count = os.preadv(self._fds[source], [memory], offset)
-            except OSError as error:
-                raise RunError(f"{path}: reading at byte {offset} failed: {error.strerror}") from error
-            if count == 0:
-                raise RunError(f"{path}: the file ends at byte {offset}; it was changed during the run. Start again")
-            if DONTNEED is not None:
-                os.posix_fadvise(self._fds[source], offset, count, DONTNEED)
-            memory, offset = memory[count:], offset + count
+    def read_into(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+        """Fill `slab[begin : begin + nbytes]` from byte `offset` of a source.
 
-    def check_again(self, source: int, offset: int, memory: memoryview) -> None:
-        """Read once more what was read into `memory`, which is overwritten. Raises RunError where it differs."""
-        before = xxh3_64_intdigest(memory)
-        self.read_into(source, offset, memory)
-        if xxh3_64_intdigest(memory) != before:
+        Up to a page before and after that may be overwritten. `slab` begins at a page of memory. Raises RunError where
+        the file ends too early or fails.
+        """
+        self._files[source].read_into(offset, slab, begin, nbytes)
+
+    def check_again(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+        """Read once more what `read_into` read, over it. Raises RunError where it differs."""
+        before = xxh3_64_intdigest(slab[begin : begin + nbytes])
+        self.read_into(source, offset, slab, begin, nbytes)
+        if xxh3_64_intdigest(slab[begin : begin + nbytes]) != before:
             raise RunError(
-                f"{self._sources[source].path}: the {len(memory):,} bytes from byte {offset:,} on were other ones when "
+                f"{self._sources[source].path}: the {nbytes:,} bytes from byte {offset:,} on were other ones when "
                 "read again; the disk, its cable or the memory of this machine is failing"
             )
 
     def check_unchanged(self) -> None:
         """Raises RunError, naming the file, if a source is not what it was when the run was planned."""
-        for source, fd in zip(self._sources, self._fds, strict=True):
-            now = os.fstat(fd)
+        for source, file in zip(self._sources, self._files, strict=True):
+            now = os.fstat(file.fd)
             if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != (
                 source.device,
                 source.inode,
@@ -72,5 +61,5 @@ class SourceReader:
                 raise RunError(f"{source.path}: the file was changed since the merge was planned. Start again")
 
     def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
+        while self._files:
+            self._files.pop().close()

@@ -283,7 +283,8 @@ def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int
     if any(isinstance(op, AddNoise) for op in ops):
         itemsize += DType.F32.itemsize
     itemsize += max((dtype.itemsize for ops, dtype in chains if ops), default=0)
-    numel = (slab_nbytes - PAGE) // itemsize  # a page to move the chunk within, so that it can be aligned
+    # A page to move the chunk within, so that it can be read directly, and one for the result.
+    numel = (slab_nbytes - 2 * PAGE) // itemsize
     return numel - numel % BLOCK
 
 

@@ -1,5 +1,6 @@
 """Runs that are interrupted and gone on with: nothing is done twice, and the bytes are those of a run in one go."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -214,14 +215,12 @@ def test_a_second_reading_that_differs_is_told(
     (tmp_path / "checked").mkdir()
     run(plan, tmp_path / "checked", KERNELS, check_sources=True)
     assert digest(tmp_path / "checked") == whole[0]
-    preadv, calls = os.preadv, 0
+    preadv, calls = os.preadv, itertools.count()
 
     def flipping(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        nonlocal calls
-        calls += 1
-        count = preadv(fd, views, offset)
-        if calls == 5:
-            views[0][100] ^= 4
+        number, count = next(calls), preadv(fd, views, offset)
+        if number == 4:
+            views[0][5000] ^= 4
         return count
 
     monkeypatch.setattr(os, "preadv", flipping)

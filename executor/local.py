@@ -1,0 +1,71 @@
+"""Reading ranges of a local file, past the page cache where that is possible.
+
+Direct I/O reads whole pages, into memory aligned to pages, straight from the disk. It spares a copy of every byte, and
+what else a laptop holds in its page cache stays there. What does not fit (small ranges, memory that lies otherwise in
+its page than the range in its file, file systems without direct I/O) goes through the page cache, which forgets it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from executor.errors import RunError
+from planner.layout import PAGE
+
+MIN_DIRECT_NBYTES = 64 << 10
+"""Smaller ranges are not worth a trip to the disk each."""
+
+DONTNEED = getattr(os, "POSIX_FADV_DONTNEED", None)
+"""Advice, where the system takes it, to forget what was read: nothing is read twice, and others need the page cache."""
+
+
+class LocalFile:
+    """An open file. Safe to read from several threads at once. Raises RunError where it cannot be opened or read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be opened any more: {error.strerror}") from error
+        self._direct_fd: int | None = None
+        with suppress(OSError, AttributeError):  # a file system, or a system, without it
+            self._direct_fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+
+    def read_into(self, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+        """Fill `slab[begin : begin + nbytes]` from byte `offset` of the file.
+
+        Up to a page before and after that may be overwritten. `slab` begins at a page of memory.
+        """
+        done = self._read_directly(offset, slab, begin, nbytes)
+        while done < nbytes:
+            try:
+                count = os.preadv(self.fd, [slab[begin + done : begin + nbytes]], offset + done)
+            except OSError as error:
+                raise RunError(f"{self.path}: reading at byte {offset + done} failed: {error.strerror}") from error
+            if count == 0:
+                raise RunError(
+                    f"{self.path}: the file ends at byte {offset + done}; it was changed during the run. Start again"
+                )
+            if DONTNEED is not None:
+                with suppress(OSError):
+                    os.posix_fadvise(self.fd, offset + done, count, DONTNEED)
+            done += count
+
+    def _read_directly(self, offset: int, slab: memoryview, begin: int, nbytes: int) -> int:
+        """Returns how many bytes were read: none where direct I/O does not fit, all but the last where a file ends."""
+        before = offset % PAGE
+        end = -(-(begin + nbytes) // PAGE) * PAGE
+        if self._direct_fd is None or nbytes < MIN_DIRECT_NBYTES or begin % PAGE != before or end > len(slab):
+            return 0
+        try:
+            count = os.preadv(self._direct_fd, [slab[begin - before : end]], offset - before)
+        except OSError:  # whatever it is, reading through the page cache works or says what is wrong
+            return 0
+        return min(max(count - before, 0), nbytes)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self._direct_fd is not None:
+            os.close(self._direct_fd)
