@@ -132,6 +132,19 @@ def run(
         )
 
 
+def finished(plan: Plan) -> RunResult:
+    """The result of a run that finds everything done."""
+    return RunResult(
+        read_nbytes=0,
+        written_nbytes=plan.written_nbytes,
+        nbytes_by_path={"resumed": plan.written_nbytes},
+        checksums={},
+        seconds=0.0,
+        peak_buffer_nbytes=0,
+        peak_resident_nbytes=peak_resident_nbytes(),
+    )
+
+
 class _Run:
     """A run under way."""
 

@@ -1,4 +1,4 @@
-"""The command line: `moeplan CONFIG OUT`."""
+"""The command line: `moeplan CONFIG OUT`, and `moeplan verify OUT`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from moeplan.progress import ProgressBar, ProgressLines, progress_on
 
 if TYPE_CHECKING:
     from executor.engine import Progress
+    from moeplan.verification import Verification
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+verify_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(asked: bool) -> None:
@@ -74,6 +76,15 @@ def command(
         ),
     ] = True,
     clone_tensors: Annotated[bool, typer.Option("--clone-tensors", help="Give every tensor bytes of its own.")] = False,
+    check_sources: Annotated[
+        bool, typer.Option("--check-sources", help="Read everything twice, and compare: finds failing disks.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted merge left, and start afresh.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model in OUT, once the new one is complete.")
+    ] = False,
     allow_all_same: Annotated[
         bool,
         typer.Option(
@@ -91,8 +102,11 @@ def command(
 ) -> None:
     """Merge dense models into a Mixture of Experts, as CONFIG says, and write it to OUT.
 
-    OUT may be left out with --plan. It is left as it was when something goes wrong: then the exit status is 2 for
-    wrong usage, configuration or models, 1 for a run that failed, 130 after Ctrl-C.
+    OUT may be left out with --plan. A model appears there only when it is complete; the same command goes on with a
+    merge that was interrupted. The exit status is 2 for wrong usage, configuration or models, 1 for a run that
+    failed, 130 after Ctrl-C.
+
+    `moeplan verify OUT` reads a finished model again, and names what is not as it was written.
     """
     if out is None and not plan:
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
@@ -105,6 +119,9 @@ def command(
             random_seed=random_seed,
             copy_tokenizer=copy_tokenizer,
             clone_tensors=clone_tensors,
+            check_sources=check_sources,
+            restart=restart,
+            overwrite=overwrite,
         )
         merge_config = moeplan.load_config(config, allow_all_same=allow_all_same)
         if plan or out is None:
@@ -117,6 +134,29 @@ def command(
             teller.start(merge_plan.plan.written_nbytes)
 
         teller.result(moeplan.merge(merge_config, out, options, on_plan, teller.progress))
+
+
+@verify_app.command(no_args_is_help=True)
+def verify_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A model that moeplan merged.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what is wrong.")] = False,
+) -> None:
+    """Read a finished model again, and name every tensor and file that is not what was written.
+
+    The exit status is 0 where everything is, 1 where something is not or could not be checked, 2 where OUT holds
+    nothing to check it by.
+    """
+    from moeplan.verification import verify  # here, because it takes numpy, which plans do without
+
+    teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
+    with _told(teller, verbose):
+        found = verify(out, teller.start, teller.checked)
+        teller.verification(out, found)
+        if found.wrong or found.unknown:
+            teller.finish()
+            raise typer.Exit(1)
 
 
 class _Teller:
@@ -148,6 +188,19 @@ class _Teller:
         message = report.space_warning(self._data["plan"])
         if message:
             warnings.warn(message, MoeplanWarning, stacklevel=2)
+
+    def verification(self, out: Path, found: Verification) -> None:
+        self.stop()
+        for line in (*found.wrong, *found.unknown):
+            self._messages.print(Text.assemble(("wrong: ", "red"), report.printable(line)))
+        self._tell("verification", report.verification_data(out, found), report.verification_view)
+
+    def checked(self, nbytes: int) -> None:
+        """How much of a finished model was read again."""
+        if self._progress is not None:
+            from executor.engine import Progress
+
+            self._progress.show(Progress(nbytes, nbytes, "verifying"))
 
     def start(self, total_nbytes: int) -> None:
         if not self._quiet:
@@ -216,7 +269,7 @@ def _told(teller: _Teller, verbose: bool) -> Iterator[None]:
         if verbose:
             traceback.print_exc()
         message, status = _explained(error)
-        teller.error(message)
+        teller.error("; ".join([message, *getattr(error, "__notes__", ())]))
         raise typer.Exit(status) from error
 
 
@@ -225,7 +278,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case UserError():
             return str(error), error.exit_status
         case KeyboardInterrupt():
-            return "interrupted; nothing was left behind", 130
+            return "interrupted", 130
         case MemoryError():
             return "the machine has no memory left; give a smaller --max-memory", 1
         case OSError():
@@ -234,6 +287,14 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return f"{type(error).__name__}: {error} (a bug in moeplan: please report it with what -v shows)", 1
 
 
+def run(args: list[str]) -> None:
+    """Run the command with these arguments. Raises SystemExit."""
+    if args[:1] == ["verify"]:
+        verify_app(args[1:], prog_name="moeplan verify")
+    else:
+        app(args, prog_name="moeplan")
+
+
 def main() -> None:
     """The `moeplan` command."""
-    app()
+    run(sys.argv[1:])

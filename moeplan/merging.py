@@ -23,8 +23,10 @@ from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
 from moeplan.options import OptionError, Options, shard_nbytes
-from moeplan.output import check_output, existing, free_nbytes, staged, to_json, tokenizer_files, write_beside
+from moeplan.output import CONFIG, INDEX, OutputError, existing, free_nbytes, to_json, tokenizer_files, write_beside
+from moeplan.record import RECORD, identity, record
 from moeplan.routing import degenerate_layers
+from moeplan.staging import check_output, staged, unfinished_nbytes
 from planner.errors import BudgetError
 from planner.expr import DType
 from planner.graph import TensorGraph
@@ -92,8 +94,10 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     """
     options = options or Options()
     if out is not None:
-        check_output(Path(out))
+        check_output(Path(out), overwrite=options.overwrite)
     sources = _open_sources(config)
+    if out is not None:
+        _refuse_to_replace_a_source(Path(out), sources)
     families = architectures.choose(config, [model for _, model in sources.named()])
     family = families[0]
     lowering.check_fit(config, family, sources)
@@ -148,12 +152,13 @@ def merge(
     on_plan: Callable[[MergePlan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
-    """Merge, and put the model into the directory `out`, which is new or empty.
+    """Merge, and put the model into the directory `out`, which is new or empty, unless `options` say otherwise.
 
-    `on_plan` is called with the plan before anything is written, `on_progress` as bytes move. Raises what `plan`
-    raises, and RunError where the run fails, in which case nothing stays in `out`.
+    Goes on with a merge of the same that was interrupted there. `on_plan` is called with the plan before anything is
+    written, `on_progress` as bytes move. Raises what `plan` raises, and RunError where the run fails: then what is
+    finished is kept in `out`, in a directory of its own, and the error has a note that says so.
     """
-    from executor.engine import run  # here, because it takes numpy, which plans do without
+    from executor.engine import finished, run  # here, because it takes numpy, which plans do without
 
     started = time.monotonic()
     mode = gates.gate_mode(config.gate_mode)
@@ -168,23 +173,44 @@ def merge(
         on_plan(merge_plan)
     if not runtime_is_known():
         merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
-    directory = Path(out)
-    base = merge_plan.sources.base.checkpoint.path
-    texts = {"config.json": to_json(merge_plan.model_config)}
-    if len(merge_plan.plan.shards) > 1:
-        texts["model.safetensors.index.json"] = index_json(merge_plan.plan.shards)
-    with staged(directory) as partial:
-        _check_space(merge_plan, directory)
-        result = run(
-            merge_plan.plan, partial, mode.kernels, on_progress, share_extents=not merge_plan.options.clone_tensors
-        )
-        _warn_degenerate(merge_plan, partial)
-        write_beside(partial, texts, merge_plan.copied, base)
+    directory, options = Path(out), merge_plan.options
+    with staged(directory, identity(merge_plan), restart=options.restart, overwrite=options.overwrite) as stage:
+        if stage.is_complete:
+            result = finished(merge_plan.plan)
+        else:
+            _check_space(merge_plan, directory)
+            result = run(
+                merge_plan.plan,
+                stage.directory,
+                mode.kernels,
+                on_progress,
+                journal=stage.journal,
+                share_extents=not options.clone_tensors,
+                check_sources=options.check_sources,
+            )
+            _warn_degenerate(merge_plan, stage.directory)
+            _write_beside(merge_plan, result, stage.directory)
     return MergeResult(directory, result, time.monotonic() - started)
 
 
+def _write_beside(merge_plan: MergePlan, result: RunResult, directory: Path) -> None:
+    base = merge_plan.sources.base.checkpoint.path
+    texts = {CONFIG: to_json(merge_plan.model_config)}
+    if len(merge_plan.plan.shards) > 1:
+        texts[INDEX] = index_json(merge_plan.plan.shards)
+    write_beside(directory, texts, merge_plan.copied, base)
+    write_beside(directory, {RECORD: record(merge_plan, result.checksums, directory)}, (), base)
+
+
+def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
+    for _, model in sources.named():
+        if out.resolve() == model.checkpoint.path.resolve():
+            raise OutputError(f"{out}: is a source of this merge; give another directory")
+
+
 def _check_space(merge_plan: MergePlan, directory: Path) -> None:
-    needed, free = merge_plan.needed_nbytes(directory), free_nbytes(directory)
+    needed = max(0, merge_plan.needed_nbytes(directory) - unfinished_nbytes(directory))
+    free = free_nbytes(directory)
     if needed > free:
         raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
 

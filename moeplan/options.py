@@ -44,6 +44,15 @@ class Options:
     """Give every tensor physical extents of its own, also where the file system could share them with the sources or
     among equal tensors. The bytes are the same."""
 
+    check_sources: bool = False
+    """Read everything twice, and compare: finds disks and memory that fail."""
+
+    restart: bool = False
+    """Throw away what an interrupted merge left, instead of going on with it."""
+
+    overwrite: bool = False
+    """Let the model take the place of one that is in the output directory. It stands until the new one is complete."""
+
     def __post_init__(self) -> None:
         if self.random_seed < 0:
             raise OptionError(f"--random-seed: {self.random_seed} is below zero")

@@ -80,7 +80,7 @@ def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLi
 
 def _doing(state: Progress) -> str:
     """What runs now, in a word. The executor names kernels, and those make routers."""
-    return {"": "copying", "syncing": "syncing"}.get(state.doing, "routers")
+    return {"": "copying", "syncing": "syncing", "verifying": "verifying"}.get(state.doing, "routers")
 
 
 def _duration(seconds: float) -> str:

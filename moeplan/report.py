@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -18,6 +18,9 @@ from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
 from planner.expr import SourceFile
 from planner.plan import FileSink, KernelStep, StreamStep
+
+if TYPE_CHECKING:
+    from moeplan.verification import Verification
 
 
 def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
@@ -69,6 +72,27 @@ def result_data(result: MergeResult) -> dict[str, Any]:
         "peak_memory_nbytes": result.run.peak_resident_nbytes,
         "peak_buffers_nbytes": result.run.peak_buffer_nbytes,
     }
+
+
+def verification_data(out: Path, found: Verification) -> dict[str, Any]:
+    """What was found for machines."""
+    return {
+        "path": str(out),
+        "tensors": found.tensors,
+        "read_nbytes": found.checked_nbytes,
+        "wrong": found.wrong,
+        "unknown": found.unknown,
+    }
+
+
+def verification_view(data: dict[str, Any]) -> RenderableType:
+    """What `moeplan verify` prints, from `verification_data`."""
+    what = f"{_count(data['tensors'], 'tensor')}, {decimal(data['read_nbytes'])}"
+    wrong, unknown = len(data["wrong"]), len(data["unknown"])
+    if not wrong and not unknown:
+        return _fact("intact", [printable(data["path"]), f"{what}: everything is as it was written"])
+    found = [f"{wrong:,} not as written"] * bool(wrong) + [f"{unknown:,} that cannot be checked"] * bool(unknown)
+    return _fact("wrong" if wrong else "unknown", [printable(data["path"]), f"{what}: {', '.join(found)}"])
 
 
 def plan_view(data: dict[str, Any], *, with_files: bool = False) -> RenderableType:

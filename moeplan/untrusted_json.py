@@ -32,14 +32,14 @@ def show(value: object) -> str:
     return _brief.repr(value)
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
+def parse_object(text: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object that `text` is. Whole numbers of over 20 digits, and -0, are floats.
 
     Raises JSONError.
     """
     # Every value but the outermost follows one of these three, or a key that does.
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise JSONError(f"holds more than {MAX_VALUES:,} JSON values; no real checkpoint has so many")
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > max_values:
+        raise JSONError(f"holds more than {max_values:,} JSON values; no real checkpoint has so many")
     try:
         value = _decoder.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:

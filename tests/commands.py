@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moeplan.cli import app
+from moeplan.cli import run
 from moeplan.safetensors_header import LENGTH_NBYTES
 
 
@@ -34,7 +34,7 @@ def moeplan(*args: object) -> Outcome:
     """Run the command in this process."""
     stdout, stderr = StringIO(), StringIO()
     with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as ended:
-        app([str(arg) for arg in args])
+        run([str(arg) for arg in args])
     return Outcome(stdout.getvalue(), stderr.getvalue(), int(ended.value.code or 0))
 
 

@@ -109,7 +109,10 @@ def test_a_directory_that_holds_something_is_refused_and_stays_as_it_is(config, 
     for args in ([], ["--plan"]):
         result = moeplan(config, out, *args)
         assert result.status == 2
-        assert result.error == f"{out}: the directory is not empty (precious.txt); give a new or an empty one"
+        assert result.error == (
+            f"{out}: the directory is not empty (precious.txt); give a new or an empty one, or --overwrite to replace "
+            "the model in it"
+        )
         assert snapshot(out) == {"precious.txt": b"mine"}
 
 
@@ -155,25 +158,55 @@ def test_writing_that_fails_is_status_1_and_leaves_nothing(config, tmp_path):
     before = snapshot(tmp_path)
     result = outcome(start(config, tmp_path / "out", code=limit + "from moeplan.cli import main; main()"))
     assert result.status == 1
-    assert result.error.startswith(f"{tmp_path}/out/.moeplan-partial/model.safetensors: writing failed: File too large")
+    file = tmp_path / "out" / ".moeplan-partial" / "model" / "model.safetensors"
+    assert result.error == f"{file}: writing failed: File too large"
     assert "Traceback" not in result.stderr
     assert snapshot(tmp_path) == before
 
 
-def test_ctrl_c_is_status_130_and_leaves_nothing(tmp_path):
+@pytest.fixture
+def slow(tmp_path) -> Path:
+    """A YAML file for a merge that takes seconds."""
     source = sparse_llama(tmp_path / "source", hidden_size=1024, intermediate_size=4096)
     experts = [{"source_model": source, "noise_scale": 0.1 + number} for number in range(8)]  # noise takes its time
-    config = write_config(tmp_path / "config.yml", source, experts)
+    return write_config(tmp_path / "config.yml", source, experts)
+
+
+def test_ctrl_c_is_status_130_and_the_same_command_goes_on(slow, tmp_path):
     out = tmp_path / "new" / "out"
-    process = start(config, out)
-    while not list(out.glob("*/model.safetensors")):
+    process = start(slow, out)
+    while not [file for file in out.glob("*/journal") if file.read_bytes().count(b"checksum") > 3]:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     result = outcome(process)
     assert result.status == 130
-    assert result.stderr == "error: interrupted; nothing was left behind\n"
-    assert not (tmp_path / "new").exists()
+    assert result.stderr == "error: interrupted; what is finished is kept: run the same command again to go on\n"
+    assert [path.name for path in out.iterdir()] == [".moeplan-partial"]
+
+    changed = moeplan(slow, out, "--random-seed", "7")
+    assert changed.status == 2
+    assert "an unfinished merge is there, of something else: option --random-seed was 0 and is 7" in changed.error
+
+    resumed = moeplan(slow, out)
+    assert resumed.status == 0
+    assert " resumed" in resumed.stdout
+    assert moeplan(slow, tmp_path / "whole").status == 0
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_a_model_is_overwritten_only_when_asked_and_never_a_source(checkpoint, config, tmp_path):
+    out = tmp_path / "out"
+    assert moeplan(config, out).status == 0
+    assert moeplan(config, out).status == 2
+    assert moeplan(config, out, "--overwrite", "--random-seed", "1").status == 0
+    assert moeplan("verify", out).status == 0
+    source = checkpoint("llama-plain")
+    before = snapshot(source)
+    assert moeplan(config, source, "--overwrite").error == (
+        f"{source}: is a source of this merge; give another directory"
+    )
+    assert snapshot(source) == before
 
 
 def test_a_bug_is_told_without_a_traceback_which_v_shows(config, monkeypatch):

@@ -378,12 +378,13 @@ def test_a_source_that_does_not_stay_as_it_was_planned_fails_the_run(models, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_what_an_interrupted_progress_display_raises_leaves_nothing(models, tmp_path):
+def test_what_an_interrupted_progress_display_raises_is_raised_with_a_note(models, tmp_path):
     config = api.load_config(write_config(tmp_path / "config.yml", models[0], models))
 
     def interrupt(state: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         api.merge(config, tmp_path / "new" / "out", on_progress=interrupt)
-    assert not (tmp_path / "new").exists()
+    assert raised.value.__notes__ == ["what is finished is kept: run the same command again to go on"]
+    assert api.merge(config, tmp_path / "new" / "out").run.nbytes_by_path["resumed"] > 0

@@ -1,0 +1,105 @@
+"""Reading ranges of files again, at the speed of the disk, to see whether they are what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from executor.buffers import SlabPool
+from executor.checksums import MODULUS, checksum
+from executor.errors import RunError
+from executor.local import LocalFile
+from planner.expr import BLOCK
+from planner.layout import PAGE
+
+WORKERS = 4
+CHUNK_NBYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """`numel` elements of `itemsize` bytes at byte `offset` of `file`.
+
+    They should have `checksum`, with a first block of `head_numel` elements; where that is None, they should equal
+    those at byte `source_offset` of `source`.
+    """
+
+    file: Path
+    offset: int
+    numel: int
+    itemsize: int
+    head_numel: int
+    checksum: int | None
+    source: Path | None = None
+    source_offset: int = 0
+
+
+def wrong(ranges: Sequence[Range], on_progress: Callable[[int], None] | None = None) -> list[int]:
+    """The indices of the ranges that are not what they should be, or cannot be read.
+
+    `on_progress` is told how many bytes were read. Raises RunError where a file cannot be opened.
+    """
+    sums = [0] * len(ranges)
+    differing: set[int] = set()
+    lock, done = Lock(), 0
+    slabs = SlabPool(2 * WORKERS, CHUNK_NBYTES + 2 * PAGE)
+
+    def read(file: LocalFile, offset: int, nbytes: int, slab: memoryview) -> memoryview:
+        at = offset % PAGE
+        file.read_into(offset, slab, at, nbytes)
+        return slab[at : at + nbytes]
+
+    def check(index: int, first: int, numel: int) -> None:
+        nonlocal done
+        of = ranges[index]
+        begin, nbytes = first * of.itemsize, numel * of.itemsize
+        part, is_same = 0, True
+        slab, other = slabs.take(), slabs.take()
+        try:
+            data = read(files[of.file], of.offset + begin, nbytes, slab)
+            if of.source is None:
+                part = checksum(data, of.itemsize, first, of.head_numel)
+            else:
+                is_same = data == read(files[of.source], of.source_offset + begin, nbytes, other)
+        except RunError:
+            is_same = False
+        finally:
+            slabs.give_back(slab)
+            slabs.give_back(other)
+        with lock:
+            sums[index] = (sums[index] + part) % MODULUS
+            if not is_same:
+                differing.add(index)
+            done += nbytes
+
+    with ExitStack() as opened, ThreadPoolExecutor(WORKERS) as workers:
+        files = {path: LocalFile(str(path)) for path in _paths(ranges)}
+        for file in files.values():
+            opened.callback(file.close)
+        for _ in workers.map(lambda chunk: check(*chunk), _chunks(ranges)):
+            if on_progress is not None:
+                on_progress(done)
+    return [
+        index
+        for index, of in enumerate(ranges)
+        if index in differing or (of.source is None and sums[index] != of.checksum)
+    ]
+
+
+def _paths(ranges: Sequence[Range]) -> list[Path]:
+    return list(dict.fromkeys(path for of in ranges for path in (of.file, of.source) if path is not None))
+
+
+def _chunks(ranges: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
+    """Chunks of whole blocks: index of the range, first element, number of elements."""
+    for index, of in enumerate(ranges):
+        chunk = CHUNK_NBYTES // of.itemsize // BLOCK * BLOCK
+        first = 0
+        while first < of.numel:
+            stop = min(of.numel, first + chunk - (first - of.head_numel) % BLOCK)
+            yield index, first, stop - first
+            first = stop

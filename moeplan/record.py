@@ -1,0 +1,114 @@
+"""What a merge was made of, and `moeplan.json`, which says it beside the model, with what `moeplan verify` checks it
+by.
+
+The same facts tell an unfinished merge from another one in its place: they are all that the output's bytes depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from executor.manifest import Segment, manifest
+from moeplan.safetensors_header import LENGTH_NBYTES
+from planner.expr import SourceFile
+from planner.plan import FileSink
+
+if TYPE_CHECKING:
+    from moeplan.merging import MergePlan
+
+RECORD = "moeplan.json"
+FORMAT = 1
+PACKAGES = ("moeplan", "numpy", "tokenizers", "torch", "transformers")
+
+CHECKSUM = "sum modulo 2^64 of XXH3-64 of blocks of 16384 elements, the first of `head`, seeded with the block's number"
+
+
+def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
+    """What makes a merge that merge: config, options, sources, versions, and the plan that follows from them."""
+    options = merge_plan.options
+    return {
+        "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
+        "option": {
+            "--out-shard-size": str(options.out_shard_size),
+            "--expert-layout": merge_plan.layout,
+            "--random-seed": options.random_seed,
+        },
+        "source": {source.path: _source(source) for source in merge_plan.plan.sources},
+        "version of": {package: version(package) for package in PACKAGES},
+        "plan": {"fingerprint": merge_plan.plan.fingerprint},
+    }
+
+
+def record(merge_plan: MergePlan, checksums: Mapping[FileSink, int], directory: Path) -> str:
+    """`moeplan.json`, for a model whose other files are in `directory`. `checksums` are the run's."""
+    shards = {shard.filename: shard for shard in merge_plan.plan.shards}
+    sources = [source.path for source in merge_plan.plan.sources]
+    made = {kind: dict(facts) for kind, facts in identity(merge_plan).items()}
+    data = {
+        "format": FORMAT,
+        "made_from": made,
+        "shards": {
+            name: {"nbytes": shard.nbytes, "header_sha256": hashlib.sha256(shard.header()).hexdigest()}
+            for name, shard in shards.items()
+        },
+        "checksum": CHECKSUM,
+        "tensors": {
+            name: [_segment(segment, sources) for segment in segments]
+            for name, segments in manifest(merge_plan.plan, checksums).items()
+        },
+        "files": {
+            str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(directory.rglob("*"))
+            if path.is_file() and path.name not in shards
+        },
+    }
+    return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+
+
+def _segment(segment: Segment, sources: list[str]) -> dict[str, Any]:
+    if segment.checksum is not None:
+        return {"numel": segment.numel, "head": segment.head_numel, "xxh3": f"{segment.checksum:016x}"}
+    assert segment.source is not None
+    return {"numel": segment.numel, "source": sources[segment.source], "offset": segment.source_offset}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """`experts[1].noise_scale` → 0.1, and so on."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _flat(f"{name}[{index}]", item)
+    else:
+        yield name, value
+
+
+def _source(source: SourceFile) -> dict[str, Any]:
+    """Size, time of the last change in nanoseconds, and a digest of the header of a source.
+
+    The digest is None of a file that is gone: the run will say so.
+    """
+    try:
+        digest = header_sha256(Path(source.path))
+    except OSError:
+        digest = None
+    return {"nbytes": source.nbytes, "mtime_ns": source.mtime_ns, "header_sha256": digest}
+
+
+def header_sha256(path: Path) -> str:
+    """The SHA-256 of a safetensors file's header, its length included. Raises OSError."""
+    return hashlib.sha256(header(path)).hexdigest()
+
+
+def header(path: Path) -> bytes:
+    """The header of a safetensors file, its length included; as much of it as there is. Raises OSError."""
+    with open(path, "rb") as file:
+        start = file.read(LENGTH_NBYTES)
+        return start + file.read(min(int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size))

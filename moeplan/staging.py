@@ -1,0 +1,214 @@
+"""The output directory while a merge is under way, and how the model appears in it all at once.
+
+Everything is written in a directory inside the output directory::
+
+    OUT/.moeplan-partial/
+        journal      what is finished, and what of: see `executor.journal`
+        results/     kernels' results that later kernels need
+        model/       the model's files, under their names
+        replaced/    with --overwrite: the old model's files, while the new one's are moved to their place
+
+Only when all of `model/` is on the disk is it moved to its place, the index and config.json last, so no loader ever
+takes half a model for one. A merge that is interrupted, however that happens, leaves this directory, and the same
+merge goes on from there. A merge that did not get as far as to finish anything leaves nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from executor.errors import RunError
+from executor.journal import Journal, read_identity, read_publishing
+from moeplan.output import CONFIG, INDEX, OutputError, is_of_a_model
+
+PARTIAL = ".moeplan-partial"
+MODEL = "model"
+REPLACED = "replaced"
+
+LAST = (INDEX, CONFIG)
+"""What loaders look for, moved to its place after everything else, and out of it before."""
+
+Identity = Mapping[str, Mapping[str, Any]]
+"""What makes a merge that merge: its config, sources, options ..., each a mapping from names to what they are."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A merge under way: `directory` is where its files go, `journal` what is finished of it."""
+
+    directory: Path
+    journal: Journal
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run wrote everything, and was stopped while it moved the files to their place."""
+        return self.journal.finished.publishing is not None
+
+
+def check_output(directory: Path, *, overwrite: bool = False) -> None:
+    """Refuse a place that already holds something, unless that may be overwritten.
+
+    Raises OutputError; touches nothing.
+    """
+    try:
+        held = {entry.name for entry in directory.iterdir()} - {PARTIAL}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be an output directory: {error.strerror}") from error
+    held -= set(read_publishing(directory / PARTIAL))
+    if held and not overwrite:
+        raise OutputError(
+            f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one, or --overwrite to "
+            "replace the model in it"
+        )
+
+
+def unfinished_nbytes(directory: Path) -> int:
+    """The space that an unfinished merge in `directory` takes already."""
+    files = (directory / PARTIAL / MODEL).glob("*")
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
+@contextmanager
+def staged(directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False) -> Iterator[Stage]:
+    """Where to write the model for `directory`. On success its files appear there.
+
+    What is written must be on the disk by then. Goes on with an unfinished merge of the same `identity`; `restart` has
+    that thrown away. On an error what is finished is kept, and the error gets a note that says so. Raises OutputError
+    where another merge is writing to `directory`, or another one was left unfinished there, RunError where it cannot be
+    made.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    partial = directory / PARTIAL
+    with ExitStack() as cleanup:
+        for path in reversed(made):
+            cleanup.callback(_remove_if_empty, path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _lock(directory, cleanup)
+            _check_same(directory, identity, restart)
+            (partial / MODEL).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{directory}: cannot be made: {error.strerror}") from error
+        journal: Journal | None = None
+        try:
+            journal = Journal(partial, identity)
+            cleanup.callback(journal.close)
+            yield Stage(partial / MODEL, journal)
+            _publish(directory, journal, overwrite=overwrite)
+        except BaseException as error:
+            if journal is None or journal.is_empty:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                error.add_note("what is finished is kept: run the same command again to go on")
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_same(directory: Path, identity: Identity, restart: bool) -> None:
+    """Clear away what cannot be gone on with. Raises OutputError for an unfinished merge of something else."""
+    partial = directory / PARTIAL
+    before = read_identity(partial)
+    if restart or before is None:
+        if read_publishing(partial):
+            raise OutputError(
+                f"{directory}: a finished model was being moved here when its merge was stopped; run that command "
+                "again, without --restart, or give another directory"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+    elif before != identity:
+        raise OutputError(
+            f"{directory}: an unfinished merge is there, of something else: {_difference(before, identity)}. Undo the "
+            "change to go on with it, or add --restart to start afresh"
+        )
+
+
+def _difference(before: Mapping[str, Any], now: Identity) -> str:
+    """What changed, in words."""
+    changes = []
+    for kind in sorted({*before, *now}):
+        old, new = before.get(kind, {}), now.get(kind, {})
+        changes += [
+            f"{kind} {name} was {_shown(old.get(name))} and is {_shown(new.get(name))}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+    listed = changes[:3] + ([f"and {len(changes) - 3} more"] if len(changes) > 3 else [])
+    return "; ".join(listed)
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _lock(directory: Path, cleanup: ExitStack) -> None:
+    """Keep other merges out of `directory` until `cleanup`, or until this process ends, however it does."""
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    cleanup.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{directory}: another merge is writing there; give another directory") from None
+    except OSError:
+        return  # a file system without locks, as some network mounts are
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
+    """Move the finished files to their place, and what they replace out of it.
+
+    Can be stopped anywhere and done again.
+    """
+    model, replaced = directory / PARTIAL / MODEL, directory / PARTIAL / REPLACED
+    if journal.finished.publishing is None:
+        names = [entry.name for entry in model.iterdir()]
+        there = [entry.name for entry in directory.iterdir() if entry.name != PARTIAL]
+        old = [name for name in there if name in names or is_of_a_model(name)] if overwrite else []
+        journal.begin_publishing(names, old)
+    new = sorted(journal.finished.publishing or (), key=_lateness)
+    # One that is not in `model/` any more is in its place already.
+    old = [name for name in journal.finished.replacing if name not in new or (model / name).exists()]
+    moves = [(directory / name, replaced / name) for name in sorted(old, key=_lateness, reverse=True)]
+    moves += [(model / name, directory / name) for name in new]
+    done: list[tuple[Path, Path]] = []
+    try:
+        _sync(model)
+        replaced.mkdir(exist_ok=True)
+        for source, target in moves:
+            if source.exists():
+                done.append((source, target))
+                source.rename(target)
+        _sync(directory)
+    except BaseException as error:
+        # Back to where they were: half a model must not stay, and the old one must, whatever stopped this.
+        for source, target in reversed(done):
+            with suppress(OSError):
+                target.rename(source)
+        if isinstance(error, OSError):
+            raise RunError(f"{directory}: the finished files could not be moved here: {error.strerror}") from error
+        raise
+
+
+def _lateness(name: str) -> int:
+    return LAST.index(name) + 1 if name in LAST else 0
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,146 @@
+"""`moeplan verify`: reading a finished model again, to see whether it is what the merge wrote.
+
+`moeplan.json` says what that was. Tensors that share extents with a source were never read by the merge, so there is no
+checksum: they are compared with the source, as long as it is the file that it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from executor.verifying import Range, wrong
+from moeplan.errors import UserError
+from moeplan.record import FORMAT, RECORD, header, header_sha256
+from moeplan.safetensors_header import LENGTH_NBYTES, parse_header
+from moeplan.untrusted_json import JSONError, parse_object, show
+
+MAX_RECORD_NBYTES = 64 << 20
+MAX_RECORD_VALUES = 4_000_000
+
+
+class RecordError(UserError):
+    """A directory has no `moeplan.json` that a model can be verified by."""
+
+
+@dataclass
+class Verification:
+    """What was found: `wrong` and `unknown` have a line for each tensor or file that is, or may be, not as written."""
+
+    checked_nbytes: int = 0
+    tensors: int = 0
+    wrong: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def verify(
+    directory: str | Path,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Verification:
+    """Check every file and every tensor of the model in `directory`.
+
+    `on_start` is told how many bytes there are to read, `on_progress` how many were read. Raises RecordError where
+    there is nothing to check it by.
+    """
+    directory = Path(directory)
+    record = _read_record(directory)
+    found = Verification()
+    try:
+        ranges, names = _ranges(directory, record, found)
+    except OSError as error:
+        raise RecordError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise RecordError(f"{directory / RECORD}: is not what moeplan writes") from None
+    found.checked_nbytes = sum(of.numel * of.itemsize for of in ranges)
+    if on_start is not None:
+        on_start(found.checked_nbytes)
+    bad = dict.fromkeys(names[index] for index in wrong(ranges, on_progress))
+    found.wrong += [f"{name}: is not what was written" for name in bad]
+    return found
+
+
+def _ranges(directory: Path, record: dict[str, Any], found: Verification) -> tuple[list[Range], list[str]]:
+    """What is to be read, and the tensor that each range is of. What is wrong without that goes into `found`."""
+    for name, expected in record["files"].items():
+        _check_file(directory / name, name, expected, found)
+    ranges: list[Range] = []
+    names: list[str] = []
+    sources = {path: _state(Path(path), facts) for path, facts in record["made_from"]["source"].items()}
+    for shard, facts in record["shards"].items():
+        for tensor, offset, itemsize in _tensors(directory, shard, facts, found):
+            found.tensors += 1
+            for segment in record["tensors"][tensor]:
+                reason = sources[segment["source"]] if "source" in segment else None
+                if reason is not None:
+                    found.unknown.append(f"{tensor}: was shared with {segment['source']}, which {reason}")
+                else:
+                    ranges.append(_range(directory / shard, offset, itemsize, segment))
+                    names.append(f"{tensor} ({shard}, from byte {offset:,})")
+                offset += segment["numel"] * itemsize
+    return ranges, names
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    file = directory / RECORD
+    try:
+        with open(file, "rb") as opened:
+            text = opened.read(MAX_RECORD_NBYTES + 1)
+    except OSError as error:
+        raise RecordError(
+            f"{file}: cannot be read ({error.strerror}); only a model that moeplan merged can be verified"
+        ) from None
+    if len(text) > MAX_RECORD_NBYTES:
+        raise RecordError(f"{file}: is larger than {MAX_RECORD_NBYTES:,} bytes; moeplan does not write such")
+    try:
+        record = parse_object(text, max_values=MAX_RECORD_VALUES)
+    except JSONError as error:
+        raise RecordError(f"{file}: {error}") from None
+    if record.get("format") != FORMAT:
+        raise RecordError(f"{file}: is of format {show(record.get('format'))}, and this moeplan reads {FORMAT}")
+    return record
+
+
+def _check_file(path: Path, name: str, expected: str, found: Verification) -> None:
+    if not path.is_file():
+        found.wrong.append(f"{name}: is not there")
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        found.wrong.append(f"{name}: is not what was written")
+
+
+def _tensors(directory: Path, shard: str, facts: dict[str, Any], found: Verification) -> list[tuple[str, int, int]]:
+    """Name, offset and size of an element of each tensor of a shard whose header is what was written; else none."""
+    path = directory / shard
+    if not path.is_file():
+        found.wrong.append(f"{shard}: is not there")
+        return []
+    start = header(path)
+    if hashlib.sha256(start).hexdigest() != facts["header_sha256"]:
+        found.wrong.append(f"{shard}: its header is not what was written")
+        return []
+    nbytes = path.stat().st_size
+    if nbytes != facts["nbytes"]:
+        found.wrong.append(f"{shard}: has {nbytes:,} bytes, and {facts['nbytes']:,} were written")
+    infos = parse_header(start[LENGTH_NBYTES:], facts["nbytes"] - len(start))
+    return [(name, len(start) + info.begin, info.dtype.itemsize) for name, info in infos.items()]
+
+
+def _range(file: Path, offset: int, itemsize: int, segment: dict[str, Any]) -> Range:
+    if "source" in segment:
+        source = Path(segment["source"])
+        return Range(file, offset, segment["numel"], itemsize, segment["numel"], None, source, segment["offset"])
+    return Range(file, offset, segment["numel"], itemsize, segment["head"], int(segment["xxh3"], 16))
+
+
+def _state(path: Path, facts: dict[str, Any]) -> str | None:
+    """Why a source can say nothing about the model any more; None where it is what it was."""
+    try:
+        now = path.stat()
+        if (now.st_size, now.st_mtime_ns) != (facts["nbytes"], facts["mtime_ns"]):
+            return "was changed since"
+        return None if header_sha256(path) == facts["header_sha256"] else "was changed since"
+    except OSError:
+        return "is not there any more"

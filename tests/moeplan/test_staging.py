@@ -1,0 +1,241 @@
+"""The output directory under way: nothing is in its place until all is, and nothing that is finished is lost."""
+
+import os
+from pathlib import Path
+
+import pytest
+from commands import snapshot
+
+from executor.errors import RunError
+from moeplan.output import OutputError
+from moeplan.staging import PARTIAL, Stage, check_output, staged
+from planner.plan import FileSink
+
+MODEL = ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json")
+INDEX = "model.safetensors.index.json"
+SAME = {"config": {"experts": 2}, "option": {"--random-seed": 0}}
+
+
+def write_model(stage: Stage, text: str = "") -> None:
+    for name in (*MODEL, INDEX):
+        (stage.directory / name).write_text(text or name)
+
+
+def finish_something(stage: Stage) -> None:
+    stage.journal.add_chunk(FileSink(0, 4096), 0, 10, 1, [FileSink(0, 4096)])
+
+
+def fail_in_the_middle(out: Path, *, overwrite: bool = False) -> None:
+    with staged(out, SAME, overwrite=overwrite) as stage:
+        write_model(stage)
+        finish_something(stage)
+        raise RunError("the disk is full")
+
+
+def test_a_new_and_an_empty_directory_may_be_written_to(tmp_path):
+    check_output(tmp_path / "new" / "deeper")
+    check_output(tmp_path)
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_directory_that_holds_something_is_refused_with_what_it_holds(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    message = r"the directory is not empty \(notes\.txt\); give a new or an empty one, or --overwrite to replace"
+    with pytest.raises(OutputError, match=message):
+        check_output(tmp_path)
+    check_output(tmp_path, overwrite=True)
+
+
+def test_what_is_no_directory_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="cannot be an output directory: Not a directory"):
+            check_output(path)
+
+
+def test_what_no_journal_accounts_for_is_neither_in_the_way_nor_kept(tmp_path):
+    (tmp_path / PARTIAL / "deeper").mkdir(parents=True)
+    (tmp_path / PARTIAL / "deeper" / "model.safetensors").touch()
+    check_output(tmp_path)
+    with staged(tmp_path, SAME) as stage:
+        assert snapshot(stage.directory) == {}
+    assert snapshot(tmp_path) == {}
+
+
+def test_nothing_is_in_its_place_until_all_is(tmp_path):
+    out = tmp_path / "new" / "out"
+    with staged(out, SAME) as stage:
+        write_model(stage)
+        assert [path.name for path in out.iterdir()] == [PARTIAL]
+    assert {path.name for path in out.iterdir()} == {*MODEL, INDEX}
+    assert (out / "config.json").read_text() == "config.json"
+
+
+def test_the_index_and_config_json_come_last(tmp_path, monkeypatch):
+    moved = []
+    rename = Path.rename
+    with staged(tmp_path, SAME) as stage:
+        write_model(stage)
+        monkeypatch.setattr(Path, "rename", lambda self, target: (moved.append(self.name), rename(self, target)))
+    assert sorted(moved) == sorted((*MODEL, INDEX))
+    assert moved[-2:] == [INDEX, "config.json"]
+
+
+@pytest.mark.parametrize("error", [RunError("the disk is full"), KeyboardInterrupt()])
+def test_a_merge_that_finished_nothing_leaves_the_disk_as_it_was(tmp_path, error):
+    def fail(out: Path) -> None:
+        with staged(out, SAME) as stage:
+            write_model(stage)
+            raise error
+
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "new" / "deeper", tmp_path / "empty"):
+        with pytest.raises(type(error)):
+            fail(out)
+    assert snapshot(tmp_path) == {"empty": None}
+    assert not hasattr(error, "__notes__")
+
+
+def test_what_is_finished_is_kept_gone_on_with_and_then_gone(tmp_path):
+    with pytest.raises(RunError) as raised:
+        fail_in_the_middle(tmp_path)
+    assert raised.value.__notes__ == ["what is finished is kept: run the same command again to go on"]
+    assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
+    check_output(tmp_path)
+    with staged(tmp_path, SAME) as stage:
+        assert not stage.journal.is_empty
+        assert (stage.directory / "tokenizer.json").read_text() == "tokenizer.json"
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX}
+
+
+@pytest.mark.parametrize(
+    ("now", "difference"),
+    [
+        ({**SAME, "config": {"experts": 3}}, "config experts was 2 and is 3"),
+        ({**SAME, "config": {}}, "config experts was 2 and is absent"),
+        ({**SAME, "source": {"a": 1, "b": 2, "c": 3}, "config": {"x": 1}}, "; and 2 more"),
+    ],
+)
+def test_an_unfinished_merge_of_something_else_is_refused_with_what_changed(tmp_path, now, difference):
+    with pytest.raises(RunError):
+        fail_in_the_middle(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError) as raised, staged(tmp_path, now):
+        pass
+    assert difference in str(raised.value)
+    assert str(raised.value).endswith("Undo the change to go on with it, or add --restart to start afresh")
+    assert snapshot(tmp_path) == before
+    with staged(tmp_path, now, restart=True) as stage:
+        assert stage.journal.is_empty
+        assert snapshot(stage.directory) == {}
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match=r"file/out: cannot be made: Not a directory"),
+        staged(tmp_path / "file" / "out", SAME),
+    ):
+        pass
+    assert snapshot(tmp_path) == {"file": b""}
+
+
+def test_a_second_merge_into_the_same_directory_is_refused(tmp_path):
+    with staged(tmp_path, SAME) as stage:
+        write_model(stage)
+        with pytest.raises(OutputError, match="another merge is writing there"), staged(tmp_path, SAME):
+            pass
+        assert (stage.directory / "config.json").exists()
+
+
+def test_a_model_that_is_overwritten_stands_until_the_new_one_is_complete(tmp_path):
+    with staged(tmp_path, SAME) as stage:
+        write_model(stage, "old")
+    for name in ("notes.txt", "model-00003-of-00003.safetensors"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(RunError):
+        fail_in_the_middle(tmp_path, overwrite=True)
+    assert {path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {"old"}
+    with staged(tmp_path, SAME, overwrite=True) as stage:
+        write_model(stage, "new")
+        assert (tmp_path / "config.json").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX, "notes.txt"}
+    assert {name for name in (*MODEL, INDEX, "notes.txt") if (tmp_path / name).read_text() == "old"} == {"notes.txt"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_finish_that_fails_anywhere_undoes_itself_and_can_be_done_again(tmp_path, monkeypatch, overwrite):
+    rename = os.rename
+    for allowed in range(12):
+        out = tmp_path / str(allowed)
+        if overwrite:
+            with staged(out, SAME) as stage:
+                write_model(stage, "old")
+        before = snapshot(out)
+        left = allowed
+
+        def failing(source: Path, target: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise OSError(5, "Input/output error")
+            rename(source, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+
+            def finish(out: Path = out, patch: pytest.MonkeyPatch = patch) -> None:
+                with staged(out, SAME, overwrite=overwrite) as stage:
+                    write_model(stage, "new")
+                    finish_something(stage)
+                    patch.setattr(os, "rename", failing)
+
+            try:
+                finish()
+                failed = False
+            except RunError:
+                failed = True
+        if failed:
+            now = {name: text for name, text in snapshot(out).items() if not name.startswith(PARTIAL)}
+            assert now == (before or {})
+            check_output(out, overwrite=overwrite)
+            with staged(out, SAME, overwrite=overwrite) as stage:
+                assert stage.is_complete
+        assert {path.name for path in out.iterdir()} == {*MODEL, INDEX}
+        assert {path.read_text() for path in out.iterdir()} == {"new"}
+    assert not failed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_process_that_dies_while_it_moves_files_leaves_a_finish_that_can_be_done_again(tmp_path, overwrite):
+    rename = os.rename
+    for allowed in range(12):
+        out = tmp_path / str(allowed)
+        if overwrite:
+            with staged(out, SAME) as stage:
+                write_model(stage, "old")
+        child = os.fork()
+        if child == 0:
+            left = allowed
+
+            def dying(source: Path, target: Path) -> None:
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    os._exit(1)
+                rename(source, target)
+
+            with staged(out, SAME, overwrite=overwrite) as stage:
+                write_model(stage, "new")
+                os.rename = dying
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            there = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+            if "config.json" in there:
+                assert set(there.values()) == {"old"}
+            check_output(out, overwrite=overwrite)
+            with staged(out, SAME, overwrite=overwrite) as stage:
+                assert stage.is_complete
+        assert {path.name for path in out.iterdir()} == {*MODEL, INDEX}
+        assert {path.read_text() for path in out.iterdir()} == {"new"}
+    assert not status

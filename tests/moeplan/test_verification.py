@@ -1,0 +1,85 @@
+"""`moeplan verify`: an intact model passes, and whatever was changed in it is named."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from commands import moeplan, write_config
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, tmp_path_factory) -> Path:
+    """A merged model in several shards, with copies, computed and repeated tensors."""
+    place = tmp_path_factory.mktemp("model")
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    config = write_config(
+        place / "config.yml", base, [base, other, {"source_model": other, "noise_scale": 0.1}, base], dtype="bfloat16"
+    )
+    assert moeplan(config, place / "out", "--out-shard-size", "300KB").status == 0
+    return place / "out"
+
+
+def test_an_intact_model_is_told_to_be(model):
+    result = moeplan("verify", model)
+    assert result.status == 0
+    assert result.stdout.startswith(f"intact  {model}\n")
+    assert "everything is as it was written" in result.stdout
+    assert json.loads(moeplan("verify", model, "--json").stdout)["verification"]["wrong"] == []
+
+
+def test_a_bit_that_is_flipped_anywhere_is_found_and_its_tensor_named(model):
+    chance = random.Random(0)
+    shards = sorted(model.glob("*.safetensors"))
+    for _ in range(100):
+        shard = chance.choice(shards)
+        data = bytearray(shard.read_bytes())
+        place = chance.randrange(8 + int.from_bytes(data[:8], "little"), len(data))
+        bit = 1 << chance.randrange(8)
+        data[place] ^= bit
+        shard.write_bytes(data)
+        result = moeplan("verify", model, "--quiet")
+        data[place] ^= bit
+        shard.write_bytes(data)
+        assert result.status == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("wrong: ")
+        assert f"({shard.name}, from byte " in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_file_that_is_changed_or_gone_is_named(model, name):
+    before = (model / name).read_bytes()
+    try:
+        (model / name).write_bytes(before + b" ")
+        assert f"wrong: {name}: is not what was written" in moeplan("verify", model).stderr
+        (model / name).unlink()
+        assert f"wrong: {name}: is not there" in moeplan("verify", model).stderr
+    finally:
+        (model / name).write_bytes(before)
+
+
+def test_a_shard_that_is_gone_cut_or_of_another_header_is_named(model):
+    shard = min(model.glob("*.safetensors"))
+    before = shard.read_bytes()
+    try:
+        for data in (before[:-1], before[:100], b"", before[:9] + b" " + before[10:]):
+            shard.write_bytes(data)
+            result = moeplan("verify", model)
+            assert result.status == 1
+            assert f"{shard.name}" in result.stderr
+        shard.unlink()
+        assert f"wrong: {shard.name}: is not there" in moeplan("verify", model).stderr
+    finally:
+        shard.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"{", b"[]", b'{"format": 2}', b'{"format": 1}', b'{"format": 1, "files": 3}']
+)
+def test_without_a_record_that_can_be_read_nothing_is_verified(tmp_path, content):
+    if content is not None:
+        (tmp_path / "moeplan.json").write_bytes(content)
+    result = moeplan("verify", tmp_path)
+    assert result.status == 2
+    assert f"{tmp_path}/moeplan.json" in result.error
