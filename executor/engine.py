@@ -236,6 +236,8 @@ class _Run:
                     if isinstance(sink, BufferSink):
                         self._tensors.get(sink.buffer)
         self._check_forecast(forecast)
+        if step.factors():
+            self._finish_chunks()
         for piece in pieces:
             for chunk in _chunks(piece, step):
                 self._submit(self._run_chunk, step, chunk)
@@ -275,8 +277,9 @@ class _Run:
             data = chunk
             if part.branch.ops:
                 self._torch.use_one()
-                to = _place_in_page(part, piece.first)
-                data = elementwise.apply(part.branch.ops, chunk, root.dtype, piece.first, piece.numel, scratch, to)
+                first, numel = piece.first, piece.numel
+                whole, to = self._tensors.get, _place_in_page(part, first)
+                data = elementwise.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
             written += self._write(step, part, piece.first, piece.numel, data)
         if self._check_sources and isinstance(root, FileRoot):
             self._reader.check_again(root.source, offset, slab, at, nbytes)

@@ -1,8 +1,8 @@
-"""Elementwise operations on chunks: cast, scale, add noise.
+"""Operations on chunks: cast, scale, add noise, add a low-rank product.
 
 A chunk is worked on in place of a slab that the caller cuts up, so nothing here allocates::
 
-    slab   ├─ chunk as read ─┤├─ float32 work ─┤├─ noise ─┤├─ result ─┤
+    slab   ├─ chunk as read ─┤├─ float32 work ─┤├─ noise ─┤├─ tile ─┤├─ result ─┤
 
 Regions begin at pages, but for the first, which lies in its page as in the file it was read from, and the last, which
 lies as in the file that it goes to: so both can be moved directly. Those that a stream's operations do not need are not
@@ -11,16 +11,21 @@ there (`planner.schedule` sizes chunks by the same rule).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.expr import BLOCK, AddNoise, Cast, DType, Op, Scale
+from planner.expr import BLOCK, LOW_RANK_TILE, AddNoise, Cast, DType, Scale
 from planner.layout import PAGE
+from planner.plan import ChunkOp, LowRank
 
 if TYPE_CHECKING:
     import torch
+
+Rectangle = tuple[int, int, int, int]
+"""The first row, the row after the last, the first column and the column after the last of a part of a matrix."""
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -45,18 +50,27 @@ def clear(memory: memoryview) -> None:
 
 
 def apply(
-    ops: Sequence[Op], chunk: memoryview, dtype: DType, first: int, numel: int, scratch: memoryview, at: int = 0
+    ops: Sequence[ChunkOp],
+    chunk: memoryview,
+    dtype: DType,
+    first: int,
+    numel: int,
+    scratch: memoryview,
+    whole: Callable[[int], memoryview],
+    at: int,
 ) -> memoryview:
     """Run `ops` on a chunk of `numel` elements of `dtype`, the first of which is the tensor's element `first`.
 
-    The chunk stays as it is: other operations may be run on it. The result lies in `scratch` until the next call, at
-    byte `at` of a page.
+    `whole` gives the memory of a buffer. The chunk stays as it is: other operations may be run on it. The result lies
+    in `scratch` until the next call, at byte `at` of a page.
     """
     arithmetic = any(not isinstance(op, Cast) for op in ops)
     noisy = any(isinstance(op, AddNoise) for op in ops)
+    adding = any(isinstance(op, LowRank) for op in ops)
     rounded = isinstance(ops[-1], Cast)
     work, scratch = cut(scratch, numel * 4 if arithmetic else 0, 0 if rounded else at)
     noise, scratch = cut(scratch, numel * 4 if noisy else 0)
+    tile, scratch = cut(scratch, math.prod(LOW_RANK_TILE) * 4 if adding else 0)
 
     result, x = work, as_tensor(chunk, dtype, numel)
     if arithmetic:
@@ -68,6 +82,10 @@ def apply(
             case AddNoise(scale, seed):
                 fill_normal(np.frombuffer(noise, np.float32), seed, first)
                 x.add_(as_tensor(noise, DType.F32, numel), alpha=scale)
+            case LowRank():
+                b, a = (as_tensor(memory, DType.F32, len(memory) // 4) for memory in (whole(op.b), whole(op.a)))
+                product = as_tensor(tile, DType.F32, math.prod(LOW_RANK_TILE))
+                add_product(x, b.view(-1, op.rank), a.view(op.rank, op.columns), first, product)
             case Cast(to):
                 result, _ = cut(scratch, numel * to.itemsize, at)
                 x = as_tensor(result, to, numel).copy_(x)
@@ -77,6 +95,53 @@ def apply(
 def cut(memory: memoryview, nbytes: int, at: int = 0) -> tuple[memoryview, memoryview]:
     """`nbytes` of `memory`, from byte `at` of its first page on, and what is left from the next page on."""
     return memory[at : at + nbytes], memory[-(-(at + nbytes) // PAGE) * PAGE :]
+
+
+def add_product(x: torch.Tensor, b: torch.Tensor, a: torch.Tensor, first: int, tile: torch.Tensor) -> None:
+    """Add to flat float32 `x` the elements from `first` on of `b` `[rows, rank]` · `a` `[rank, columns]`.
+
+    The product is computed in `LOW_RANK_TILE`s, each whole, in `tile`, which begins at a page: matrix products may be
+    rounded otherwise for another shape or alignment, and no bit may depend on where `x` was cut.
+    """
+    import torch
+
+    rows, columns = b.shape[0], a.shape[1]
+    height, width = LOW_RANK_TILE
+    wanted = list(_rectangles(first, first + len(x), columns))
+    for top in range(wanted[0][0] // height * height, wanted[-1][1], height):
+        bottom = min(top + height, rows)
+        for left in range(0, columns, width):
+            right = min(left + width, columns)
+            parts = [part for w in wanted if (part := _intersection(w, (top, bottom, left, right))) is not None]
+            if not parts:
+                continue
+            product = tile[: (bottom - top) * (right - left)].view(bottom - top, right - left)
+            torch.mm(b[top:bottom], a[:, left:right], out=product)
+            for row, end_row, column, end_column in parts:
+                shape, begin = (end_row - row, end_column - column), row * columns + column - first
+                target = x.as_strided(shape, (columns, 1), x.storage_offset() + begin)
+                target.add_(product[row - top : end_row - top, column - left : end_column - left])
+
+
+def _rectangles(first: int, end: int, columns: int) -> Iterator[Rectangle]:
+    """The elements `first` to `end` of a matrix, row after row: the end of a row, whole rows, the start of a row."""
+    row, column = divmod(first, columns)
+    end_row, end_column = divmod(end, columns)
+    if row == end_row:
+        yield row, row + 1, column, end_column
+        return
+    if column:
+        yield row, row + 1, column, columns
+        row += 1
+    if row < end_row:
+        yield row, end_row, 0, columns
+    if end_column:
+        yield end_row, end_row + 1, 0, end_column
+
+
+def _intersection(x: Rectangle, y: Rectangle) -> Rectangle | None:
+    part = max(x[0], y[0]), min(x[1], y[1]), max(x[2], y[2]), min(x[3], y[3])
+    return part if part[0] < part[1] and part[2] < part[3] else None
 
 
 def fill_normal(out: np.ndarray, seed: int, first: int) -> None:

@@ -48,6 +48,7 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
         work.finished_nbytes += _file_nbytes(routed) - _file_nbytes(pieces)
         if pieces:
             work.pieces[index] = pieces
+            needed |= {buffer for piece in pieces for part in piece.parts for buffer in part.branch.factors()}
             if isinstance(step.root, BufferRoot):
                 needed.add(step.root.buffer)
     return work

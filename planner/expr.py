@@ -1,7 +1,8 @@
 """Tensor expressions: what an output tensor is made of, as immutable, hash-consed nodes.
 
 Nothing here moves a byte. An expression says where bytes come from (`Read`), what is done to each element on the
-way (`Elementwise`), how tensors are strung together (`Concat`), and what only a named kernel can compute (`Opaque`).
+way (`Elementwise`), which product of small matrices is added (`AddLowRank`), how tensors are strung together
+(`Concat`), and what only a named kernel can compute (`Opaque`).
 
 Two equal expressions are ONE object::
 
@@ -25,6 +26,10 @@ Shape = tuple[int, ...]
 BLOCK = 1 << 14
 """Elements that stay together: noise is drawn, and checksums are taken, a block at a time. Streams are cut between
 blocks, so that neither depends on how a tensor is cut."""
+
+LOW_RANK_TILE = (16, 2048)
+"""The rows and columns of a low-rank product that are computed at a time: always the same ones, however a tensor is
+cut, since how a matrix product is rounded may depend on its shape."""
 
 
 class DType(Enum):
@@ -161,6 +166,44 @@ class Elementwise(Expr):
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class AddLowRank(Expr):
+    """`input` `[rows, columns]` plus `b` `[rows, rank]` · `a` `[rank, columns]`, in float32.
+
+    Both factors are float32, and made elementwise of a `Read`: they are whole in memory while `input` streams by.
+    """
+
+    input: Expr
+    b: Expr
+    a: Expr
+
+    def __post_init__(self) -> None:
+        if isinstance(self.input, Elementwise) and isinstance(self.input.op, Cast):
+            raise ValueError("a Cast closes a chain: arithmetic comes before rounding")
+        if len(self.b.shape) != 2 or (self.b.shape[0], *self.a.shape[1:]) != self.input.shape:
+            raise ValueError(f"{self.b.shape} times {self.a.shape} is not {self.input.shape}")
+        if self.b.shape[1] != self.a.shape[0] or self.a.shape[0] == 0:
+            raise ValueError(f"{self.b.shape} cannot be multiplied with {self.a.shape}")
+        for factor in (self.b, self.a):
+            root = factor
+            while isinstance(root, Elementwise):
+                root = root.input
+            if not isinstance(root, Read) or factor.dtype is not DType.F32:
+                raise ValueError("a factor of a low-rank product must be float32, and made elementwise of a Read")
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.input, self.b, self.a
+
+    @property
+    def dtype(self) -> DType:  # type: ignore[override]
+        return DType.F32
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.input.shape
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Concat(Expr):
     """The elements of `parts`, one part after the other in C order, seen as a tensor of `shape`.
 
@@ -245,6 +288,11 @@ def cast(x: Expr, dtype: DType) -> Expr:
 def scale(x: Expr, factor: float) -> Expr:
     """`factor` · `x`, in float32; `x` itself where the factor is 1."""
     return x if factor == 1.0 else Elementwise(Scale(factor), x)
+
+
+def add_low_rank(x: Expr, b: Expr, a: Expr, factor: float) -> Expr:
+    """`x` `[rows, columns]` plus `factor` · `b` `[rows, rank]` · `a` `[rank, columns]`, in float32."""
+    return AddLowRank(x, cast(scale(b, factor), DType.F32), cast(a, DType.F32))
 
 
 def add_noise(x: Expr, scale: float, seed: int) -> Expr:

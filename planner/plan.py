@@ -67,12 +67,32 @@ class BufferSink:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """Add the product of float32 matrices, in float32: buffer `b` `[rows, rank]` times buffer `a` `[rank, columns]`.
+
+    A stream's elements are those of a matrix `[rows, columns]`, row after row.
+    """
+
+    b: int
+    a: int
+    rank: int
+    columns: int
+
+
+ChunkOp = Op | LowRank
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """`ops`, fused, turn a stream's elements into elements of `dtype`, which go to each of `sinks`."""
 
-    ops: tuple[Op, ...]
+    ops: tuple[ChunkOp, ...]
     dtype: DType
     sinks: tuple[FileSink | BufferSink, ...]
+
+    def factors(self) -> set[int]:
+        """The buffers whose products are added on the way."""
+        return {buffer for op in self.ops if isinstance(op, LowRank) for buffer in (op.b, op.a)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,10 @@ class StreamStep:
     chunk_numel: int
     branches: tuple[Branch, ...]
     frees: tuple[int, ...]
+
+    def factors(self) -> set[int]:
+        """The buffers that must be whole before it runs, since their products are added on the way."""
+        return {buffer for branch in self.branches for buffer in branch.factors()}
 
 
 @dataclass(frozen=True, slots=True)

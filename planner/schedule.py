@@ -1,11 +1,13 @@
 """From a graph and a budget to a plan: what is read when, where it goes, and how much memory that takes.
 
-Every output tensor, and every whole tensor that a kernel needs, is a *place*. A place is filled by streams: the leaves
-of its expression, each at its own byte offset (that is all that a `Concat` means). Leaves of all places that come from
+Every output tensor, and every tensor that is needed whole, is a *place*. A place is filled by streams: the leaves of
+its expression, each at its own byte offset (that is all that a `Concat` means). Leaves of all places that come from
 one root, a source range or a kernel's result, make ONE step, which reads the root once::
 
     Read(down_proj) ──┬─ (copy) ─────────────▶ expert 0 · expert 1 · a kernel's buffer
                       └─ scale 0.5 ─ cast ───▶ expert 2
+
+The factors of a low-rank product are whole tensors, too, each filled right before the stream that it is added to.
 
 Order: first every stream that has nothing to do with kernels, copies before what is computed, in the order of the
 output files, so that bytes move from the first moment on, while the libraries that compute are still being loaded; then
@@ -16,27 +18,29 @@ Memory is the pool of chunk buffers, plus the buffers alive, plus the workspace 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.errors import BudgetError
 from planner.expr import (
     BLOCK,
+    LOW_RANK_TILE,
+    AddLowRank,
     AddNoise,
     Cast,
     Concat,
     DType,
     Elementwise,
     Expr,
-    Op,
     Opaque,
     Read,
     Slice,
     SourceFile,
     Zeros,
 )
-from planner.graph import TensorGraph, opaque_in_order
+from planner.graph import TensorGraph, opaque_in_order, walk
 from planner.layout import PAGE, Shard, lay_out
 from planner.plan import (
     FORMAT,
@@ -44,9 +48,11 @@ from planner.plan import (
     BufferRoot,
     BufferSink,
     BufferView,
+    ChunkOp,
     FileRoot,
     FileSink,
     KernelStep,
+    LowRank,
     Plan,
     Pool,
     Root,
@@ -63,7 +69,7 @@ Leaf = Read | Zeros | Opaque | Slice
 """What a stream may start from."""
 
 Sink = FileSink | BufferSink
-Chain = tuple[tuple[Op, ...], DType]
+Chain = tuple[tuple[ChunkOp, ...], DType]
 
 
 @dataclass(eq=False)
@@ -76,6 +82,11 @@ class _Stream:
     def buffers(self) -> set[int]:
         """The buffers that it fills."""
         return {sink.buffer for sinks in self.sinks.values() for sink in sinks if isinstance(sink, BufferSink)}
+
+    def factors(self) -> list[int]:
+        """The buffers that must be full before it runs, since their products are added on the way."""
+        products = [op for ops, _ in self.sinks for op in ops if isinstance(op, LowRank)]
+        return [buffer for op in products for buffer in (op.b, op.a)]
 
     def computes(self) -> bool:
         """Whether anything is done to its elements on the way."""
@@ -94,8 +105,9 @@ def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int) -> Pla
     """
     shards = lay_out(graph.outputs, shard_nbytes)
     kernels = opaque_in_order(graph.outputs)
-    buffers = _whole_tensors(kernels)
-    streams = _streams(graph, shards, buffers)
+    products = [expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank)]
+    buffers = _whole_tensors(kernels, products)
+    streams = _streams(graph, shards, buffers, {factor for product in products for factor in (product.b, product.a)})
     order = list(_in_order(streams, kernels, buffers))
     uses = [_uses(node, buffers) for node in order]
     frees = _last_uses(uses)
@@ -124,42 +136,55 @@ def _by_path(file: SourceFile) -> tuple[str, int, int]:
     return file.path, file.device, file.inode
 
 
-def _whole_tensors(kernels: Sequence[Opaque]) -> dict[Expr, int]:
-    """What must be whole in memory at some time, with its buffer's index: kernels' arguments and results."""
+def _whole_tensors(kernels: Sequence[Opaque], products: Sequence[AddLowRank]) -> dict[Expr, int]:
+    """What must be whole in memory at some time, with its buffer's index: kernels' arguments and results, factors."""
     buffers: dict[Expr, int] = {}
     for kernel in kernels:
         for expr in (*kernel.args, kernel):
             buffers.setdefault(expr, len(buffers))
+    for product in products:
+        for factor in (product.b, product.a):
+            buffers.setdefault(factor, len(buffers))
     return buffers
 
 
-def _streams(graph: TensorGraph, shards: Sequence[Shard], buffers: dict[Expr, int]) -> list[_Stream]:
+def _streams(
+    graph: TensorGraph, shards: Sequence[Shard], buffers: Mapping[Expr, int], factors: set[Expr]
+) -> list[_Stream]:
     streams: dict[Leaf, _Stream] = {}
+    feeders: dict[Leaf, _Stream] = {}
 
     def fill(expr: Expr, sink: type[FileSink] | type[BufferSink], target: int, offset: int) -> None:
-        for root, chain, begin in _leaves(expr, offset):
-            streams.setdefault(root, _Stream(root)).sinks[chain].append(sink(target, begin))
+        for root, chain, begin in _leaves(expr, offset, buffers):
+            stream = streams.setdefault(root, _Stream(root))
+            if expr in factors and stream.factors():
+                # What a stream waits for, it cannot fill itself: that takes a step of its own, which reads first.
+                stream = feeders.setdefault(root, _Stream(root))
+            stream.sinks[chain].append(sink(target, begin))
 
     for number, shard in enumerate(shards):
         for tensor in shard.tensors:
             fill(graph.outputs[tensor.name], FileSink, number, tensor.offset)
-    for expr, buffer in buffers.items():
+    for expr, buffer in sorted(buffers.items(), key=lambda item: item[0] in factors):
         if not isinstance(expr, Opaque):
             fill(expr, BufferSink, buffer, 0)
-    return list(streams.values())
+    return [*streams.values(), *feeders.values()]
 
 
-def _leaves(expr: Expr, offset: int) -> Iterator[tuple[Leaf, Chain, int]]:
+def _leaves(expr: Expr, offset: int, buffers: Mapping[Expr, int]) -> Iterator[tuple[Leaf, Chain, int]]:
     """The streams that fill the place of `expr` at byte `offset`: root, what is done on the way, byte offset."""
     if isinstance(expr, Concat):
         for part in expr.parts:
-            yield from _leaves(part, offset)
+            yield from _leaves(part, offset, buffers)
             offset += part.nbytes
         return
-    ops: list[Op] = []
+    ops: list[ChunkOp] = []
     root = expr
-    while isinstance(root, Elementwise):
-        ops.append(root.op)
+    while isinstance(root, Elementwise | AddLowRank):
+        if isinstance(root, Elementwise):
+            ops.append(root.op)
+        else:
+            ops.append(LowRank(buffers[root.b], buffers[root.a], *root.a.shape))
         root = root.input
     if not isinstance(root, Leaf):
         raise TypeError(f"{type(root).__name__} cannot stand below an elementwise operation: apply it to the parts")
@@ -167,7 +192,7 @@ def _leaves(expr: Expr, offset: int) -> Iterator[tuple[Leaf, Chain, int]]:
 
 
 def _in_order(
-    streams: Sequence[_Stream], kernels: Sequence[Opaque], buffers: dict[Expr, int]
+    streams: Sequence[_Stream], kernels: Sequence[Opaque], buffers: Mapping[Expr, int]
 ) -> Iterator[_Stream | Opaque]:
     """Streams and kernel runs, each after what it depends on."""
     of_result: dict[Opaque, list[_Stream]] = defaultdict(list)
@@ -178,28 +203,32 @@ def _in_order(
     for stream in streams:
         for buffer in stream.buffers():
             feeding[buffer].append(stream)
-    independent = [s for s in streams if not s.buffers() and _result(s.root) is None]
-    yield from sorted(independent, key=lambda stream: (stream.computes(), stream.position()))
     done: set[_Stream] = set()
+
+    def with_factors(stream: _Stream) -> Iterator[_Stream]:
+        for needed in (*(feeder for buffer in stream.factors() for feeder in feeding[buffer]), stream):
+            if needed not in done:
+                done.add(needed)
+                yield needed
+
+    independent = [s for s in streams if not s.buffers() and _result(s.root) is None]
+    for stream in sorted(independent, key=lambda stream: (stream.computes(), stream.position())):
+        yield from with_factors(stream)
     for kernel in kernels:
         for arg in kernel.args:
             for stream in feeding[buffers[arg]]:
-                if stream not in done:
-                    done.add(stream)
-                    yield stream
+                yield from with_factors(stream)
         yield kernel
         for stream in of_result[kernel]:
-            if stream not in done:
-                done.add(stream)
-                yield stream
+            yield from with_factors(stream)
 
 
-def _uses(node: _Stream | Opaque, buffers: dict[Expr, int]) -> set[int]:
+def _uses(node: _Stream | Opaque, buffers: Mapping[Expr, int]) -> set[int]:
     """The buffers that must be there while `node` runs."""
     if isinstance(node, Opaque):
         return {buffers[expr] for expr in (*node.args, node)}
     result = _result(node.root)
-    return node.buffers() | (set() if result is None else {buffers[result]})
+    return node.buffers() | set(node.factors()) | (set() if result is None else {buffers[result]})
 
 
 def _result(root: Leaf) -> Opaque | None:
@@ -247,7 +276,7 @@ def _pool(available_nbytes: int, budget_nbytes: int) -> Pool:
 def _stream_step(
     stream: _Stream,
     sources: dict[SourceFile, int],
-    buffers: dict[Expr, int],
+    buffers: Mapping[Expr, int],
     slab_nbytes: int,
     frees: tuple[int, ...],
 ) -> StreamStep:
@@ -262,7 +291,7 @@ def _stream_step(
     )
 
 
-def _root(leaf: Leaf, sources: dict[SourceFile, int], buffers: dict[Expr, int]) -> Root:
+def _root(leaf: Leaf, sources: dict[SourceFile, int], buffers: Mapping[Expr, int]) -> Root:
     match leaf:
         case Read():
             return FileRoot(sources[leaf.file], leaf.offset, leaf.dtype)
@@ -284,7 +313,10 @@ def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int
         itemsize += DType.F32.itemsize
     itemsize += max((dtype.itemsize for ops, dtype in chains if ops), default=0)
     # A page to move the chunk within, so that it can be read directly, and one for the result.
-    numel = (slab_nbytes - 2 * PAGE) // itemsize
+    fixed = 2 * PAGE
+    if any(isinstance(op, LowRank) for op in ops):
+        fixed += math.prod(LOW_RANK_TILE) * DType.F32.itemsize
+    numel = (slab_nbytes - fixed) // itemsize
     return numel - numel % BLOCK
 
 
@@ -302,7 +334,7 @@ def _head_numel(branches: Sequence[tuple[Chain, list[Sink]]]) -> int:
     return BLOCK
 
 
-def _kernel_step(kernel: Opaque, buffers: dict[Expr, int], frees: tuple[int, ...]) -> KernelStep:
+def _kernel_step(kernel: Opaque, buffers: Mapping[Expr, int], frees: tuple[int, ...]) -> KernelStep:
     def view(expr: Expr) -> BufferView:
         return BufferView(buffers[expr], expr.dtype, expr.shape)
 

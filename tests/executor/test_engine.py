@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from executor.engine import Progress, run
 from executor.errors import RunError
 from moeplan.safetensors_header import LENGTH_NBYTES
-from planner.expr import DType, Expr, Opaque, Read, SourceFile, add_noise, cast, scale, stack
+from planner.expr import DType, Expr, Opaque, Read, SourceFile, add_low_rank, add_noise, cast, scale, stack
 from planner.graph import TensorGraph
 from planner.plan import Plan
 from planner.schedule import compile
@@ -62,6 +62,10 @@ def tensors() -> dict[str, torch.Tensor]:
     return {
         "large": torch.randn(3000, 1000, generator=generator).bfloat16(),
         "small": torch.randn(5, 7, generator=generator).half(),
+        "column": torch.randn(5, 1, generator=generator),
+        "row": torch.randn(1, 7, generator=generator),
+        "b": torch.randn(3000, 6, generator=generator),
+        "a": torch.randn(6, 1000, generator=generator).bfloat16(),
     }
 
 
@@ -71,6 +75,8 @@ def outputs(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Expr]
     reads = source(tmp_path / "source.safetensors", tensors)
     large, small = reads["large"], reads["small"]
     sums = Opaque("column_sums", "2", (large,), DType.F32, (1000,))
+    adapted = add_low_rank(large, reads["b"], reads["a"], 0.25)
+    adapted_small = add_low_rank(small, reads["column"], reads["row"], 1.0)
     return {
         "copy": large,
         "copy again": large,
@@ -81,6 +87,11 @@ def outputs(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Expr]
         "stacked": stack([small, small, small]),
         "sums": cast(sums, DType.BF16),
         "sums in full": sums,
+        "adapted": cast(adapted, DType.BF16),
+        "adapted in full": adapted,
+        "adapted and noisy": add_noise(adapted, 0.1, seed=3),
+        "adapted sums": Opaque("column_sums", "1", (adapted_small,), DType.F32, (7,)),
+        "factor": reads["a"],
     }
 
 
@@ -104,7 +115,14 @@ def test_every_kind_of_expression_comes_out_as_torch_computes_it(
     assert abs(noise.mean()) < 1e-3
     assert abs(noise.std() - 0.1) < 1e-3
     assert torch.equal(loaded["noisy"], (loaded["noise in full"] * 2).half())
-    assert result.read_nbytes == plan.read_nbytes == large.nbytes + small.nbytes
+    adapted = (large.double() + 0.25 * (tensors["b"].double() @ tensors["a"].double())).float()
+    torch.testing.assert_close(loaded["adapted in full"], adapted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(loaded["adapted"], loaded["adapted in full"].bfloat16())
+    torch.testing.assert_close(loaded["adapted and noisy"] - loaded["adapted in full"], noise, rtol=0, atol=1e-5)
+    adapted_small = small.float() + tensors["column"] * tensors["row"]
+    torch.testing.assert_close(loaded["adapted sums"], adapted_small.sum(dim=0), rtol=1e-6, atol=1e-6)
+    assert torch.equal(loaded["factor"], tensors["a"])
+    assert result.read_nbytes == plan.read_nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert result.written_nbytes == plan.written_nbytes
     assert {name: tuple(t.shape) for name, t in loaded.items()} == {n: e.shape for n, e in outputs.items()}
 
@@ -149,6 +167,37 @@ def test_noise_is_drawn_by_position_so_it_is_the_same_however_a_tensor_is_cut(tm
     halves = results[0].view(2, -1)
     assert not torch.equal(halves[0], halves[1])
     assert abs(torch.corrcoef(halves)[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(100, 5000), (3, 70_000), (5000, 90), (40_000, 1)])
+def test_a_low_rank_product_is_the_same_to_the_bit_however_a_tensor_is_cut(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": shape, "b": (rows, 7), "a": (7, columns)}
+    tensors = {name: torch.randn(*size, generator=generator) for name, size in shapes.items()}
+    reads = source(tmp_path / "source.safetensors", tensors)
+    adapted = add_low_rank(reads["x"], reads["b"], reads["a"], 0.5)
+    outputs = {
+        "adapted": adapted,
+        "noisy": scale(add_noise(adapted, 0.1, seed=3), 0.5),
+        "twice": add_low_rank(adapted, reads["b"], reads["a"], -0.25),
+        "cast": cast(adapted, DType.BF16),
+    }
+    results = []
+    for budget in (1, 2, 5, 64):
+        plan = planned(outputs, (budget << 20) + 12 * (rows + columns) * 7)
+        out = tmp_path / str(budget)
+        out.mkdir()
+        run(plan, out)
+        results.append(load(plan, out))
+    assert len({plan.pool.slab_nbytes for plan in [planned(outputs, b << 20) for b in (8, 64)]}) == 2
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in outputs)
+    x, b, a = (tensors[name].double() for name in "xba")
+    torch.testing.assert_close(results[0]["adapted"], (x + 0.5 * b @ a).float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0]["twice"], (x + 0.25 * b @ a).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_progress_ends_at_all_bytes_read_and_written(tmp_path: Path, outputs: dict[str, Expr]) -> None:

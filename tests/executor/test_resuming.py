@@ -15,7 +15,7 @@ from executor import engine, journal
 from executor.engine import RunResult, run
 from executor.errors import RunError
 from executor.journal import Journal
-from planner.expr import DType, Expr, Opaque, Read, cast, scale
+from planner.expr import DType, Expr, Opaque, Read, add_low_rank, cast, scale
 from planner.plan import Plan
 
 KERNELS = {"column_sums": column_sums}
@@ -118,6 +118,30 @@ def test_what_was_finished_under_one_budget_counts_under_another(
         assert ("resumed" in result.nbytes_by_path) is (len(budgets) > 1)
         digests.add(str((digest(place / "model"), sorted(result.checksums.items(), key=str))))
     assert len(digests) == 1
+
+
+def test_the_factors_of_a_product_are_read_again_where_what_it_is_added_to_is_left(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weight": (3001, 1000), "b": (3001, 5), "a": (5, 1000)}
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    reads = source(tmp_path / "source.safetensors", tensors)
+    adapted = cast(add_low_rank(reads["weight"], reads["b"], reads["a"], 0.5), DType.BF16)
+    outputs: dict[str, Expr] = {"copy": reads["weight"], "adapted": adapted, "factor": reads["a"]}
+    digests, read = set(), []
+    for number, stop in enumerate((None, 1.0, 0.5)):
+        place = tmp_path / f"place {number}"
+        if stop is not None:
+            small = planned(outputs, 2 << 20)
+            with pytest.raises(Stop):
+                go_on(small, place, on_progress=stopping_after(int(stop * small.written_nbytes)))
+        result = go_on(planned(outputs, 32 << 20), place)
+        digests.add(str((digest(place / "model"), sorted(result.checksums.items(), key=str))))
+        read.append(result.read_nbytes)
+    assert len(digests) == 1
+    assert read[0] == sum(tensor.nbytes for tensor in tensors.values())
+    assert read[1] == 0
+    factors = tensors["b"].nbytes + tensors["a"].nbytes
+    assert factors < read[2] < read[0]
 
 
 def test_kernels_whose_results_were_saved_do_not_run_again(plan: Plan, tmp_path: Path, whole: Any) -> None:

@@ -10,31 +10,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.errors import BudgetError
-from planner.expr import Concat, DType, Expr, Opaque, Read, SourceFile, add_noise, cast, scale, stack
+from planner.expr import (
+    LOW_RANK_TILE,
+    Concat,
+    DType,
+    Expr,
+    Opaque,
+    Read,
+    Shape,
+    SourceFile,
+    add_low_rank,
+    add_noise,
+    cast,
+    scale,
+    stack,
+)
 from planner.graph import TensorGraph
 from planner.layout import PAGE
 from planner.plan import BufferRoot, BufferSink, FileRoot, FileSink, KernelStep, Plan, StreamStep
 from planner.schedule import MIN_SLAB_NBYTES, compile
 
 FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
+FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
 
 
 @st.composite
 def graphs(draw: st.DrawFn) -> TensorGraph:
-    """A merge in small: a few source tensors, used again and again, as they are, adjusted, stacked, and by kernels."""
+    """A merge in small: a few source tensors, used again and again, as they are, adjusted, stacked, and by kernels.
+
+    Low-rank factors are used again, too, and may be written, or be what another product is added to.
+    """
     shapes = st.sampled_from([(1,), (7, 3), (64, 32), (2048,), (512, 256), (0, 4)])
-    reads: list[Expr] = []
+    reads: list[Read] = []
     for file in FILES:
         offset = draw(st.integers(8, 5000))
         for _ in range(draw(st.integers(1, 3))):
             reads.append(Read(file, offset, draw(st.sampled_from(DType)), draw(shapes)))
             offset += reads[-1].nbytes
-    tensors = st.sampled_from(reads)
+
+    def factor(shape: Shape) -> Read:
+        """A tensor of `shape`: one that is there, or a new one."""
+        known = [read for read in reads if read.shape == shape]
+        if not known or draw(st.booleans()):
+            reads.append(Read(FACTORS, sum(read.nbytes for read in reads), draw(st.sampled_from(DType)), shape))
+            return reads[-1]
+        return draw(st.sampled_from(known))
+
     graph = TensorGraph()
     state: Expr | None = None
     for number in range(draw(st.integers(1, 12))):
-        x = draw(tensors)
-        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain"])):
+        x: Expr = draw(st.sampled_from(reads))
+        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain", "low rank"])):
             case "adjust":
                 x = scale(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from([0.5, 1.0])))
                 x = cast(x, draw(st.sampled_from(DType)))
@@ -42,6 +68,12 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
                 x = stack([x] * draw(st.integers(1, 3)))
             case "kernel":
                 x = cast(Opaque("sum", json.dumps(number), (x, stack([x, x])), DType.F32, (8, 16), 1000), DType.BF16)
+            case "low rank" if len(x.shape) == 2:
+                b, a = (factor(shape) for shape in ((x.shape[0], 4), (4, x.shape[1])))
+                x = add_low_rank(x, b, a, draw(st.sampled_from([0.5, 1.0])))
+                x = cast(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from(DType)))
+                if draw(st.booleans()):
+                    x = Opaque("sum", json.dumps(number), (x,), DType.F32, (8, 16))
             case "chain":
                 state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
                 x = state
@@ -80,7 +112,9 @@ def test_header_and_writes_tile_every_shard_exactly(graph: TensorGraph, budget: 
 def test_each_source_range_and_each_kernel_is_there_once(graph: TensorGraph, budget: int, shard_size: int) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
     reads = Counter((root.source, root.offset, nbytes) for root, nbytes in plan.reads() if nbytes)
-    assert set(reads.values()) <= {1}
+    # Only what is itself a factor that others, or it, must wait for is read for that before.
+    fed = {step.root for step in plan.steps if isinstance(step, StreamStep) and step.factors()}
+    assert all(reads[root.source, root.offset, nbytes] <= 1 + (root in fed) for root, nbytes in plan.reads() if nbytes)
     kernels = Counter((step.kernel, step.params, step.inputs) for step in plan.steps if isinstance(step, KernelStep))
     assert set(kernels.values()) <= {1}
 
@@ -124,7 +158,7 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
             filled[made] = plan.buffer_nbytes[made]
             used = needed | {made}
         else:
-            needed = {step.root.buffer} if isinstance(step.root, BufferRoot) else set()
+            needed = step.factors() | ({step.root.buffer} if isinstance(step.root, BufferRoot) else set())
             used = set(needed)
             for branch in step.branches:
                 for sink in branch.sinks:
@@ -150,7 +184,7 @@ def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace
             workspace = step.workspace_nbytes
         else:
             sinks = [sink for branch in step.branches for sink in branch.sinks]
-            alive |= {sink.buffer for sink in sinks if isinstance(sink, BufferSink)}
+            alive |= step.factors() | {sink.buffer for sink in sinks if isinstance(sink, BufferSink)}
             workspace = 0
         assert forecast == plan.pool.nbytes + sum(plan.buffer_nbytes[b] for b in alive) + workspace
         alive -= set(step.frees)
@@ -163,7 +197,8 @@ def test_a_chunk_and_what_is_computed_from_it_fit_a_slab(graph: TensorGraph, bud
         if isinstance(step, StreamStep):
             assert step.chunk_numel > 0
             widest = max(branch.dtype.itemsize if branch.ops else 0 for branch in step.branches)
-            assert step.chunk_numel * (step.root.dtype.itemsize + widest) <= plan.pool.slab_nbytes
+            tile = math.prod(LOW_RANK_TILE) * 4 if step.factors() else 0
+            assert step.chunk_numel * (step.root.dtype.itemsize + widest) + tile <= plan.pool.slab_nbytes
 
 
 @given(graphs(), budgets, shard_sizes)
@@ -233,3 +268,38 @@ def test_equal_expressions_are_one_node() -> None:
     assert first is scale(Read(same_file, 8, DType.F16, (2, 2)), 0.5)
     assert first is not scale(Read(FILES[0], 8, DType.F16, (2, 2)), 0.25)
     assert math.prod(first.shape) == first.numel == 4
+
+
+def test_factors_are_in_memory_only_while_their_product_is_added() -> None:
+    """Eight adapters on one matrix, layer after layer: a layer's factors at a time."""
+    graph = TensorGraph()
+    factors = [Read(FACTORS, 8 + i * 4096, DType.BF16, (64, 4) if i % 2 else (4, 64)) for i in range(4 * 8 * 2)]
+    for layer in range(4):
+        weight = Read(FILES[0], 8 + layer * 8192, DType.BF16, (64, 64))
+        graph.add(f"layer {layer} base", weight)
+        for a, b in zip(factors[layer * 16 : layer * 16 + 16 : 2], factors[layer * 16 + 1 :: 2], strict=False):
+            graph.add(f"layer {layer} {a.offset}", cast(add_low_rank(weight, b, a, 2.0), DType.BF16))
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    assert plan.peak_nbytes - plan.pool.nbytes == 8 * 2 * 4 * 64 * 4
+    assert plan.reread_nbytes == 0
+
+
+def test_what_is_added_to_and_is_a_factor_of_what_is_added_is_read_twice() -> None:
+    square = Read(FILES[0], 8, DType.F32, (64, 64))
+    graph = TensorGraph()
+    graph.add("square", add_low_rank(square, square, square, 1.0))
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    fill, add = plan.steps
+    assert isinstance(add, StreamStep)
+    assert isinstance(fill, StreamStep)
+    assert add.factors() == {sink.buffer for branch in fill.branches for sink in branch.sinks}
+    assert plan.reread_nbytes == square.nbytes
+
+
+@pytest.mark.parametrize(
+    ("b", "a"), [((7, 2), (2, 5)), ((8, 2), (3, 4)), ((8, 0), (0, 4)), ((4, 2), (2, 8)), ((8, 2), (2, 2, 2))]
+)
+def test_factors_that_do_not_make_a_matrix_of_the_shape_are_refused(b: Shape, a: Shape) -> None:
+    x = Read(FILES[0], 8, DType.F32, (8, 4))
+    with pytest.raises(ValueError, match=r"is not|cannot be multiplied"):
+        add_low_rank(x, Read(FACTORS, 8, DType.F32, b), Read(FACTORS, 8, DType.F32, a), 1.0)
