@@ -34,12 +34,14 @@ of a 70B model, is 31,000 tensors in 4 MB of headers; a dense model of 70B has 0
 MAX_TENSORS = 2**16
 MAX_SHARDS = 2**12
 
+MERGE_ADAPTER = (
+    "merge the adapter into its base model first (peft's merge_and_unload), save the result, and give its directory"
+)
+"""What to do with an adapter that moeplan does not take."""
+
 _LFS_POINTER = b"version https://git-lfs"
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _READS = "moeplan reads local directories of safetensors"
-_MERGE_ADAPTER = (
-    "merge the adapter into its base model first (peft's merge_and_unload), save the result, and give its directory"
-)
 _INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
 _INSTEAD = {
@@ -108,7 +110,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     `model.safetensors.index.json` names. Raises CheckpointError.
     """
     path = Path(path)
-    _check_is_directory(path)
+    check_is_directory(path)
     weights = next((name for name in (WEIGHTS, INDEX) if os.path.lexists(path / name)), None)
     if weights is None:
         raise CheckpointError(f"{path}: {_why_no_weights(path)}")
@@ -117,7 +119,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, tensors)
 
 
-def _check_is_directory(path: Path) -> None:
+def check_is_directory(path: Path) -> None:
+    """Refuse what is not a local directory, and say what to do about it. Raises CheckpointError."""
     if not str(path).isprintable():
         raise CheckpointError(
             f"{show(str(path))}: is not the path of a directory; it has characters that cannot be shown"
@@ -135,8 +138,6 @@ def _check_is_directory(path: Path) -> None:
 
 
 def _how_to_get(path: str) -> str:
-    if "+" in path:
-        return f"If this is a model plus a LoRA adapter: {_MERGE_ADAPTER}"
     hub = _HUB_NAME.fullmatch(path)
     if hub is None:
         return "A model on the Hub must be downloaded first (`hf download`)"
@@ -152,7 +153,7 @@ def _why_no_weights(path: Path) -> str:
     except OSError as error:
         return f"cannot be listed ({error.strerror})"
     if os.path.lexists(path / "adapter_config.json"):
-        return f"holds a LoRA adapter, not a model; {_MERGE_ADAPTER}"
+        return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{path.name})"
     found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)
     advice = (
         "is the download complete, and is this the model's directory?"
@@ -163,7 +164,7 @@ def _why_no_weights(path: Path) -> str:
 
 
 def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
-    config = _read_json(path, CONFIG, MAX_CONFIG_NBYTES)
+    config = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
     file = path / CONFIG
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{file}: `model_type` must be text, not {show(config.get('model_type'))}")
@@ -184,7 +185,7 @@ def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
 
 
 def _read_single_file(path: Path) -> dict[str, Read]:
-    tensors, _ = _read_tensors(path, WEIGHTS, MAX_HEADERS_NBYTES)
+    tensors, _ = read_tensors(path, WEIGHTS, MAX_HEADERS_NBYTES)
     return tensors
 
 
@@ -203,7 +204,7 @@ def _read_shards(path: Path) -> dict[str, Read]:
     tensors: dict[str, Read] = {}
     headers_nbytes = 0
     for shard, names in sorted(mapped.items()):
-        held, header_nbytes = _read_tensors(path, shard, MAX_HEADERS_NBYTES - headers_nbytes)
+        held, header_nbytes = read_tensors(path, shard, MAX_HEADERS_NBYTES - headers_nbytes)
         headers_nbytes += header_nbytes
         for name in names:
             if name not in held:
@@ -222,7 +223,7 @@ def _read_shards(path: Path) -> dict[str, Read]:
 def _read_weight_map(path: Path) -> dict[str, str]:
     """The index: tensor name -> name of a file in the directory."""
     file = path / INDEX
-    weight_map = _read_json(path, INDEX, MAX_INDEX_NBYTES).get("weight_map")
+    weight_map = read_json(path, INDEX, MAX_INDEX_NBYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: has no `weight_map` from tensor names to file names")
     if len(weight_map) > MAX_TENSORS:
@@ -244,7 +245,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
+def read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
     """The tensors of one safetensors file, and the size of its header."""
     where = path / name
     with _opened(path, name) as file:
@@ -298,7 +299,8 @@ def _one_path(path: str, status: os.stat_result) -> str:
     return first
 
 
-def _read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:
+def read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:
+    """The JSON object in the file `name` of a checkpoint's directory. Raises CheckpointError."""
     where = path / name
     with _opened(path, name) as file:
         text = file.read(max_nbytes + 1)

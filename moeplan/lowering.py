@@ -170,7 +170,7 @@ class Lowering:
         parts = []
         for part in tensor.parts:
             expr = _adjusted(
-                models[number].layer_tensor(layer, f"mlp.{part}.weight"),
+                models[number].mlp_matrix(layer, part),
                 experts[number],
                 is_residual=part == "down_proj",
                 seed=_seed(self.seed, f"layer {layer} {role} {number} {part}"),

@@ -16,12 +16,13 @@ from executor.routing import physical_nbytes
 from moeplan import architectures, gates, lowering
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
-from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
+from moeplan.model_ref import ModelRef, parse_model_ref
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CONFIG, INDEX, OutputError, existing, free_nbytes, to_json, tokenizer_files, write_beside
 from moeplan.record import RECORD, identity, record
@@ -235,16 +236,37 @@ def _with_packages_loaded(
 
 def _open_sources(config: MergeConfig) -> Sources:
     """Open each distinct source once."""
-    opened: dict[str, DenseModel] = {}
+    opened: dict[ModelRef, DenseModel] = {}
 
-    def model(reference: str, *path: str | int) -> DenseModel:
+    def open_once(reference: ModelRef) -> DenseModel:
         if reference not in opened:
-            try:
-                opened[reference] = architectures.as_dense_model(open_checkpoint(reference))
-            except CheckpointError as error:
-                raise CheckpointError(f"{config.where(*path)}: {error}") from error
+            if reference.adapter is None:
+                opened[reference] = architectures.as_dense_model(open_checkpoint(reference.model))
+            else:
+                opened[reference] = open_once(ModelRef(reference.model)).with_adapter(reference.adapter)
         return opened[reference]
 
+    def model(reference: str, *path: str | int) -> DenseModel:
+        ref = parse_model_ref(reference)
+        is_new = ref not in opened
+        try:
+            source = open_once(ref)
+        except CheckpointError as error:
+            raise CheckpointError(f"{config.where(*path)}: {error}") from error
+        if source.adapter is not None and not source.adapter.reads and is_new:
+            warnings.warn(
+                f"{config.where(*path)}: {ref.adapter} changes no MLP, which is all that an expert gives, so this one "
+                f"is {ref.model} as it is",
+                MoeplanWarning,
+                stacklevel=2,
+            )
+        return source
+
+    base = parse_model_ref(config.base_model)
+    if base.adapter is not None:
+        raise CheckpointError(
+            f"{config.where('base_model')}: {base}: only experts can have an adapter on them; {MERGE_ADAPTER}"
+        )
     return Sources(
         base=model(config.base_model, "base_model"),
         experts=tuple(model(e.source_model, "experts", i, "source_model") for i, e in enumerate(config.experts)),

@@ -234,10 +234,10 @@ def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
     names = {"base_model": "base", "experts": "expert", "shared_experts": "shared expert"}
     found: dict[frozenset[SourceFile], dict[str, Any]] = {}
     for (key, *place), model in merge_plan.sources.named():
-        files = frozenset(read.file for read in model.checkpoint.tensors.values())
+        files = frozenset(read.file for read in model.reads)
         if files not in found:
             found[files] = {
-                "path": str(model.checkpoint.path),
+                "path": model.label,
                 "used_as": [],
                 "files": len(files),
                 "read_nbytes": sum(read_nbytes.pop(file, 0) for file in files),

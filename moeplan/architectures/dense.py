@@ -9,11 +9,13 @@ complete settings. The families themselves stand beside the MoE families that ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from moeplan.adapter import Adapter, open_adapter
 from moeplan.checkpoint import Checkpoint, CheckpointError
-from planner.expr import Read
+from planner.expr import Expr, Read
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and every reader computes for itself."""
@@ -89,7 +91,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A checkpoint seen as a model of its family.
+    """A checkpoint seen as a model of its family, with an `adapter` on its MLPs or without.
 
     `settings` are complete: what config.json says, else the family's default. `sizes` are the numbers that shapes
     are named by.
@@ -99,6 +101,26 @@ class DenseModel:
     family: DenseFamily
     settings: Mapping[str, Any]
     sizes: Mapping[str, int]
+    adapter: Adapter | None = None
+
+    @property
+    def label(self) -> str:
+        """What the YAML calls it: `path`, or `path+adapter`."""
+        return f"{self.checkpoint.path}" + ("" if self.adapter is None else f"+{self.adapter.path}")
+
+    @property
+    def reads(self) -> list[Read]:
+        """Every tensor that there is, the adapter's included."""
+        return [*self.checkpoint.tensors.values(), *([] if self.adapter is None else self.adapter.reads)]
+
+    def with_adapter(self, path: str | Path) -> DenseModel:
+        """This model with the LoRA adapter in directory `path` on it. Raises CheckpointError."""
+        weights = {
+            name: read
+            for name, spec, _ in self.specs()
+            if (read := self.tensor(name, spec) if ".mlp." in name else self.checkpoint.tensors.get(name)) is not None
+        }
+        return replace(self, adapter=open_adapter(path, weights))
 
     @property
     def num_layers(self) -> int:
@@ -159,6 +181,12 @@ class DenseModel:
         read = self.tensor(spec.name.format(layer=layer), spec)
         assert read is not None  # no tensor of a layer is optional
         return read
+
+    def mlp_matrix(self, layer: int, part: str) -> Expr:
+        """The matrix `part` (`gate_proj`, `up_proj`, `down_proj`) of a layer's MLP, with the adapter on it."""
+        name = f"mlp.{part}.weight"
+        read = self.layer_tensor(layer, name)
+        return read if self.adapter is None else self.adapter.applied_to(LAYER.format(layer=layer) + name, read)
 
     @property
     def name(self) -> str:

@@ -423,7 +423,10 @@ OTHERS = {
     "a GGUF": (["q4.gguf"], "there is 'q4.gguf': give the model that the GGUF was converted from"),
     "a file of another name": (["weights.safetensors", "a.bin"], f"is the whole, name it {WEIGHTS}"),
     "shards": (["model-00001-of-00002.safetensors"], f"if it is one of several shards, download {INDEX} too"),
-    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter, not a model; merge"),
+    "an adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        "holds a LoRA adapter, not a model: name the model",
+    ),
 }
 
 
@@ -440,7 +443,6 @@ def test_a_directory_without_safetensors_weights_is_refused_by_what_it_holds(pat
 PATHS = {
     "mistralai/Mistral-7B-v0.1": "`hf download mistralai/Mistral-7B-v0.1 --local-dir Mistral-7B-v0.1`",
     "org/name@refs/pr/1": "`hf download org/name --revision refs/pr/1 --local-dir name`",
-    "org/name+org/adapter": "merge the adapter into its base model first",
     "nowhere": "nowhere: no such directory; moeplan reads local directories of safetensors",
     "/nowhere/at/all": "A model on the Hub must be downloaded first",
     "model.gguf": "is a file; moeplan reads local directories of safetensors: give the model that the GGUF was",

@@ -1,12 +1,15 @@
 """Where memory goes: the cap that is kept by the whole process, and what it is reckoned from."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import outcome, sparse_llama, start, write_config
 from make_models import save_tokenizer
+from safetensors.torch import save_file
 
 from moeplan import memory
 from moeplan.memory import CapError, MemoryCap, cgroup_limit_nbytes, memory_cap
@@ -103,6 +106,21 @@ LARGER_TORCH = (
 )
 
 
+def save_adapter(path, rank, hidden, wide):
+    """Save a LoRA adapter on the MLPs of two layers."""
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+    shapes = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    tensors = {}
+    for layer in range(2):
+        for name, (rows, columns) in shapes.items():
+            module = f"base_model.model.model.layers.{layer}.mlp.{name}"
+            tensors[f"{module}.lora_A.weight"] = torch.ones(rank, columns)
+            tensors[f"{module}.lora_B.weight"] = torch.ones(rows, rank)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
 @pytest.mark.parametrize(
     ("mode", "expert", "build"),
@@ -110,6 +128,8 @@ LARGER_TORCH = (
         ("random", {"noise_scale": 0.01, "residual_scale": 0.5}, ""),
         ("hidden", {}, ""),
         ("random", {}, LARGER_TORCH),
+        ("random", {"adapter": 64}, ""),
+        ("hidden", {"adapter": 64}, ""),
     ],
 )
 def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode, expert, build):
@@ -117,7 +137,10 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
         tmp_path / "source", vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
     )
     save_tokenizer(source)
-    experts = [{"source_model": source, **expert}] * 2
+    expert = dict(expert)
+    rank = expert.pop("adapter", None)
+    model = source if rank is None else f"{source}+{save_adapter(tmp_path / 'adapter', rank, 1024, 4096)}"
+    experts = [{"source_model": model, **expert}] * 2
     experts[1] = experts[1] | {"positive_prompts": ["another prompt, " * 30]}
     config = write_config(tmp_path / "config.yml", source, experts, gate_mode=mode, dtype="float16")
     args = [config, tmp_path / "out", "--i-understand-this-is-not-useful-without-training", "--quiet"]

@@ -1,0 +1,245 @@
+"""LoRA adapters in PEFT's format: `adapter_config.json`, and a file with the factors of what is added to each matrix.
+
+A module's weight becomes W + scale · B · A, where scale is alpha / r, or alpha / √r for rsLoRA (Kalajdzievski, "A Rank
+Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023); a module of `modules_to_save` is replaced. Both as PEFT
+does it when it merges (peft/tuners/lora/layer.py, `merge` and `get_delta_weight`), but rounded once, from float32.
+`fan_in_fan_out` changes nothing here: PEFT ignores it, too, for linear layers, and dense models have no others.
+
+Adapters come from strangers, like checkpoints, and are opened with the same care.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeplan.checkpoint import (
+    MAX_CONFIG_NBYTES,
+    MAX_HEADERS_NBYTES,
+    MERGE_ADAPTER,
+    CheckpointError,
+    check_is_directory,
+    read_json,
+    read_tensors,
+)
+from moeplan.untrusted_json import show
+from planner.expr import Expr, Read, add_low_rank
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+_VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "layer_replication",
+    "megatron_config",
+)
+"""Settings that make a LoRA adapter something else than one product added to each matrix."""
+
+_INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+"""The ways to begin training after which the base's weights are what they were. The others take from them what they put
+into the adapter, so the adapter belongs on a base that is not stored anywhere."""
+
+_MAX_SCALE = 1e15
+_MAX_PATTERNS = 1024
+_MAX_EXPRESSIONS = 16
+_NAME = re.compile(r"\^?[\w.-]+")
+_ATOM = r"(?:[\w.-]|\\[.dw]|\[[\w-]+\])"
+_EXPRESSION = re.compile(rf"\^?(?:{_ATOM}[*+?]?)*(?:\((?:\?:)?[\w.]+(?:\|[\w.]+)*\)(?:{_ATOM}[*+?]?)*)?")
+_MAX_EXPRESSION_LENGTH = 100
+_MAX_REPEATS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankDelta:
+    """`scale` · `b` `[rows, rank]` · `a` `[rank, columns]`."""
+
+    b: Read
+    a: Read
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter: what it adds to a model's MLP matrices and which of them it replaces, by their names.
+
+    What it does to anything else is left out, since an expert gives its MLPs alone.
+    """
+
+    path: Path
+    added: Mapping[str, LowRankDelta]
+    replaced: Mapping[str, Read]
+
+    @property
+    def reads(self) -> list[Read]:
+        """Everything that it holds for MLPs."""
+        return [*self.replaced.values(), *(read for delta in self.added.values() for read in (delta.b, delta.a))]
+
+    def applied_to(self, name: str, weight: Read) -> Expr:
+        """The weight `name` with the adapter on it."""
+        if name in self.replaced:
+            return self.replaced[name]
+        if name not in self.added:
+            return weight
+        delta = self.added[name]
+        return add_low_rank(weight, delta.b, delta.a, delta.scale)
+
+
+def open_adapter(path: str | Path, weights: Mapping[str, Read]) -> Adapter:
+    """The LoRA adapter in the local directory `path`, for a model with these `weights`. Reads its config and header.
+
+    Raises CheckpointError, also where it was made for another model, or is of a kind that is more than a sum.
+    """
+    path = Path(path)
+    check_is_directory(path)
+    if not os.path.lexists(path / CONFIG):
+        raise CheckpointError(f"{path}: is no LoRA adapter; it has no {CONFIG}, as peft's save_pretrained writes it")
+    config = _read_config(path)
+    file = path / WEIGHTS
+    tensors, _ = read_tensors(path, WEIGHTS, MAX_HEADERS_NBYTES)
+    factors: dict[str, dict[str, Read]] = {}
+    replaced: dict[str, Read] = {}
+    for key, read in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise CheckpointError(
+                f"{file}: tensor {show(key)} is not named as peft names an adapter's ({_PREFIX}…): save it with peft's "
+                "save_pretrained"
+            )
+        name = key.removeprefix(_PREFIX)
+        suffix = next((suffix for suffix in (_A, _B) if name.endswith(suffix)), None)
+        weight = name if suffix is None else name.removesuffix(suffix) + ".weight"
+        if weight not in weights and (suffix or ".mlp." in name):
+            raise CheckpointError(
+                f"{file}: tensor {show(key)} belongs to no weight of the model: was it trained on another one? If not, "
+                + MERGE_ADAPTER
+            )
+        if ".mlp." not in name:
+            continue
+        if suffix is None:
+            _check_shape(file, key, read, weights[weight].shape)
+            replaced[weight] = read
+        else:
+            factors.setdefault(weight, {})[suffix] = read
+    added = {weight: _delta(file, config, weight, pair, weights[weight]) for weight, pair in factors.items()}
+    twice = added.keys() & replaced.keys()
+    if twice:
+        raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
+    return Adapter(path, added, replaced)
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What `adapter_config.json` says of scales and ranks; values by pattern come before the general one."""
+
+    rank: int
+    alpha: float
+    rank_pattern: list[tuple[re.Pattern[str], int]]
+    alpha_pattern: list[tuple[re.Pattern[str], float]]
+    rank_stabilized: bool
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """The rank of a module, such as `model.layers.0.mlp.up_proj`, and its scale."""
+        rank = next((value for pattern, value in self.rank_pattern if pattern.match(module)), self.rank)
+        alpha = next((value for pattern, value in self.alpha_pattern if pattern.match(module)), self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def _read_config(path: Path) -> _Config:
+    config = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
+    file = path / CONFIG
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{file}: `peft_type` is {show(kind)}, and moeplan adds LORA alone; {MERGE_ADAPTER}")
+    variant = next((key for key in _VARIANTS if config.get(key)), None)
+    if variant is not None:
+        raise CheckpointError(
+            f"{file}: `{variant}` is {show(config[variant])}, which is more than a product to add; {MERGE_ADAPTER}"
+        )
+    init = config.get("init_lora_weights", True)
+    if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS_THAT_KEEP_THE_BASE):
+        raise CheckpointError(
+            f"{file}: `init_lora_weights` is {show(init)}: the adapter belongs on a base whose weights were changed "
+            f"when its training began; {MERGE_ADAPTER}"
+        )
+    return _Config(
+        rank=_rank(file, "r", config.get("r", 8)),
+        alpha=_alpha(file, "lora_alpha", config.get("lora_alpha", 8)),
+        rank_pattern=[(p, _rank(file, "rank_pattern", value)) for p, value in _patterns(file, config, "rank_pattern")],
+        alpha_pattern=[
+            (p, _alpha(file, "alpha_pattern", value)) for p, value in _patterns(file, config, "alpha_pattern")
+        ],
+        rank_stabilized=config.get("use_rslora") is True,
+    )
+
+
+def _rank(file: Path, key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise CheckpointError(f"{file}: `{key}` has {show(value)} for a rank; it must be a whole number from 1 up")
+    return value
+
+
+def _alpha(file: Path, key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= _MAX_SCALE:
+        raise CheckpointError(
+            f"{file}: `{key}` has {show(value)} for a scale; it must be a number up to {_MAX_SCALE:g}"
+        )
+    return float(value)
+
+
+def _patterns(file: Path, config: Mapping[str, Any], key: str) -> list[tuple[re.Pattern[str], Any]]:
+    """The patterns under `key`, in order. Each is matched as PEFT does it (peft/utils/other.py, `get_pattern_key`).
+
+    They are regular expressions from a stranger, which could take centuries to match. So only names are taken, and
+    a few expressions with little to try: `layers\\.\\d+\\.mlp`, `.*(up|down)_proj`.
+    """
+    given = config.get(key) or {}
+    if not isinstance(given, dict) or len(given) > _MAX_PATTERNS:
+        raise CheckpointError(f"{file}: `{key}` must map at most {_MAX_PATTERNS:,} modules to values")
+    expressions = [pattern for pattern in given if not _NAME.fullmatch(pattern)]
+    for pattern in expressions:
+        repeats = sum(pattern.count(mark) for mark in "*+") + pattern.replace("(?:", "").count("?")
+        simple = len(pattern) <= _MAX_EXPRESSION_LENGTH and repeats <= _MAX_REPEATS
+        if not simple or not _EXPRESSION.fullmatch(pattern) or len(expressions) > _MAX_EXPRESSIONS:
+            raise CheckpointError(
+                f"{file}: `{key}` has the pattern {show(pattern)}; moeplan matches names of modules, and up to "
+                f"{_MAX_EXPRESSIONS} simple expressions: write names, or {MERGE_ADAPTER}"
+            )
+    try:
+        return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items()]
+    except re.error as error:
+        raise CheckpointError(f"{file}: `{key}` has a pattern that is no regular expression ({error})") from None
+
+
+def _delta(file: Path, config: _Config, name: str, factors: Mapping[str, Read], weight: Read) -> LowRankDelta:
+    module = name.removesuffix(".weight")
+    for suffix in (_A, _B):
+        if suffix not in factors:
+            raise CheckpointError(f"{file}: there is no {_PREFIX}{module}{suffix}, and its other half is there")
+    rank, scale = config.rank_and_scale(module)
+    rows, columns = weight.shape
+    _check_shape(file, _PREFIX + module + _A, factors[_A], (rank, columns))
+    _check_shape(file, _PREFIX + module + _B, factors[_B], (rows, rank))
+    return LowRankDelta(factors[_B], factors[_A], scale)
+
+
+def _check_shape(file: Path, key: str, read: Read, expected: tuple[int, ...]) -> None:
+    if read.shape != expected:
+        raise CheckpointError(
+            f"{file}: {show(key)} has shape {list(read.shape)}, and the model and {CONFIG} make it {list(expected)}; "
+            "was the adapter trained on another model?"
+        )
