@@ -32,6 +32,7 @@ from planner.expr import Expr, Read, add_low_rank
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BIN_WEIGHTS = "adapter_model.bin"
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -110,8 +111,9 @@ def open_adapter(path: str | Path, weights: Mapping[str, Read]) -> Adapter:
     if not os.path.lexists(path / CONFIG):
         raise CheckpointError(f"{path}: is no LoRA adapter; it has no {CONFIG}, as peft's save_pretrained writes it")
     config = _read_config(path)
-    file = path / WEIGHTS
-    tensors, _ = read_tensors(path, WEIGHTS, MAX_HEADERS_NBYTES)
+    is_bin = not os.path.lexists(path / WEIGHTS) and os.path.lexists(path / BIN_WEIGHTS)
+    file = path / (BIN_WEIGHTS if is_bin else WEIGHTS)
+    tensors, _ = read_tensors(path, file.name, MAX_HEADERS_NBYTES)
     factors: dict[str, dict[str, Read]] = {}
     replaced: dict[str, Read] = {}
     for key, read in tensors.items():

@@ -1,5 +1,8 @@
 """Checkpoints: a source model's directory, opened by reading its `config.json` and its headers, never its weights.
 
+Weights are safetensors, or the `.bin` files of `torch.save`. Whatever says in them which bytes are which tensor is
+called their header here.
+
 Everything in the directory may come from a stranger, so every file is read in bounded time and memory, nothing outside
 the directory is opened, and nothing is executed. What is wrong is a CheckpointError that names the file.
 """
@@ -16,12 +19,17 @@ from typing import Any, BinaryIO
 
 from moeplan.errors import UserError
 from moeplan.safetensors_header import LENGTH_NBYTES, HeaderError, parse_header
+from moeplan.torch_archive import ArchiveError, read_archive
 from moeplan.untrusted_json import JSONError, parse_object, show
-from planner.expr import Read, SourceFile
+from planner.expr import DType, Read, Shape, SourceFile
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BIN_WEIGHTS = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
+PREFERRED = (WEIGHTS, INDEX, BIN_WEIGHTS, BIN_INDEX)
+"""What may say where the weights are. The first that is there counts, as in transformers."""
 
 MAX_CONFIG_NBYTES = 2**20
 MAX_INDEX_NBYTES = 8 * 2**20
@@ -41,12 +49,12 @@ MERGE_ADAPTER = (
 
 _LFS_POINTER = b"version https://git-lfs"
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_READS = "moeplan reads local directories of safetensors"
+_READS = "moeplan reads local directories"
 _INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
 _INSTEAD = {
     ".safetensors": f"if it is one of several shards, download {INDEX} too; if it is the whole, name it {WEIGHTS}",
-    ".bin": _INSTEAD_OF_PICKLE,
+    ".bin": f"if it is one of several shards, download {BIN_INDEX} too; if it is the whole, name it {BIN_WEIGHTS}",
     ".pth": _INSTEAD_OF_PICKLE,
     ".pt": _INSTEAD_OF_PICKLE,
     ".gguf": _INSTEAD_OF_GGUF,
@@ -54,7 +62,7 @@ _INSTEAD = {
 
 
 class CheckpointError(UserError):
-    """A source model cannot be read: it is not there, not a safetensors checkpoint, broken, or hostile."""
+    """A source model cannot be read: it is not there, not a checkpoint, broken, or hostile."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +115,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint in the local directory `path`. Reads its config, its index and its headers.
 
     Which files are its weights is decided as transformers does: `model.safetensors`, else the shards that
-    `model.safetensors.index.json` names. Raises CheckpointError.
+    `model.safetensors.index.json` names, else the same of `pytorch_model.bin`. Raises CheckpointError.
     """
     path = Path(path)
     check_is_directory(path)
-    weights = next((name for name in (WEIGHTS, INDEX) if os.path.lexists(path / name)), None)
+    weights = next((name for name in PREFERRED if os.path.lexists(path / name)), None)
     if weights is None:
         raise CheckpointError(f"{path}: {_why_no_weights(path)}")
     config = _read_config(path, weights)
-    tensors = _read_single_file(path) if weights == WEIGHTS else _read_shards(path)
+    if weights in (INDEX, BIN_INDEX):
+        tensors = _read_shards(path, weights)
+    else:
+        tensors, _ = read_tensors(path, weights, MAX_HEADERS_NBYTES)
     return Checkpoint(path, config, tensors)
 
 
@@ -147,7 +158,7 @@ def _how_to_get(path: str) -> str:
 
 
 def _why_no_weights(path: Path) -> str:
-    """What a directory without safetensors weights is instead, and what to do about it."""
+    """What a directory without weights is instead, and what to do about it."""
     try:
         by_suffix = {file.suffix: file.name for file in sorted(path.iterdir(), reverse=True)}
     except OSError as error:
@@ -160,7 +171,7 @@ def _why_no_weights(path: Path) -> str:
         if found is None
         else f"there is {show(found)}: {_INSTEAD[Path(found).suffix]}"
     )
-    return f"has no {WEIGHTS} and no {INDEX}; {_READS}; {advice}"
+    return f"has none of {', '.join(PREFERRED)}; {advice}"
 
 
 def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
@@ -184,23 +195,18 @@ def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
     return config
 
 
-def _read_single_file(path: Path) -> dict[str, Read]:
-    tensors, _ = read_tensors(path, WEIGHTS, MAX_HEADERS_NBYTES)
-    return tensors
-
-
-def _read_shards(path: Path) -> dict[str, Read]:
+def _read_shards(path: Path, index: str) -> dict[str, Read]:
     """The tensors of all shards. Index and shards must name the same ones.
 
     Of a tensor that a shard holds and the index does not map there, transformers 4 takes no notice, and transformers 5
     loads it; so neither reading is safe.
     """
-    weight_map = _read_weight_map(path)
+    weight_map = _read_weight_map(path, index)
     mapped: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         mapped.setdefault(shard, []).append(name)
     if len(mapped) > MAX_SHARDS:
-        raise CheckpointError(f"{path / INDEX}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
+        raise CheckpointError(f"{path / index}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
     tensors: dict[str, Read] = {}
     headers_nbytes = 0
     for shard, names in sorted(mapped.items()):
@@ -208,22 +214,23 @@ def _read_shards(path: Path) -> dict[str, Read]:
         headers_nbytes += header_nbytes
         for name in names:
             if name not in held:
-                raise CheckpointError(f"{path / shard}: tensor {show(name)} is not there; {INDEX} says that it is")
+                raise CheckpointError(f"{path / shard}: tensor {show(name)} is not there; {index} says that it is")
         if len(held) > len(names):
             name = next(name for name in held if weight_map.get(name) != shard)
             elsewhere = f"maps to {weight_map[name]}" if name in weight_map else "does not list"
             raise CheckpointError(
-                f"{path / shard}: holds tensor {show(name)}, which {INDEX} {elsewhere}; index and shards are not of "
+                f"{path / shard}: holds tensor {show(name)}, which {index} {elsewhere}; index and shards are not of "
                 "one model. Download them again"
             )
         tensors |= held
     return tensors
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(path: Path, index: str) -> dict[str, str]:
     """The index: tensor name -> name of a file in the directory."""
-    file = path / INDEX
-    weight_map = read_json(path, INDEX, MAX_INDEX_NBYTES).get("weight_map")
+    file = path / index
+    suffix = Path(index.removesuffix(".index.json")).suffix
+    weight_map = read_json(path, index, MAX_INDEX_NBYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: has no `weight_map` from tensor names to file names")
     if len(weight_map) > MAX_TENSORS:
@@ -239,48 +246,65 @@ def _read_weight_map(path: Path) -> dict[str, str]:
                 f"{file}: tensor {show(name)} is mapped to {show(shard)}; shards must be plain names of files in the "
                 "directory"
             )
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: tensor {show(name)} is mapped to {show(shard)}, not to a .safetensors file")
+        if not shard.endswith(suffix):
+            raise CheckpointError(f"{file}: tensor {show(name)} is mapped to {show(shard)}, not to a {suffix} file")
         plain.add(shard)
     return weight_map
 
 
 def read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
-    """The tensors of one safetensors file, and the size of its header."""
+    """The tensors of one file of weights, and the size of its header. Raises CheckpointError."""
     where = path / name
     with _opened(path, name) as file:
         status = os.fstat(file.fileno())
-        start = file.read(len(_LFS_POINTER))
-        _refuse_lfs_pointer(where, start)
-        if len(start) < LENGTH_NBYTES:
-            raise CheckpointError(
-                f"{where}: is not a safetensors file: it has {status.st_size:,} bytes. Download it again"
-            )
-        header_nbytes = int.from_bytes(start[:LENGTH_NBYTES], "little")
-        data_offset = LENGTH_NBYTES + header_nbytes
-        if data_offset > status.st_size:
-            raise CheckpointError(
-                f"{where}: is truncated, or not a safetensors file: its header would take {header_nbytes:,} bytes, the "
-                f"file has {status.st_size:,}. Download it again"
-            )
-        if header_nbytes > max_header_nbytes:
-            raise CheckpointError(
-                f"{where}: its header takes {header_nbytes:,} bytes; moeplan reads at most {MAX_HEADERS_NBYTES:,} "
-                "bytes of headers in a checkpoint, twice what the largest need"
-            )
-        file.seek(LENGTH_NBYTES)
-        header = file.read(header_nbytes)
+        _refuse_lfs_pointer(where, file.read(len(_LFS_POINTER)))
+        locate = _located_in_archive if name.endswith(".bin") else _located_by_header
+        places, header_nbytes = locate(where, file, status.st_size, max_header_nbytes)
         real_path = file.name
+    opened = _one_path(real_path, status)
+    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, opened)
+    return {tensor: Read(source, *place) for tensor, place in places.items()}, header_nbytes
+
+
+def _located_by_header(
+    where: Path, file: BinaryIO, file_nbytes: int, max_header_nbytes: int
+) -> tuple[dict[str, tuple[int, DType, Shape]], int]:
+    """Offset, dtype and shape of each tensor of a safetensors file, and the size of its header."""
+    file.seek(0)
+    start = file.read(LENGTH_NBYTES)
+    if len(start) < LENGTH_NBYTES:
+        raise CheckpointError(f"{where}: is not a safetensors file: it has {file_nbytes:,} bytes. Download it again")
+    header_nbytes = int.from_bytes(start, "little")
+    data_offset = LENGTH_NBYTES + header_nbytes
+    if data_offset > file_nbytes:
+        raise CheckpointError(
+            f"{where}: is truncated, or not a safetensors file: its header would take {header_nbytes:,} bytes, the "
+            f"file has {file_nbytes:,}. Download it again"
+        )
+    if header_nbytes > max_header_nbytes:
+        raise CheckpointError(
+            f"{where}: its header takes {header_nbytes:,} bytes; moeplan reads at most {MAX_HEADERS_NBYTES:,} "
+            "bytes of headers in a checkpoint, twice what the largest need"
+        )
+    header = file.read(header_nbytes)
     if len(header) != header_nbytes:
         raise CheckpointError(f"{where}: became shorter while it was read")
     try:
-        infos = parse_header(header, status.st_size - data_offset)
+        infos = parse_header(header, file_nbytes - data_offset)
     except HeaderError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    opened = _one_path(real_path, status)
-    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, opened)
-    tensors = {tensor: Read(source, data_offset + info.begin, info.dtype, info.shape) for tensor, info in infos.items()}
-    return tensors, header_nbytes
+    return {name: (data_offset + info.begin, info.dtype, info.shape) for name, info in infos.items()}, header_nbytes
+
+
+def _located_in_archive(
+    where: Path, file: BinaryIO, file_nbytes: int, max_header_nbytes: int
+) -> tuple[dict[str, tuple[int, DType, Shape]], int]:
+    """The same of a file of `torch.save`."""
+    try:
+        tensors, header_nbytes = read_archive(file, file_nbytes, max_header_nbytes)
+    except ArchiveError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    return {name: (tensor.offset, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, header_nbytes
 
 
 _paths: dict[tuple[int, int], str] = {}

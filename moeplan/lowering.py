@@ -129,11 +129,22 @@ class Lowering:
             if ".mlp." in name:
                 continue
             expr: Expr | None = base.tensor(name, spec)
-            if expr is None and name == OUTPUT_MATRIX and not self.family.tied:
-                expr = base.checkpoint.tensors[EMBEDDINGS]
+            if name == OUTPUT_MATRIX:
+                expr = self._output_matrix(expr)
             if expr is not None:
                 graph.add(name, cast(expr, self.dtype))
         return graph
+
+    def _output_matrix(self, stored: Expr | None) -> Expr | None:
+        """The output matrix; None where the output leaves it to the embeddings, which it is tied to.
+
+        `.bin` files name the embeddings a second time for it; safetensors leave it out.
+        """
+        embeddings = self.sources.base.checkpoint.tensors[EMBEDDINGS]
+        is_tied = stored is embeddings and self.sources.base.settings["tie_word_embeddings"]
+        if stored is not None and not is_tied:
+            return stored
+        return None if self.family.tied else embeddings
 
     def _add_zeros(self, graph: TensorGraph, layer: int) -> None:
         base = self.sources.base

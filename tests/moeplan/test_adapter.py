@@ -12,7 +12,7 @@ import torch
 from commands import moeplan, sparse_llama, write_config
 from safetensors.torch import save_file
 
-from moeplan.adapter import CONFIG, WEIGHTS
+from moeplan.adapter import BIN_WEIGHTS, CONFIG, WEIGHTS
 from moeplan.architectures import as_dense_model
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CheckpointError, open_checkpoint
@@ -181,6 +181,11 @@ def test_what_is_no_adapter_s_directory_is_refused(tmp_path: Path, refusal: Call
     path = write_adapter(tmp_path / "lora")
     (path / WEIGHTS).unlink()
     assert refusal(path) == f"lora/{WEIGHTS}: is not there, or links to nothing; is the download complete?"
+    (path / BIN_WEIGHTS).write_bytes(b"PK")
+    assert refusal(path) == (
+        f"lora/{BIN_WEIGHTS}: is truncated, or not a zip archive: its list of members is not where it should end. "
+        "Download it again"
+    )
     os.mkfifo(path / WEIGHTS)
     assert refusal(path) == f"lora/{WEIGHTS}: is not a regular file"
     (path / CONFIG).write_text("{")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from moeplan.checkpoint import (
+    BIN_INDEX,
     CONFIG,
     INDEX,
     MAX_CONFIG_NBYTES,
@@ -418,7 +419,11 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting(
 
 OTHERS = {
     "nothing": ([], "is the download complete, and is this the model's directory?"),
-    "a pickle": (["pytorch_model.bin"], "there is 'pytorch_model.bin': convert it to safetensors first"),
+    "shards of pickles": (
+        ["pytorch_model-00001-of-00002.bin"],
+        f"if it is one of several shards, download {BIN_INDEX}",
+    ),
+    "a pickle of another name": (["model.pt"], "there is 'model.pt': convert it to safetensors first"),
     "Meta's pickle": (["consolidated.00.pth"], "there is 'consolidated.00.pth': convert it to safetensors first"),
     "a GGUF": (["q4.gguf"], "there is 'q4.gguf': give the model that the GGUF was converted from"),
     "a file of another name": (["weights.safetensors", "a.bin"], f"is the whole, name it {WEIGHTS}"),
@@ -431,7 +436,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_a_directory_without_safetensors_weights_is_refused_by_what_it_holds(path: Path, case: str) -> None:
+def test_a_directory_without_weights_is_refused_by_what_it_holds(path: Path, case: str) -> None:
     names, reason = OTHERS[case]
     for name in names:
         (path / name).touch()
@@ -443,10 +448,10 @@ def test_a_directory_without_safetensors_weights_is_refused_by_what_it_holds(pat
 PATHS = {
     "mistralai/Mistral-7B-v0.1": "`hf download mistralai/Mistral-7B-v0.1 --local-dir Mistral-7B-v0.1`",
     "org/name@refs/pr/1": "`hf download org/name --revision refs/pr/1 --local-dir name`",
-    "nowhere": "nowhere: no such directory; moeplan reads local directories of safetensors",
+    "nowhere": "nowhere: no such directory; moeplan reads local directories",
     "/nowhere/at/all": "A model on the Hub must be downloaded first",
-    "model.gguf": "is a file; moeplan reads local directories of safetensors: give the model that the GGUF was",
-    "model.safetensors": "is a file; moeplan reads local directories of safetensors: give the directory",
+    "model.gguf": "is a file; moeplan reads local directories: give the model that the GGUF was",
+    "model.safetensors": "is a file; moeplan reads local directories: give the directory",
     "model.safetensors/x": "no such directory",
     "a\0b": r"'a\x00b': is not the path of a directory",
     "a\udcff": r"'a\udcff': is not the path of a directory",

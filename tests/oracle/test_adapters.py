@@ -141,6 +141,18 @@ def test_adapters_of_half_precision_are_added_in_float32(dtype, checkpoint, adap
         assert_is(tensor, expected[name], name)
 
 
+def test_an_adapter_may_be_a_bin_file(checkpoint, adapter, merge):
+    base = checkpoint("llama-plain")
+    lora = adapter(base, modules_to_save=["down_proj"], target_modules=["up_proj"])
+    outs = [merge(base, [base, f"{base}+{lora}"])]
+    file = lora / "adapter_model.safetensors"
+    torch.save(load_file(file), lora / "adapter_model.bin")
+    file.unlink()
+    outs.append(merge(base, [base, f"{base}+{lora}"]))
+    first, second = map(read_tensors, outs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_fan_in_fan_out_is_ignored_for_linear_layers_as_peft_does(checkpoint, adapter, merge):
     base = checkpoint("llama-plain")
     lora = adapter(base)

@@ -1,0 +1,72 @@
+"""A merge of legacy `.bin` files holds what a merge of the same models in safetensors holds, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import read_tensors
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+def as_bin(source: Path, path: Path, num_shards: int = 1) -> Path:
+    """A copy of the checkpoint `source` as transformers 4 saved it without safetensors.
+
+    What is tied is named twice, and shares its storage; buffers that old files hold are there, too.
+    """
+    shutil.copytree(source, path, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, Tensor] = dict(AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict())
+    tensors |= {name: tensor for name, tensor in read_tensors(source).items() if name not in tensors}
+    if num_shards == 1:
+        torch.save(tensors, path / "pytorch_model.bin")
+        return path
+    storages = list(dict.fromkeys(tensor.data_ptr() for tensor in tensors.values()))  # one of two tensors stays whole
+    shard_of = {storage: n % num_shards + 1 for n, storage in enumerate(storages)}
+    weight_map = {
+        name: f"pytorch_model-{shard_of[tensor.data_ptr()]:05}-of-{num_shards:05}.bin"
+        for name, tensor in tensors.items()
+    }
+    for shard in set(weight_map.values()):
+        torch.save({name: tensors[name] for name, s in weight_map.items() if s == shard}, path / shard)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    """All files are the same, but for how weights are laid out: that follows from where they lie in their sources."""
+    tensors, others = read_tensors(out), read_tensors(expected)
+    assert tensors.keys() == others.keys()
+    for name, tensor in others.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    for file in expected.iterdir():
+        if file.suffix in (".json", ".model", ".jinja") and "index" not in file.name:
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("num_shards", [1, 3], ids=["single", "sharded"])
+@pytest.mark.parametrize(
+    "recipe", ["llama-plain", "llama-f16", "llama-bf16", "llama-tied", "mistral-old", "qwen3-tied"]
+)
+def test_bin_files_give_the_bytes_that_safetensors_give(recipe, num_shards, checkpoint, merge, tmp_path):
+    sources = [checkpoint(recipe, seed) for seed in range(2)]
+    bins = [as_bin(source, tmp_path / f"bin-{n}", num_shards) for n, source in enumerate(sources)]
+    prompts = [{"positive_prompts": ["one prompt"]}, {"positive_prompts": ["another"]}]
+    merged = [
+        merge(base, [{"source_model": base, **prompts[0]}, {"source_model": other, **prompts[1]}], gate_mode="hidden")
+        for base, other in (sources, bins)
+    ]
+    assert_same(merged[1], merged[0])
+
+
+def test_what_is_cast_scaled_noised_and_packed_is_the_same_too(checkpoint, merge, tmp_path):
+    source = checkpoint("qwen2-tied")
+    settings = {"architecture": "qwen2", "expert_layout": "packed", "dtype": "float16", "gate_mode": "random"}
+    experts = {"noise_scale": 0.1, "residual_scale": 0.5}
+    merged = []
+    for model in (source, as_bin(source, tmp_path / "bin")):
+        shared = [{"source_model": model}]
+        merged.append(merge(model, [{"source_model": model, **experts}] * 2, shared_experts=shared, **settings))
+    assert_same(merged[1], merged[0])
