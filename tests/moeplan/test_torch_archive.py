@@ -366,6 +366,22 @@ def test_an_old_file_can_be_converted_as_the_message_says(tmp_path: Path) -> Non
     assert_holds((tmp_path / "old.bin").read_bytes(), {"x": torch.arange(4.0)})
 
 
+def test_a_list_of_members_is_not_read_where_it_is_larger_than_asked_for() -> None:
+    with pytest.raises(ArchiveError, match=r"lists its members in [\d,]+ bytes; at most 100 are read"):
+        read_archive(io.BytesIO(PLAIN), len(PLAIN), 100)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(42, 2**31), (42, len(PLAIN) - 30), (24, 600)], ids=["far", "near", "long"]
+)
+def test_members_that_reach_into_the_list_of_members_are_refused(field: int, value: int) -> None:
+    content = bytearray(PLAIN)
+    at = PLAIN.rindex(b"archive/data/1") - 46  # its entry in the list: the offset at 42, sizes at 20 and 24
+    for begin in {field, 20} if field == 24 else {field}:
+        content[at + begin : at + begin + 4] = value.to_bytes(4, "little")
+    assert "'archive/data/1' does not lie before the list of members" in refusal(bytes(content))
+
+
 def test_a_member_that_is_listed_twice_is_refused() -> None:
     at = PLAIN.rindex(b"archive/data/1")
     assert "it lists 'archive/data/0' twice" in refusal(PLAIN[:at] + b"archive/data/0" + PLAIN[at + 14 :])
