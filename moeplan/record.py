@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 RECORD = "moeplan.json"
 FORMAT = 1
 PACKAGES = ("moeplan", "numpy", "tokenizers", "torch", "transformers")
+
+MAX_HEADER_NBYTES = 16 << 20
+"""More than any header has, and little enough to read of a file that has none."""
 
 CHECKSUM = "sum modulo 2^64 of XXH3-64 of blocks of 16384 elements, the first of `head`, seeded with the block's number"
 
@@ -108,7 +110,7 @@ def header_sha256(path: Path) -> str:
 
 
 def header(path: Path) -> bytes:
-    """The header of a safetensors file, its length included; as much of it as there is. Raises OSError."""
+    """The header of a safetensors file, its length included; of anything else, what stands there. Raises OSError."""
     with open(path, "rb") as file:
         start = file.read(LENGTH_NBYTES)
-        return start + file.read(min(int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size))
+        return start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER_NBYTES))
