@@ -93,7 +93,7 @@ class Checkpoint:
             return default
         # type() and not isinstance(): True is an int to Python, but not to JSON.
         if type(value) is not int or not minimum <= value <= maximum:
-            raise self._wrong_value(key, f"a whole number from {minimum:,} to {maximum:,}")
+            raise self.wrong_value(key, f"a whole number from {minimum:,} to {maximum:,}")
         return value
 
     def number(self, key: str, *, default: float | None = None, maximum: float = 1e15) -> float:
@@ -102,10 +102,11 @@ class Checkpoint:
         if value is None and default is not None:
             return default
         if value is None or type(value) not in (int, float) or not 0 < value <= maximum:
-            raise self._wrong_value(key, f"a number above 0, up to {maximum:g}")
+            raise self.wrong_value(key, f"a number above 0, up to {maximum:g}")
         return float(value)
 
-    def _wrong_value(self, key: str, expected: str) -> CheckpointError:
+    def wrong_value(self, key: str, expected: str) -> CheckpointError:
+        """The error that what `config.json` has for `key` is not what is `expected`."""
         value = self.config.get(key)
         found = f"`{key}` is missing" if value is None else f"`{key}` is {show(value)}"
         return CheckpointError(f"{self.path / CONFIG}: {found}; it must be {expected}")
@@ -140,7 +141,7 @@ def check_is_directory(path: Path) -> None:
         is_directory = path.is_dir()
         exists = is_directory or path.exists()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise CheckpointError(f"{show(str(path))}: cannot be opened ({error.strerror})") from None
     if not exists:
         raise CheckpointError(f"{path}: no such directory; {_READS}. {_how_to_get(str(path))}")
     if not is_directory:
@@ -255,14 +256,14 @@ def _read_weight_map(path: Path, index: str) -> dict[str, str]:
 def read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
     """The tensors of one file of weights, and the size of its header. Raises CheckpointError."""
     where = path / name
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         status = os.fstat(file.fileno())
         _refuse_lfs_pointer(where, file.read(len(_LFS_POINTER)))
         locate = _located_in_archive if name.endswith(".bin") else _located_by_header
         places, header_nbytes = locate(where, file, status.st_size, max_header_nbytes)
         real_path = file.name
-    opened = _one_path(real_path, status)
-    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, opened)
+    path_opened = _one_path(real_path, status)
+    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, path_opened)
     return {tensor: Read(source, *place) for tensor, place in places.items()}, header_nbytes
 
 
@@ -326,7 +327,7 @@ def _one_path(path: str, status: os.stat_result) -> str:
 def read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:
     """The JSON object in the file `name` of a checkpoint's directory. Raises CheckpointError."""
     where = path / name
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         text = file.read(max_nbytes + 1)
     _refuse_lfs_pointer(where, text)
     if len(text) > max_nbytes:
@@ -345,8 +346,11 @@ def _refuse_lfs_pointer(where: Path, start: bytes) -> None:
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
-    """The regular file `name` of the checkpoint's directory, open for reading; its `name` is its real path."""
+def opened(path: Path, name: str) -> Iterator[BinaryIO]:
+    """The regular file `name` of the checkpoint's directory, open for reading; its `name` is its real path.
+
+    Raises CheckpointError where it cannot be read, or is really a file of another place than the checkpoint's.
+    """
     where = path / name
     try:
         directory = os.path.realpath(path, strict=True)

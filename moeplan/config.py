@@ -54,7 +54,7 @@ _DTYPE_NICKNAMES = {
 }
 
 _MAX_NBYTES = 1 << 20
-_MAX_NODES = 50_000
+_MAX_NODES = 25_000
 _MAX_DEPTH = 32
 _MAX_LITERAL_LENGTH = 100  # of a number or date; YAML's base-60 integers take quadratic time to read
 _MAX_LISTED = 20

@@ -19,6 +19,7 @@ from moeplan.architectures.family import Family
 from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
+from moeplan.gates.prompts import PromptError
 from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
@@ -29,7 +30,7 @@ from moeplan.record import RECORD, identity, record
 from moeplan.routing import degenerate_layers
 from moeplan.staging import check_output, staged, unfinished_nbytes
 from planner.errors import BudgetError
-from planner.expr import DType
+from planner.expr import DType, Opaque
 from planner.graph import TensorGraph
 from planner.layout import index_json
 from planner.plan import Plan
@@ -118,7 +119,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         config=config,
         family=family,
         sources=sources,
-        routers=mode.routers(gates.GateRequest(config.gate_mode, sources.base, gated, options.random_seed)),
+        routers=_routers(config, mode, gates.GateRequest(config.gate_mode, sources.base, gated, options.random_seed)),
         dtype=dtype,
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
@@ -274,6 +275,15 @@ def _open_sources(config: MergeConfig) -> Sources:
             model(e.source_model, "shared_experts", i, "source_model") for i, e in enumerate(config.shared_experts)
         ),
     )
+
+
+def _routers(config: MergeConfig, mode: gates.GateMode, request: gates.GateRequest) -> Sequence[Opaque]:
+    try:
+        return mode.routers(request)
+    except PromptError as error:
+        number, key, position = error.place
+        role, number = ("experts", number) if number < len(config.experts) else ("shared_experts", 0)
+        raise CheckpointError(f"{config.where(role, number, key, position)}: {error}") from error
 
 
 def _layout(family: Family, asked: str | None) -> str:

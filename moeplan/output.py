@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.errors import RunError
+from moeplan.checkpoint import CheckpointError, opened
 from moeplan.errors import UserError
 
 CONFIG = "config.json"
@@ -28,6 +29,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 MAX_TOKENIZER_NBYTES = 256 << 20
+MAX_TOKENIZER_FILES = 256
+WITHOUT = "use --no-copy-tokenizer to go without"
 
 
 class OutputError(UserError):
@@ -56,16 +59,23 @@ def free_nbytes(directory: Path) -> int:
 def tokenizer_files(source: Path) -> list[Path]:
     """The files of a checkpoint that a merged model takes over as they are.
 
-    Raises OutputError for one that is not a plain file of sane size.
+    Raises CheckpointError for one that is really a file of another place, or not a plain file of sane size.
     """
-    files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
+    names = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     templates = source / "additional_chat_templates"
     if templates.is_dir():
-        files += sorted(templates.glob("*.jinja"))
-    for file in files:
-        if not file.is_file() or file.stat().st_size > MAX_TOKENIZER_NBYTES:
-            raise OutputError(f"{file}: this is not a file that can be copied; use --no-copy-tokenizer to go without")
-    return files
+        names += sorted(str(file.relative_to(source)) for file in templates.glob("*.jinja"))
+    if len(names) > MAX_TOKENIZER_FILES:
+        raise CheckpointError(f"{templates}: holds {len(names):,} files ({WITHOUT})")
+    for name in names:
+        try:
+            with opened(source, name) as file:
+                nbytes = os.fstat(file.fileno()).st_size
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} ({WITHOUT})") from None
+        if nbytes > MAX_TOKENIZER_NBYTES:
+            raise CheckpointError(f"{source / name}: is larger than {MAX_TOKENIZER_NBYTES:,} bytes ({WITHOUT})")
+    return [source / name for name in names]
 
 
 def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Path], source: Path) -> None:

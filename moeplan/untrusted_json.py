@@ -1,11 +1,12 @@
 """JSON from strangers, read in bounded time and memory.
 
 Config files, indexes and safetensors headers are downloaded. Python's own parser takes more than JSON allows (NaN, lone
-surrogates, a key twice) and builds fifty bytes of objects from two bytes of text; this one refuses both. How long
-the text may be is for the caller to say, before it reads it.
+surrogates, a key twice), makes infinity of 1e999, and builds fifty bytes of objects from two bytes of text; this one
+refuses all of it. How long the text may be is for the caller to say, before it reads it.
 """
 
 import json
+import math
 import re
 import reprlib
 from typing import Any, NoReturn
@@ -94,11 +95,18 @@ def _first_duplicate(pairs: list[tuple[str, Any]]) -> str:
 
 
 def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _MAX_INT_DIGITS and digits != "-0" else float(digits)
+    return int(digits) if len(digits) <= _MAX_INT_DIGITS and digits != "-0" else _float(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise JSONError(f"holds the number {show(digits)}, which is beyond what a float can be")
+    return value
 
 
 def _constant(name: str) -> NoReturn:
     raise JSONError(f"is not JSON: it holds {name}")
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)

@@ -15,6 +15,7 @@ from moeplan.architectures.qwen3_moe import QWEN3_MOE
 from moeplan.checkpoint import Checkpoint, CheckpointError
 from moeplan.config import ConfigError, MergeConfig
 from moeplan.gates import PROMPTLESS
+from moeplan.untrusted_json import show
 
 FAMILIES: tuple[Family, ...] = (MIXTRAL, DEEPSEEK, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE_SHARED)
 """In order of preference where several fit, which is mergekit's, so that the same YAML gives the same family."""
@@ -28,7 +29,7 @@ def as_dense_model(checkpoint: Checkpoint) -> DenseModel:
     family = DENSE_FAMILIES.get(checkpoint.model_type)
     if family is None:
         raise CheckpointError(
-            f"{checkpoint.path}: models of type {checkpoint.model_type} cannot be merged; "
+            f"{checkpoint.path}: models of type {show(checkpoint.model_type)} cannot be merged; "
             f"moeplan knows {', '.join(sorted(DENSE_FAMILIES))}"
         )
     return dense_model(checkpoint, family)

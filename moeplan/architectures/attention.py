@@ -10,9 +10,21 @@ from typing import Any
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import ROPE_TYPES, Family
+from moeplan.architectures.setting_values import MAX_NUMBER, is_number
 from moeplan.checkpoint import CheckpointError
+from moeplan.untrusted_json import show
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
+
+_SCALING_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT),
+}
+"""The parameters without which a kind of RoPE scaling cannot be computed (transformers/modeling_rope_utils.py)."""
 
 
 class CannotHoldError(CheckpointError):
@@ -78,19 +90,47 @@ def _rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     scaling = {"rope_type": scaling.pop("rope_type", rope_type), **scaling}
     if scaling["rope_type"] not in ROPE_TYPES:
         raise CheckpointError(
-            f"{path}: RoPE scaling of type {scaling['rope_type']!r} cannot be held by the merged model; "
+            f"{path}: RoPE scaling of type {show(scaling['rope_type'])} cannot be held by the merged model; "
             f"moeplan knows {', '.join(ROPE_TYPES)}"
         )
     partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise CheckpointError(f"{path}: partial_rotary_factor is {partial!r}; the merged model rotates whole heads")
+        raise CheckpointError(f"{path}: partial_rotary_factor is {show(partial)}; the merged model rotates whole heads")
     # Beside the scaling it counts for more than in it, in transformers 5.
     if scaling["rope_type"] != "default" and config.get(ORIGINAL_CONTEXT) is not None:
         scaling[ORIGINAL_CONTEXT] = config[ORIGINAL_CONTEXT]
     theta = scaling.pop("rope_theta", None) or model.settings["rope_theta"]
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-        raise CheckpointError(f"{path}: rope_theta is {theta!r}; it must be a positive number")
+    if not is_number(theta, 0) or theta == 0:
+        raise CheckpointError(f"{path}: rope_theta is {show(theta)}; it must be a number above 0, up to {MAX_NUMBER:g}")
+    _check_scaling(model, scaling)
     return float(theta), scaling
+
+
+def _check_scaling(model: DenseModel, scaling: dict[str, Any]) -> None:
+    path, rope_type = _path(model), scaling["rope_type"]
+    missing = [key for key in _SCALING_NEEDS[rope_type] if scaling.get(key) is None]
+    if missing:
+        raise CheckpointError(f"{path}: RoPE scaling of type {rope_type!r} has no {missing[0]}")
+    for key, value in scaling.items():
+        if key == "rope_type" or value is None or isinstance(value, bool):
+            continue
+        if key in ("short_factor", "long_factor"):
+            count = model.sizes["head_dim"] // 2
+            is_right = isinstance(value, list) and len(value) == count and all(_is_positive(item) for item in value)
+            expected = f"a list of head_dim / 2 = {count} numbers above 0"
+        elif key == ORIGINAL_CONTEXT:
+            is_right = type(value) is int and 0 < value < 2**31
+            expected = "a whole number above 0"
+        elif key.endswith("factor"):
+            is_right, expected = _is_positive(value), "a number above 0"
+        else:
+            is_right, expected = is_number(value) or isinstance(value, str), "a number or text"
+        if not is_right:
+            raise CheckpointError(f"{path}: the RoPE parameter {show(key)} is {show(value)}; it must be {expected}")
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 def rope_switch(model: DenseModel) -> int | None:

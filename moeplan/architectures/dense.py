@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.adapter import Adapter, open_adapter
+from moeplan.architectures.setting_values import complete_settings
 from moeplan.checkpoint import Checkpoint, CheckpointError
 from planner.expr import Expr, Read
 
@@ -199,18 +200,26 @@ class DenseModel:
 
 
 def dense_model(checkpoint: Checkpoint, family: DenseFamily) -> DenseModel:
-    """See `checkpoint` as a model of `family`. Raises CheckpointError where its sizes are wrong."""
-    settings = {key: checkpoint.config.get(key, default) for key, default in family.defaults.items()}
+    """See `checkpoint` as a model of `family`. Raises CheckpointError where its settings cannot be."""
+    settings = complete_settings(checkpoint, family.defaults)
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     if settings["head_dim"] is None:
         heads = checkpoint.integer("num_attention_heads", default=settings["num_attention_heads"])
-        settings["head_dim"] = checkpoint.integer("hidden_size", default=settings["hidden_size"]) // heads
+        hidden = checkpoint.integer("hidden_size", default=settings["hidden_size"])
+        if heads > hidden:
+            raise checkpoint.wrong_value("num_attention_heads", f"at most hidden_size, which is {hidden:,}")
+        settings["head_dim"] = hidden // heads
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     sizes = {name: checkpoint.integer(name, default=settings[name]) for name in names}
     sizes["num_hidden_layers"] = checkpoint.integer(
         "num_hidden_layers", default=settings["num_hidden_layers"], maximum=10_000
     )
+    context = settings["max_position_embeddings"]
+    settings["max_position_embeddings"] = checkpoint.integer("max_position_embeddings", default=context)
+    pad = settings["pad_token_id"]
+    if pad is not None and pad >= sizes["vocab_size"]:
+        raise checkpoint.wrong_value("pad_token_id", f"below vocab_size, which is {sizes['vocab_size']:,}")
     sizes["q_size"] = sizes["num_attention_heads"] * sizes["head_dim"]
     sizes["kv_size"] = sizes["num_key_value_heads"] * sizes["head_dim"]
     return DenseModel(checkpoint, family, settings | {n: sizes[n] for n in (*names, "num_hidden_layers")}, sizes)

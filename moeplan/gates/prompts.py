@@ -5,23 +5,54 @@ A prompt is the BOS token, if the tokenizer has one, and the text's tokens; no o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CheckpointError
+from moeplan.checkpoint import CONFIG, CheckpointError, opened, read_json
 from moeplan.config import Expert
-from moeplan.untrusted_json import JSONError, parse_object
+from moeplan.output import TOKENIZER_FILES
+from moeplan.untrusted_json import show
 from planner.expr import Concat, Read
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 EMBEDDING = "model.embed_tokens.weight"
-MAX_NBYTES = 256 << 20
+
+FAST, SLOW = "tokenizer.json", "tokenizer.model"
+SENTENCEPIECE = b"\n"
+"""The first byte of a sentencepiece model: the tag of its first piece, in a protocol buffer."""
+BOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+MAX_NBYTES = 64 << 20
 """Of a tokenizer file. The largest honest ones, of a quarter million tokens, have 35 MB."""
+
+# What a tokenizer may take in its own process. Honest ones need 9 bytes of memory for a byte of tokenizer.json, which
+# they read at 50 MB/s, and some 200 bytes for a byte of text.
+SECONDS = 0.5
+NBYTES_PER_SECOND = 4 << 20
+DATA_NBYTES = 96 << 20
+DATA_NBYTES_PER_BYTE = 24
+TEXT_WEIGHT = 64
+TRANSFORMERS_SECONDS = 120.0
+TRANSFORMERS_NBYTES = 4 << 30
+
+
+PromptPlace = tuple[int, str, int]
+"""The expert's number, `positive_prompts` or `negative_prompts`, the prompt's number."""
+
+
+class PromptError(CheckpointError):
+    """A prompt cannot be used with the base's tokenizer and embeddings. `place` says which."""
+
+    def __init__(self, place: PromptPlace, message: str) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -48,14 +79,19 @@ class Prompts:
 def tokenize(experts: Sequence[Expert], base: DenseModel) -> Prompts:
     """The prompts of `experts`, tokenised with the base's tokenizer.
 
-    Raises CheckpointError where the base has no tokenizer that can be read, or a prompt comes out empty, longer than
-    the model's context, or with a token that the embedding has no row for.
+    Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a prompt comes out empty,
+    longer than the model's context, or with a token that the embedding has no row for.
     """
-    encode = _encoder(base.checkpoint.path, base.checkpoint.config)
-    texts = {text for expert in experts for text in (*expert.positive_prompts, *expert.negative_prompts)}
-    ids = {text: encode(text) for text in texts}
+    places: dict[str, PromptPlace] = {}
+    for number, expert in enumerate(experts):
+        for key in ("positive_prompts", "negative_prompts"):
+            for position, text in enumerate(getattr(expert, key)):
+                places.setdefault(text, (number, key, position))
+    ids = dict(zip(places, _encode(base.checkpoint.path, base.checkpoint.config, list(places)), strict=True))
     for text, tokens in ids.items():
-        _check(text, tokens, base)
+        wrong = _what_is_wrong(text, tokens, base)
+        if wrong:
+            raise PromptError(places[text], wrong)
     ordered = sorted(set(ids.values()), key=lambda tokens: (len(tokens), tokens))
     index = {tokens: i for i, tokens in enumerate(ordered)}
 
@@ -78,88 +114,105 @@ def embedding_rows(base: DenseModel, token_ids: Sequence[int]) -> Concat:
     return Concat(rows, (len(rows), width))
 
 
-def _check(text: str, tokens: tuple[int, ...], base: DenseModel) -> None:
+def _what_is_wrong(text: str, tokens: tuple[int, ...], base: DenseModel) -> str | None:
     shown = repr(text if len(text) <= 40 else text[:40] + "…")
     path = base.checkpoint.path
     if not tokens:
-        raise CheckpointError(f"the prompt {shown} has no tokens, and the tokenizer of {path} has no BOS token")
-    context = base.checkpoint.integer("max_position_embeddings", default=base.settings["max_position_embeddings"])
+        return f"the prompt {shown} has no tokens, and the tokenizer of {path} has no BOS token"
+    context = base.settings["max_position_embeddings"]
     if len(tokens) > context:
-        raise CheckpointError(f"the prompt {shown} has {len(tokens)} tokens, and the context of {path} is {context}")
-    if max(tokens) >= base.sizes["vocab_size"]:
-        raise CheckpointError(
+        return f"the prompt {shown} has {len(tokens)} tokens, and the context of {path} is {context}"
+    if not 0 <= min(tokens) <= max(tokens) < base.sizes["vocab_size"]:
+        return (
             f"the prompt {shown} has token {max(tokens)}, and the embeddings of {path} have "
             f"{base.sizes['vocab_size']} rows; its tokenizer is of another model"
         )
+    return None
 
 
-class _Encoder:
-    """Text → token ids, BOS first."""
-
-    def __init__(self, tokenizer: Tokenizer, bos: int | None) -> None:
-        self._tokenizer = tokenizer
-        self._bos = () if bos is None else (bos,)
-
-    def __call__(self, text: str) -> tuple[int, ...]:
-        return (*self._bos, *self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _encoder(path: Path, config: Any) -> _Encoder:
-    file = path / "tokenizer.json"
-    if not file.exists():
-        return _slow_encoder(path)
-    from tokenizers import Tokenizer
-
-    content = _read(file)
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise CheckpointError(f"{file}: this is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return _Encoder(tokenizer, _bos_id(path, tokenizer, config))
-
-
-def _read(file: Path) -> bytes:
-    """The bytes of a file of the checkpoint that is read whole."""
-    if not file.is_file() or file.stat().st_size > MAX_NBYTES:
-        raise CheckpointError(f"{file}: is not a regular file of at most {MAX_NBYTES >> 20} MiB")
-    return file.read_bytes()
-
-
-def _slow_encoder(path: Path) -> _Encoder:
-    """For a directory that has only the sentencepiece model: transformers converts it, for 3 s and 300 MB."""
-    if not (path / "tokenizer.model").exists():
+def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """The token ids of `texts`, BOS first, by the tokenizer of the checkpoint in `path`."""
+    text_nbytes = sum(len(text.encode()) for text in texts)
+    request = {"texts": texts, "most_tokens": 16 * (text_nbytes + len(texts))}
+    if os.path.lexists(path / FAST):
+        answer = _ask_fast(path, config, request, text_nbytes)
+    elif os.path.lexists(path / SLOW):
+        for name in (*TOKENIZER_FILES, CONFIG):  # transformers opens what it finds
+            if os.path.lexists(path / name):
+                with opened(path, name) as file:
+                    _check_size(path / name, file)
+                    if name == SLOW and file.read(1) != SENTENCEPIECE:
+                        raise CheckpointError(f"{path / name}: is not a sentencepiece model; download it again")
+        limits = {"seconds": TRANSFORMERS_SECONDS, "data_nbytes": TRANSFORMERS_NBYTES}
+        answer = _ask(path / SLOW, {**request, **limits, "directory": str(path)})
+    else:
         raise CheckpointError(
-            f"{path}: there is no tokenizer (tokenizer.json or tokenizer.model), and this gate mode reads prompts; "
+            f"{path}: there is no tokenizer ({FAST} or {SLOW}), and this gate mode reads prompts; "
             "copy the model's tokenizer files there, or use gate_mode: random"
         )
-    from transformers import AutoTokenizer
+    start = () if answer["bos_id"] is None else (answer["bos_id"],)
+    return [(*start, *ids) for ids in answer["tokens"]]
 
+
+def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], text_nbytes: int) -> dict[str, Any]:
+    """A tokenizer_config.json that names no BOS token means none; without that file config.json decides."""
+    named = next((name for name in BOS_FILES if os.path.lexists(path / name)), None)
+    bos = bos_token(path, named) if named else None
+    with opened(path, FAST) as file:
+        work_nbytes = _check_size(path / FAST, file) + TEXT_WEIGHT * text_nbytes
+        limits = {
+            "seconds": SECONDS + work_nbytes / NBYTES_PER_SECOND,
+            "data_nbytes": DATA_NBYTES + DATA_NBYTES_PER_BYTE * work_nbytes,
+        }
+        answer = _ask(path / FAST, {**request, **limits, "file": file.fileno(), "bos_token": bos}, file.fileno())
+    if named is None:
+        bos_id = config.get("bos_token_id")
+        answer["bos_id"] = bos_id if type(bos_id) is int else None
+    elif bos is not None and answer["bos_id"] is None:
+        raise CheckpointError(f"{path / named}: bos_token {show(bos)} is not a token of {FAST}")
+    return answer
+
+
+def bos_token(path: Path, name: str) -> str | None:
+    bos = read_json(path, name, MAX_NBYTES).get("bos_token")
+    if isinstance(bos, dict):
+        bos = bos.get("content")
+    if bos is not None and not isinstance(bos, str):
+        raise CheckpointError(f"{path / name}: bos_token is {show(bos)}; it must be text, or null")
+    return bos
+
+
+def _check_size(where: Path, file: BinaryIO) -> int:
+    nbytes = os.fstat(file.fileno()).st_size
+    if nbytes > MAX_NBYTES:
+        raise CheckpointError(f"{where}: is larger than {MAX_NBYTES:,} bytes; a real one is not")
+    return nbytes
+
+
+def _ask(file: Path, request: dict[str, Any], *fds: int) -> dict[str, Any]:
+    """What the tokenizer in `file` answers, from a process in which it can do no harm."""
+    result = subprocess.run(
+        # Without -P, the modules beside the program would stand in for those of the standard library.
+        [sys.executable, "-P", str(Path(__file__).with_name("tokenizer_process.py"))],
+        input=json.dumps(request).encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        pass_fds=fds,
+        check=False,
+    )
+    if result.returncode == -signal.SIGPROF:
+        raise CheckpointError(f"{file}: took more than {request['seconds']:.1f} s for the prompts; a real one does not")
     try:
-        slow = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever a converter of foreign files may raise
-        raise CheckpointError(f"{path}/tokenizer.model: this tokenizer cannot be read: {error}") from error
-    return _Encoder(slow.backend_tokenizer, slow.bos_token_id)
-
-
-def _bos_id(path: Path, tokenizer: Tokenizer, config: Any) -> int | None:
-    """The BOS token's id. A tokenizer_config.json that names none means none; without that file config.json decides."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        file = path / name
-        if not file.exists():
-            continue
-        try:
-            bos = parse_object(_read(file)).get("bos_token")
-        except JSONError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-        if isinstance(bos, dict):
-            bos = bos.get("content")
-        if bos is None:
-            return None
-        token: int | None = tokenizer.token_to_id(bos) if isinstance(bos, str) else None
-        if token is None:
-            raise CheckpointError(f"{file}: bos_token {bos!r} is not a token of tokenizer.json")
-        return token
-    bos_id = config.get("bos_token_id")
-    return bos_id if type(bos_id) is int else None
+        answer: dict[str, Any] = json.loads(result.stdout)
+    except ValueError:
+        raise CheckpointError(
+            f"{file}: took more than {request['data_nbytes'] >> 20} MiB for the prompts, or crashed the tokenizers "
+            "library; a real one does neither"
+        ) from None
+    if "error" in answer:
+        error = answer["error"]
+        raise CheckpointError(
+            f"{file}: is not a tokenizer that can be used: {error if error.isprintable() else repr(error)}"
+        )
+    return answer

@@ -12,14 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from moeplan.checkpoint import CheckpointError
+from moeplan.architectures import DENSE_FAMILIES
+from moeplan.architectures.attention import ORIGINAL_CONTEXT
+from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, CheckpointError, read_json
 from moeplan.gates.hidden import BLOCK_NBYTES
+from moeplan.untrusted_json import show
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call beside the first."""
@@ -83,12 +87,16 @@ class Skeleton:
     """A model's decoder without weights."""
 
     def __init__(self, path: str) -> None:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        config.use_cache = False
-        with torch.device("meta"):
-            self._model: PreTrainedModel = AutoModel.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa"
-            ).eval()
+        try:
+            config = _config(Path(path))
+            with torch.device("meta"):
+                self._model: PreTrainedModel = AutoModel.from_config(
+                    config, dtype=torch.float32, attn_implementation="sdpa"
+                ).eval()
+        except Exception as error:  # whatever transformers may raise at the settings of strangers
+            raise CheckpointError(
+                f"{path}/{CONFIG}: transformers cannot make this model: {type(error).__name__}: {show(str(error))}"
+            ) from error
         self._layers = list(self._model.layers)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._model.norm = nn.Identity()
@@ -138,6 +146,14 @@ class Skeleton:
         self._model.layers = nn.ModuleList(_NoteTaker(layer, notes) for layer in self._layers)
         self._model(inputs_embeds=embeddings, use_cache=False)
         return notes
+
+
+def _config(path: Path) -> PretrainedConfig:
+    """The model's configuration, from the settings that moeplan knows: others may be anything (a billion labels)."""
+    given = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
+    known = {*DENSE_FAMILIES[given["model_type"]].defaults, "rope_scaling", "rope_parameters", ORIGINAL_CONTEXT}
+    settings = {key: value for key, value in given.items() if key in known and key != "use_cache"}
+    return AutoConfig.for_model(given["model_type"], **settings, use_cache=False)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: it finds what the safetensors library loads, and refuses whatever is broken or hostile."""
+"""Opening a checkpoint: it finds what the safetensors library loads. What it refuses, and how, is in tests/hostile."""
 
 import gc
 import itertools
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from hostile.corpus import INF, NAN, at, info, safetensors_bytes, write_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,9 +25,7 @@ from moeplan.checkpoint import (
     BIN_INDEX,
     CONFIG,
     INDEX,
-    MAX_CONFIG_NBYTES,
     MAX_HEADERS_NBYTES,
-    MAX_INDEX_NBYTES,
     WEIGHTS,
     Checkpoint,
     CheckpointError,
@@ -37,18 +36,6 @@ from moeplan.untrusted_json import MAX_VALUES
 from planner.expr import DType, Read
 
 DTYPES = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n"
-NAN, INF = float("nan"), float("inf")
-
-
-def info(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
-    """A file with this header: an object that becomes JSON, or the header's own bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
 
 
 def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -58,10 +45,6 @@ def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     header = {name: info("BF16", shape, at) for (name, shape), at in zip(shapes.items(), offsets, strict=True)}
     file.write_bytes(safetensors_bytes(header))
     os.truncate(file, file.stat().st_size + ends[-1])
-
-
-def write_index(path: Path, weight_map: Any) -> None:
-    (path / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
 def write_config(path: Path, **values: Any) -> Path:
@@ -183,117 +166,7 @@ def test_the_links_of_the_hub_cache_are_followed(tmp_path: Path, shared: bool) -
     assert "is a symbolic link out of the checkpoint" in refusal(snapshot)
 
 
-# Headers
-
-
-def at(begin: int, end: int) -> dict[str, Any]:
-    return info("F32", [(end - begin) // 4], [begin, end])
-
-
-def a(*fields: Any) -> dict[str, Any]:
-    return {"a": info(*fields)}
-
-
-def entry(shape: bytes) -> bytes:
-    return b'{"a":{"dtype":"F32","shape":%b,"data_offsets":[0,16]}}' % shape
-
-
-A = json.dumps(at(0, 4)).encode()
-
-# name: header, size of the data, what the message says
-HEADERS: dict[str, tuple[Any, int, str]] = {
-    "no JSON object": (b"[]", 0, "its header begins with b'[]', not with '{'"),
-    "a pickle": (b"PK\x03\x04", 0, r"its header begins with b'PK\x03\x04'"),
-    "empty": (b"", 0, "its header begins with b''"),
-    "space first": (b" {}", 0, "its header begins with b' {}'"),
-    "JSON cut off": (b'{"a":', 0, "it is not JSON (Expecting value: line 1 column 6"),
-    "two documents": (b"{}{}", 0, "it is not JSON (Extra data"),
-    "zeros as padding": (b"{}\0\0", 0, "it is not JSON (Extra data"),
-    "raw control character": (b'{"a\n":0}', 0, "it is not JSON (Invalid control character"),
-    "not UTF-8": (b'{"\xff":0}', 0, "it is not UTF-8 (byte 2)"),
-    "encoded surrogate": (b'{"\xed\xa0\x80":0}', 0, "it is not UTF-8 (byte 2)"),
-    "half a surrogate pair": (rb'{"__metadata__":{"a":"\ud800"}}', 0, "it holds half of a surrogate pair"),
-    "deep lists": (b'{"a":' + b"[" * 100_000, 0, "it is nested more than 64 levels deep"),
-    "deep objects": (b'{"a":' * 100_000, 0, "it is nested more than 64 levels deep"),
-    "not quite as deep": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", 0, "it is nested more than 64 levels deep"),
-    "many numbers": (b'{"a":[' + b"0," * MAX_VALUES + b"0]}", 0, f"it holds more than {MAX_VALUES:,} JSON values"),
-    "many lists": (b'{"a":[' + b"[]," * MAX_VALUES + b"0]}", 0, f"it holds more than {MAX_VALUES:,} JSON values"),
-    "a tensor twice": (b'{"a":%b,"a":%b}' % (A, A), 4, "it has the key 'a' twice"),
-    "a key twice": (b'{"a":{"dtype":"F32","dtype":"F32"}}', 0, "it has the key 'dtype' twice"),
-    "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', 0, "it has the key '__metadata__' twice"),
-    "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__ must map text to text"),
-    "metadata no map": ({"__metadata__": ["a"]}, 0, "__metadata__ must map text to text"),
-    "metadata null": ({"__metadata__": None}, 0, "__metadata__ must map text to text"),
-    "tensor no object": ({"a": [1]}, 0, "'a' must have dtype, shape and data_offsets and nothing else, not [1]"),
-    "key missing": ({"a": {"dtype": "F32"}}, 0, "'a' must have dtype, shape and data_offsets and nothing else"),
-    "key unknown": ({"a": {**at(0, 4), "strides": [1]}}, 4, "'a' must have dtype, shape and data_offsets and"),
-    "dtype no text": (a(32), 16, "tensor 'a' has the dtype 32, which is not text"),
-    "dtype unknown": (a("F99"), 16, "holds tensor 'a' as 'F99'; moeplan reads F32, F16 and BF16"),
-    "dtype lower case": (a("f32"), 16, "holds tensor 'a' as 'f32'; moeplan reads F32, F16 and BF16"),
-    "dtype FP8": (a("F8_E4M3", [4], [0, 4]), 4, "holds tensor 'a' as 'F8_E4M3'; moeplan reads F32, F16 and BF16"),
-    "dtype integer": (a("I64", [1], [0, 8]), 8, "'I64'; moeplan reads F32, F16 and BF16: dequantise or convert"),
-    "shape no list": (a("F32", 4), 16, "'a' has the shape 4, which is not a list of whole numbers"),
-    "shape of text": (a("F32", ["4"]), 16, "'a' has the shape ['4'], which is not a list of whole numbers"),
-    "shape of fractions": (a("F32", [4.0]), 16, "'a' has the shape [4.0], which is not a list of whole numbers"),
-    "shape of booleans": (a("F32", [True, 4]), 16, "'a' has the shape [True, 4], which is not a list of whole"),
-    "shape negative": (a("F32", [-2, -2]), 16, "'a' has the shape [-2, -2], which is not a list of whole"),
-    "shape minus zero": (entry(b"[-0]"), 16, "'a' has the shape [-0.0], which is not a list of whole numbers"),
-    "shape of exponents": (entry(b"[4e0]"), 16, "'a' has the shape [4.0], which is not a list of whole numbers"),
-    "shape of 5000 digits": (entry(b"[%b]" % (b"9" * 5000)), 16, "'a' has the shape [inf], which is not a list"),
-    "shape NaN": (a("F32", [NAN]), 16, "it is not JSON: it holds NaN"),
-    "shape infinite": (a("F32", [INF]), 16, "it is not JSON: it holds Infinity"),
-    "shape overflows to 0": (a("F32", [2**32, 2**32], [0, 0]), 0, "its size overflows 64 bits"),
-    "shape overflows before 0": (a("F32", [2**62, 0], [0, 0]), 0, "its size overflows 64 bits"),
-    "shape overflows after 0": (a("F32", [0, 2**64], [0, 0]), 0, "its size overflows 64 bits"),
-    "offsets no list": (a("F32", [4], "0:16"), 16, "'a' has the data_offsets '0:16', which are not two whole"),
-    "one offset": (a("F32", [4], [16]), 16, "'a' has the data_offsets [16], which are not two whole numbers"),
-    "three offsets": (a("F32", [4], [0, 8, 16]), 16, "'a' has the data_offsets [0, 8, 16], which are not two"),
-    "offset negative": (a("F32", [4], [-16, 0]), 16, "'a' has the data_offsets [-16, 0], which are not two"),
-    "offset boolean": (a("F32", [4], [False, 16]), 16, "'a' has the data_offsets [False, 16], which are not"),
-    "offset null": (a("F32", [4], [None, 16]), 16, "'a' has the data_offsets [None, 16], which are not two"),
-    "offset beyond 64 bits": (a("F32", [4], [0, 10**20]), 16, "'a' has the data_offsets [0, 1e+20], which are not"),
-    "offsets backwards": (a("F32", [4], [16, 0]), 16, "'a' has data_offsets that run backwards: [16, 0]"),
-    "too many bytes": (a("F32", [4], [0, 20]), 20, "'a' takes 16 bytes as F32 [4], but its data_offsets hold 20"),
-    "too few bytes": (a("BF16", [9], [0, 16]), 16, "'a' takes 18 bytes as BF16 [9], but its data_offsets hold 16"),
-    "hole at the start": (a("F32", [1], [4, 8]), 8, "'a' leaves a hole of 4 bytes before it"),
-    "hole": ({"a": at(0, 4), "b": at(8, 12)}, 12, "'b' leaves a hole of 4 bytes before it"),
-    "overlap": ({"a": at(0, 8), "b": at(4, 12)}, 12, "'b' overlaps tensor 'a'"),
-    "one range twice": ({"a": at(0, 4), "b": at(0, 4)}, 4, "'b' overlaps tensor 'a'"),
-    "data cut off": ({"a": at(0, 4000)}, 3000, "is truncated: its header describes 4,075 bytes, the file has 3,075"),
-    "no data": ({"a": at(0, 4)}, 0, "is truncated: its header describes 73 bytes, the file has 69"),
-    "data too long": ({"a": at(0, 4)}, 9, "is 5 bytes longer than its header describes"),
-    "data of nobody": ({}, 9, "is 9 bytes longer than its header describes"),
-    "terminal codes in a name": ({"\x1b[2J\u202e": [1]}, 0, r"tensor '\x1b[2J\u202e' must have"),
-    "endless name": ({"a" * 100_000: [1]}, 0, "aaaaaaaa...aaaaaaaa"),
-}
-
-
-@pytest.mark.parametrize("case", HEADERS)
-def test_a_broken_or_hostile_header_is_refused(path: Path, case: str) -> None:
-    header, data_nbytes, reason = HEADERS[case]
-    (path / WEIGHTS).write_bytes(safetensors_bytes(header, bytes(data_nbytes)))
-    message = refusal(path)
-    assert message.startswith(f"{path / WEIGHTS}: ")
-    assert reason in message
-
-
-FILES = {
-    "empty": (b"", "is not a safetensors file: it has 0 bytes"),
-    "7 bytes": (bytes(7), "is not a safetensors file: it has 7 bytes"),
-    "an error page": (b"<!DOCTYPE html>", "is truncated, or not a safetensors file: its header would take 5,7"),
-    "a length that lies": (b"\xe8\3" + bytes(6) + b"{}", "its header would take 1,000 bytes, the file has 10"),
-    "the longest length": (b"\xff" * 8 + b"{}", f"its header would take {2**64 - 1:,} bytes, the file has 10"),
-    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer, not the file itself; run `git lfs pull` in "),
-}
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_a_file_that_is_no_safetensors_file_is_refused(path: Path, case: str) -> None:
-    content, reason = FILES[case]
-    (path / WEIGHTS).write_bytes(content)
-    message = refusal(path)
-    assert message.startswith(f"{path / WEIGHTS}: ")
-    assert reason in message
+# Sizes
 
 
 def test_headers_of_more_than_the_limit_are_refused_over_all_shards(path: Path) -> None:
@@ -307,93 +180,6 @@ def test_headers_of_more_than_the_limit_are_refused_over_all_shards(path: Path) 
         (path / f"{shard}.safetensors").write_bytes(safetensors_bytes(header + b" " * (MAX_HEADERS_NBYTES // 2)))
     write_index(path, {"a": "a.safetensors", "b": "b.safetensors"})
     assert f"{path / 'b.safetensors'}: its header takes" in refusal(path)
-
-
-# The index
-
-
-def index_of(weight_map: Any) -> Callable[[Path], None]:
-    return lambda path: write_index(path, weight_map)
-
-
-def shards_of(weight_map: dict[str, str], held: dict[str, list[str]]) -> Callable[[Path], None]:
-    """An index, and shards that hold something else."""
-
-    def make(path: Path) -> None:
-        write_index(path, weight_map)
-        for shard, names in held.items():
-            save_file({name: torch.zeros(1) for name in names}, path / shard)
-
-    return make
-
-
-def link_to(target: str) -> Callable[[Path], None]:
-    def make(path: Path) -> None:
-        write_index(path, {"a": "s.safetensors"})
-        save_file({"a": torch.zeros(1)}, path.parent / "outside")
-        (path / "s.safetensors").symlink_to(target)
-
-    return make
-
-
-S, T = "s.safetensors", "t.safetensors"
-
-INDEXES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "not JSON": (lambda path: (path / INDEX).write_text("weight_map"), f"{INDEX}: is not JSON"),
-    "a list": (lambda path: (path / INDEX).write_text("[]"), f"{INDEX}: is not a JSON object but []"),
-    "a git-LFS pointer": (lambda path: (path / INDEX).write_bytes(LFS_POINTER), f"{INDEX}: is a git-LFS pointer"),
-    "too long": (
-        lambda path: (path / INDEX).write_bytes(b"{" + b" " * MAX_INDEX_NBYTES),
-        f"{INDEX}: is larger than {MAX_INDEX_NBYTES:,} bytes",
-    ),
-    "no map": (lambda path: (path / INDEX).write_text("{}"), f"{INDEX}: has no `weight_map`"),
-    "an empty map": (index_of({}), f"{INDEX}: has no `weight_map`"),
-    "a map that is a list": (index_of([S]), f"{INDEX}: has no `weight_map`"),
-    "a tensor twice": (
-        lambda path: (path / INDEX).write_text('{"weight_map":{"a":"s.safetensors","a":"t.safetensors"}}'),
-        f"{INDEX}: has the key 'a' twice",
-    ),
-    "a number": (index_of({"a": 1}), f"{INDEX}: tensor 'a' is mapped to 1, which is no file name"),
-    "a parent": (index_of({"a": "../../etc/passwd"}), "'../../etc/passwd'; shards must be plain names"),
-    "an absolute path": (index_of({"a": "/etc/passwd"}), "'/etc/passwd'; shards must be plain names"),
-    "a sub-directory": (index_of({"a": f"x/../../{S}"}), "shards must be plain names"),
-    "a backslash": (index_of({"a": f"..\\{S}"}), "shards must be plain names"),
-    "a NUL": (index_of({"a": f"\0{S}"}), r"'\x00s.safetensors'; shards must be plain names"),
-    "half a surrogate pair": (index_of({"a": f"\udcff{S}"}), f"{INDEX}: holds half of a surrogate pair"),
-    "dots": (index_of({"a": ".."}), "is mapped to '..', not to a .safetensors file"),
-    "a pickle": (index_of({"a": "pytorch_model.bin"}), "'pytorch_model.bin', not to a .safetensors file"),
-    "a long name": (index_of({"a": "a" * 5000 + S}), "shards must be plain names"),
-    "many tensors": (index_of({f"{n}": S for n in range(70_000)}), f"{INDEX}: names 70,000 tensors; at most 65,536"),
-    "many shards": (index_of({f"{n}": f"{n}.safetensors" for n in range(5000)}), "names 5,000 shards; at most 4,096"),
-    "a missing shard": (index_of({"a": S}), f"{S}: is not there, or links to nothing; is the download complete?"),
-    "a missing tensor": (
-        shards_of({"a": S, "b": S}, {S: ["a"]}),
-        f"{S}: tensor 'b' is not there; {INDEX} says that it is",
-    ),
-    "a tensor elsewhere": (shards_of({"a": S, "b": T}, {S: ["b"], T: ["a"]}), f"{S}: tensor 'a' is not there"),
-    "a tensor too many": (
-        shards_of({"a": S}, {S: ["a", "b"]}),
-        f"{S}: holds tensor 'b', which {INDEX} does not list",
-    ),
-    "a tensor in two shards": (
-        shards_of({"a": S, "b": T}, {S: ["a", "b"], T: ["b"]}),
-        f"{S}: holds tensor 'b', which {INDEX} maps to {T}",
-    ),
-    "a link to the parent": (link_to("../outside"), f"{S}: is a symbolic link out of the checkpoint, to "),
-    "a link to a device": (link_to("/dev/zero"), f"{S}: is a symbolic link out of the checkpoint, to '/dev/zero'"),
-    "a link to itself": (link_to(S), f"{S}: cannot be read (Too many levels of symbolic links)"),
-    "a link to nothing": (link_to("nothing"), f"{S}: is not there, or links to nothing"),
-    "a link to a blob that is no snapshot's": (link_to("../../blobs/x"), f"{S}: is not there, or links to nothing"),
-}
-
-
-@pytest.mark.parametrize("case", INDEXES)
-def test_a_broken_or_hostile_index_is_refused(path: Path, case: str) -> None:
-    make, reason = INDEXES[case]
-    make(path)
-    message = refusal(path)
-    assert message.startswith(str(path))
-    assert reason in message
 
 
 # Directories
@@ -479,44 +265,6 @@ def test_a_directory_that_may_not_be_read_is_refused(path: Path) -> None:
 
 
 # config.json
-
-
-CONFIGS: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, "is not there, or links to nothing"),
-    "empty": (b"", "is not JSON (Expecting value"),
-    "a list": (b"[]", "is not a JSON object but []"),
-    "text": (b'"llama"', "is not a JSON object but 'llama'"),
-    "NaN": (b'{"model_type":"llama","rope_theta":NaN}', "is not JSON: it holds NaN"),
-    "not UTF-8": (b'{"model_type":"\xe9"}', "is not UTF-8 (byte 15)"),
-    "UTF-16": ('{"model_type":"llama"}'.encode("utf-16"), "is not UTF-8 (byte 0)"),
-    "a key twice": (b'{"model_type":"llama","model_type":"mistral"}', "has the key 'model_type' twice"),
-    "deep": (b'{"a":' * 100_000, "is nested more than 64 levels deep"),
-    "too long": (b"{" + b" " * MAX_CONFIG_NBYTES, f"is larger than {MAX_CONFIG_NBYTES:,} bytes"),
-    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer"),
-    "no model_type": (b"{}", "`model_type` must be text, not None"),
-    "a model_type that is a number": (b'{"model_type":1}', "`model_type` must be text, not 1"),
-    "quantised": (
-        b'{"model_type":"llama","quantization_config":{"quant_method":"gptq","bits":4}}',
-        "the model is quantised (`quantization_config`: 'gptq')",
-    ),
-    "quantised somehow": (b'{"model_type":"llama","quantization_config":[]}', "the model is quantised"),
-    "other weights": (
-        b'{"model_type":"llama","transformers_weights":"x.safetensors"}',
-        f"`transformers_weights` says that 'x.safetensors' holds the weights, but moeplan reads {WEIGHTS}",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_a_broken_or_hostile_config_is_refused(path: Path, case: str) -> None:
-    content, reason = CONFIGS[case]
-    save_file(TENSORS, path / WEIGHTS)
-    (path / CONFIG).unlink()
-    if content is not None:
-        (path / CONFIG).write_bytes(content)
-    message = refusal(path)
-    assert message.startswith(f"{path / CONFIG}: ")
-    assert reason in message
 
 
 def test_a_null_quantization_config_is_none(path: Path) -> None:
@@ -663,28 +411,6 @@ def test_what_is_accepted_the_library_accepts_with_the_same_bytes(scratch: Path,
             assert content[read.offset : read.offset + read.nbytes] == bytes(expected[name]["data"])
 
 
-GOOD_INDEX = b'{"metadata":{"total_size":8},"weight_map":{"a":"s.safetensors","b":"t.safetensors"}}'
-GOOD_CONFIG = (
-    b'{"model_type":"llama","hidden_size":4096,"rope_scaling":{"type":"linear","factor":2.0},"eos_token_id":[1,2]}'
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(index=mutated(GOOD_INDEX), config=mutated(GOOD_CONFIG))
-def test_no_index_or_config_brings_anything_but_a_refusal(scratch: Path, index: bytes, config: bytes) -> None:
-    (scratch / WEIGHTS).unlink(missing_ok=True)
-    (scratch / INDEX).write_bytes(index)
-    (scratch / CONFIG).write_bytes(config)
-    for shard, name in ((S, "a"), (T, "b")):
-        (scratch / shard).write_bytes(safetensors_bytes({name: at(0, 4)}, bytes(4)))
-    try:
-        checkpoint = open_checkpoint(scratch)
-    except CheckpointError:
-        return
-    assert checkpoint.tensors.keys() == json.loads(index)["weight_map"].keys()
-    assert checkpoint.config == json.loads(config)
-
-
 # Time and memory
 
 
@@ -773,7 +499,8 @@ def test_the_largest_headers_take_less_than_a_second_and_200_mib(tmp_path: Path)
     for case, line in zip(LARGE, lines, strict=True):
         seconds, message = line.split(maxsplit=1)
         assert float(seconds) < 1, case
-        assert "must have dtype, shape and data_offsets" in message, case
+        reason = "beyond what a float can be" if case == "one number" else "must have dtype, shape and data_offsets"
+        assert reason in message, case
     assert int(peak_kib) < 200 * 1024
 
 

@@ -891,7 +891,7 @@ def test_an_alias_bomb_is_refused() -> None:
     )
     start = time.monotonic()
     assert refusal(bomb) == (
-        "config.yml:5: more than 50,000 values, counting each alias as all that it stands for: too many"
+        "config.yml:5: more than 25,000 values, counting each alias as all that it stands for: too many"
     )
     assert time.monotonic() - start < 1
 
@@ -900,8 +900,8 @@ def test_aliases_count_as_what_they_stand_for() -> None:
     # 13 values without aliases (root, keys, prompts ...); each alias adds its list and the 999 texts in it.
     texts = f"x-texts: &t [{', '.join(['x'] * 999)}]\n"
     with pytest.warns(MoeplanWarning):
-        load(CLOWN_CAR + texts + f"x-more: [{', '.join(['*t'] * 48)}]\n")
-    assert "too many" in refusal(CLOWN_CAR + texts + f"x-more: [{', '.join(['*t'] * 49)}]\n")
+        load(CLOWN_CAR + texts + f"x-more: [{', '.join(['*t'] * 23)}]\n")
+    assert "too many" in refusal(CLOWN_CAR + texts + f"x-more: [{', '.join(['*t'] * 24)}]\n")
 
 
 def test_an_alias_of_itself_is_refused() -> None:

@@ -1,14 +1,10 @@
 """What stands beside the weights."""
 
-import os
-
 import pytest
 from commands import snapshot
 
 from executor.errors import RunError
 from moeplan.output import (
-    MAX_TOKENIZER_NBYTES,
-    OutputError,
     free_nbytes,
     tokenizer_files,
     write_beside,
@@ -33,21 +29,6 @@ def test_what_stands_beside_the_weights_is_written_and_copied(tmp_path):
 def test_a_file_that_cannot_be_copied_fails_the_run(tmp_path):
     with pytest.raises(RunError, match=r"gone/tokenizer\.json: writing failed: No such file or directory"):
         write_beside(tmp_path, {}, [tmp_path / "gone" / "tokenizer.json"], tmp_path / "gone")
-
-
-@pytest.mark.parametrize("kind", ["directory", "pipe", "huge file"])
-def test_a_tokenizer_file_that_is_no_plain_file_is_refused(tmp_path, kind):
-    file = tmp_path / "tokenizer.json"
-    if kind == "directory":
-        file.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(file)
-    else:
-        file.touch()
-        os.truncate(file, MAX_TOKENIZER_NBYTES + 1)
-    message = r"tokenizer\.json: this is not a file that can be copied; use --no-copy-tokenizer to go without"
-    with pytest.raises(OutputError, match=message):
-        tokenizer_files(tmp_path)
 
 
 def test_free_space_is_that_of_the_directory_that_will_hold_the_output(tmp_path):

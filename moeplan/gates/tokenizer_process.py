@@ -1,0 +1,73 @@
+"""A tokenizer, run in a process of its own with little memory and little time. This file is that process's program.
+
+A tokenizer.json is a program from a stranger: one of a kilobyte can multiply a prompt until all memory is taken, and
+what is wrong in it makes the library panic. So it is loaded and run behind limits, and whatever it does there is a
+message to the process that asked. Only the standard library and tokenizers are imported (transformers, where there is
+the sentencepiece model alone), so it starts in 50 ms.
+
+A request is a JSON object on standard input:
+
+    file                  a descriptor of tokenizer.json; without it, transformers reads `directory`
+    texts                 what to tokenise
+    bos_token             beside `file`: the token whose id is wanted, or null
+    seconds, data_nbytes  the most processor time and memory to take
+    most_tokens           the most tokens to answer with
+
+The answer is `{"tokens": [[id, ...], ...], "bos_id": id or null}` or `{"error": text}`.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+
+def main() -> None:
+    request = json.load(sys.stdin.buffer)
+    # At the end of its time the process is killed, wherever it is; Python's own handlers would wait for the library.
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+    resource.setrlimit(resource.RLIMIT_DATA, (request["data_nbytes"], resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        answer = _answer(request)
+    except BaseException as error:  # a panic of the library is no Exception
+        answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+    sys.stdout.write(json.dumps(answer))
+    sys.stdout.flush()
+    os._exit(0)  # nothing here needs an orderly end, which takes the library a while
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    tokenizer, bos_id = _fast(request) if "file" in request else _with_transformers(request)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokens: list[list[int]] = []
+    room = request["most_tokens"]
+    for text in request["texts"]:
+        tokens.append(tokenizer.encode(text, add_special_tokens=False).ids)
+        room -= len(tokens[-1])
+        if room < 0:
+            raise ValueError(f"the prompts become more than {request['most_tokens']:,} tokens")
+    return {"tokens": tokens, "bos_id": bos_id}
+
+
+def _fast(request: dict[str, Any]) -> tuple[Any, int | None]:
+    from tokenizers import Tokenizer
+
+    with open(request["file"], "rb") as file:
+        tokenizer = Tokenizer.from_buffer(file.read())
+    bos = request["bos_token"]
+    return tokenizer, None if bos is None else tokenizer.token_to_id(bos)
+
+
+def _with_transformers(request: dict[str, Any]) -> tuple[Any, int | None]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    return tokenizer.backend_tokenizer, tokenizer.bos_token_id
+
+
+if __name__ == "__main__":
+    main()
