@@ -14,7 +14,7 @@ TRANSFORMERS4 := .venv-transformers4
 LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DGGML_OPENMP=OFF \
                    -DCMAKE_C_FLAGS_RELEASE=-O2 -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
-.PHONY: demo test lint pytest test-gguf test-transformers4 bench bench-smoke clean
+.PHONY: demo test lint pytest test-gguf test-transformers4 bench bench-smoke fuzz clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,8 +64,15 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.peer
 	$(BIN)/python -m benchmarks
 
+# How long to fuzz, in seconds.
+FUZZ_SECONDS ?= 600
+
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
 bench-smoke: $(READY)
 	$(BIN)/python -m benchmarks --smoke --out .bench/smoke
 
 clean:
-	rm -rf $(VENV) $(GGUF) $(TRANSFORMERS4) .venv-peer .bench .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GGUF) $(TRANSFORMERS4) .venv-peer .bench .demo .fuzz build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
