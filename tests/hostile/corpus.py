@@ -438,8 +438,8 @@ KINDS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a device for YAML": (instead("config.yml", lambda file: file.symlink_to("/dev/zero")), "config.yml", NO_FILE),
     "a pickle for weights": (
         lambda root: (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin"),
-        "model",
-        "has no model.safetensors and no model.safetensors.index.json",
+        "pytorch_model.bin",
+        "is no file of torch.save: it begins with",
     ),
 }
 
