@@ -75,6 +75,10 @@ def command(
             help="Copy tokenizer, chat template and generation config, or not.  [default: copy]", show_default=False
         ),
     ] = True,
+    write_model_card: Annotated[
+        bool,
+        typer.Option(help="Write README.md and moeplan_config.yml (the default), or not.", show_default=False),
+    ] = True,
     clone_tensors: Annotated[bool, typer.Option("--clone-tensors", help="Give every tensor bytes of its own.")] = False,
     check_sources: Annotated[
         bool, typer.Option("--check-sources", help="Read everything twice, and compare: finds failing disks.")
@@ -118,6 +122,7 @@ def command(
             expert_layout=expert_layout,
             random_seed=random_seed,
             copy_tokenizer=copy_tokenizer,
+            write_model_card=write_model_card,
             clone_tensors=clone_tensors,
             check_sources=check_sources,
             restart=restart,

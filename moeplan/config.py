@@ -94,10 +94,11 @@ ResidualScale = Annotated[float, Field(strict=True, ge=-_FLOAT32_MAX, le=_FLOAT3
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the keys of a config stand. It says nothing about the merge, so it takes no part in comparisons."""
+    """The file of a config, and where its keys stand. It says nothing about the merge, so comparisons ignore it."""
 
     file: str = field(default="", compare=False)
     lines: Mapping[KeyPath, int] = field(default_factory=dict, compare=False)
+    text: str | None = field(default=None, compare=False)
 
     def line(self, path: KeyPath) -> int | None:
         """The line of a key or, where the file leaves it out, of the nearest key around it."""
@@ -164,6 +165,14 @@ class MergeConfig(BaseModel):
         """
         return self._places.where(path)
 
+    @property
+    def source_text(self) -> str:
+        """The YAML file as it was written; YAML that says the same where the config was not read from a file."""
+        if self._places.text is not None:
+            return self._places.text
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
 
 def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
     """The rules that tie keys together: where each is broken, and how to mend it."""
@@ -199,8 +208,8 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
-def _is_useless_without_training(config: MergeConfig) -> bool:
-    """Whether prompts choose among experts that are all one model."""
+def is_useless_without_training(config: MergeConfig) -> bool:
+    """Whether prompts choose among experts that are all one model: the merge computes what that model does."""
     if config.gate_mode in _MODES_WITHOUT_PROMPTS or len(config.experts) == 1:
         return False
     return len({os.path.realpath(expert.source_model) for expert in config.experts}) == 1
@@ -220,8 +229,9 @@ def load_config(path: str | os.PathLike[str], *, allow_all_same: bool = False) -
     of unknown keys, which are ignored.
     """
     file = os.fspath(path)
-    content, nodes = _read_yaml(file, _read_text(file))
-    places = _Places(file, {path: line for path, (line, _) in nodes.items()})
+    text = _read_text(file)
+    content, nodes = _read_yaml(file, text)
+    places = _Places(file, {path: line for path, (line, _) in nodes.items()}, text)
 
     unknown: list[KeyPath] = []
     data = _keep_known(content, MergeConfig, (), unknown)
@@ -238,7 +248,7 @@ def load_config(path: str | os.PathLike[str], *, allow_all_same: bool = False) -
         raise _config_error(places, [_explain(error, nodes) for error in invalid.errors()]) from None
     config._places = places
 
-    if not allow_all_same and _is_useless_without_training(config):
+    if not allow_all_same and is_useless_without_training(config):
         message = (
             "all sources are the same model, so the merge would compute what that model does and cost more: name "
             f"different models, or, to train the result, pass {ALLOW_ALL_SAME_FLAG}"

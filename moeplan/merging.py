@@ -22,6 +22,7 @@ from moeplan.errors import MoeplanWarning
 from moeplan.gates.prompts import PromptError
 from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
+from moeplan.model_card import CARD, CONFIG_COPY, Source, model_card, sources_of, warn_of_licences
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
 from moeplan.model_ref import ModelRef, parse_model_ref
 from moeplan.options import OptionError, Options, shard_nbytes
@@ -53,6 +54,9 @@ class MergePlan:
     """How the experts are laid out: a key of `family.layouts`."""
 
     sources: Sources
+    merged: tuple[Source, ...]
+    """The models, as the model card names them."""
+
     dtype: DType
     model_config: dict[str, Any]
     copied: tuple[Path, ...]
@@ -124,6 +128,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
     ).graph()
+    merged = sources_of(config, [model.checkpoint.path for _, model in sources.named()])
+    if options.write_model_card:
+        warn_of_licences(merged)
     cap = memory_cap(options.max_memory, mode.imports)
     return MergePlan(
         config=config,
@@ -131,6 +138,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         alternatives=tuple(families[1:]),
         layout=_layout(family, options.expert_layout),
         sources=sources,
+        merged=merged,
         dtype=dtype,
         model_config=model_config(
             family,
@@ -202,6 +210,8 @@ def _write_beside(merge_plan: MergePlan, result: RunResult, directory: Path) -> 
         texts[INDEX] = index_json(merge_plan.plan.shards)
     write_beside(directory, texts, merge_plan.copied, base)
     write_beside(directory, {RECORD: record(merge_plan, result.checksums, directory)}, (), base)
+    if merge_plan.options.write_model_card:  # after the record, since people edit their cards
+        write_beside(directory, {CARD: model_card(merge_plan), CONFIG_COPY: merge_plan.config.source_text}, (), base)
 
 
 def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:

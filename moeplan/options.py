@@ -40,6 +40,9 @@ class Options:
     copy_tokenizer: bool = True
     """Put the base's tokenizer, chat template and generation_config.json beside the weights."""
 
+    write_model_card: bool = True
+    """Put a model card, README.md, and the YAML file, moeplan_config.yml, beside the weights."""
+
     clone_tensors: bool = False
     """Give every tensor physical extents of its own, also where the file system could share them with the sources or
     among equal tensors. The bytes are the same."""

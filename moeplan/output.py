@@ -19,10 +19,17 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.model.v3",  # Mistral's, for mistral-common
+    "tokenizer.model.v7",
+    "tekken.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",

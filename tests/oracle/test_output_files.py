@@ -6,7 +6,20 @@ import pytest
 from families import CASES, OUTPUTS, plain_recipe, recipes_of
 from models import GRANITE_MULTIPLIERS, RECIPES, read_tensors
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertTokenizer,
+    GemmaTokenizer,
+    GPT2Tokenizer,
+    LlamaTokenizer,
+    Qwen2Tokenizer,
+    T5Tokenizer,
+    XLMRobertaTokenizer,
+    tokenization_utils_base,
+)
+
+from moeplan.output import TOKENIZER_FILES
 
 COPIED = [
     "tokenizer.json",
@@ -52,6 +65,17 @@ def test_bytes_of_the_tensors_do_not_depend_on_the_shard_size(checkpoint, merge)
     one, many = (read_tensors(merge(source, [source] * 2, out_shard_size=size)) for size in ("5B", "64KiB"))
     assert one.keys() == many.keys()
     assert all(one[name].equal(many[name]) for name in one)
+
+
+def test_every_file_that_tokenizers_of_language_models_read_is_copied():
+    byte_level, sentencepiece = (GPT2Tokenizer, Qwen2Tokenizer), (LlamaTokenizer, GemmaTokenizer, T5Tokenizer)
+    classes = *byte_level, *sentencepiece, XLMRobertaTokenizer, BertTokenizer
+    files = {file for tokenizer in classes for file in tokenizer.vocab_files_names.values()}
+    for name, value in vars(tokenization_utils_base).items():
+        if name.endswith("_FILE"):
+            files.add(value)
+    assert {"tokenizer.model", "merges.txt", "chat_template.jinja", "added_tokens.json"} <= files
+    assert files <= {*TOKENIZER_FILES}
 
 
 def test_the_tokenizer_and_what_belongs_to_it_are_copied_byte_for_byte(checkpoint, merge):

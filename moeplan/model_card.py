@@ -1,0 +1,228 @@
+"""The model card: README.md, with the metadata that the Hub reads, and how the model was made.
+
+It depends on the plan alone, so equal merges have equal cards. The sources' own cards are downloaded from strangers: of
+each, so many bytes are read, and of these only a licence whose every character is one that such a name may have.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from moeplan.checkpoint import CheckpointError, opened
+from moeplan.config import ALLOW_ALL_SAME_FLAG, MergeConfig, is_useless_without_training
+from moeplan.errors import MoeplanWarning
+from moeplan.gates import PROMPTLESS
+
+if TYPE_CHECKING:
+    from moeplan.merging import MergePlan
+
+CARD = "README.md"
+CONFIG_COPY = "moeplan_config.yml"
+TAGS = ("moe", "frankenmoe", "merge", "moeplan")
+"""frankenmoe is what the Hub calls such models, whatever made them."""
+
+MAX_NBYTES = 64 << 10
+"""Of a source's card: more than the metadata of any honest one."""
+
+# A repository's name, by the Hub's rules: at most 96 characters, no two dashes or dots in a row, neither at an end.
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?", re.ASCII)
+_CACHED = re.compile(r"models--(?P<organisation>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
+
+_METADATA = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_VALUES = {
+    "license": r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}",
+    "license_name": r"[A-Za-z0-9][A-Za-z0-9. ()+-]{0,99}",
+    "license_link": r"https://[A-Za-z0-9.-]+/[A-Za-z0-9./_~%-]{0,300}",
+}
+_LINES = {
+    key: re.compile(rf"^{key}:[ \t]+(['\"]?)(?P<value>{value})\1[ \t]*(#.*)?\r?$", re.MULTILINE)
+    for key, value in _VALUES.items()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """What a source's card says that its licence is, by the Hub's keys: `license: other` has a name and a link."""
+
+    license: str
+    license_name: str | None = None
+    license_link: str | None = None
+
+    def __str__(self) -> str:
+        return self.license_name or self.license
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that was merged: how the YAML calls it, what of, its name on the Hub and its licence, where known."""
+
+    reference: str
+    roles: tuple[str, ...]
+    hub_name: str | None
+    licence: Licence | None
+
+
+def sources_of(config: MergeConfig, directories: Sequence[Path]) -> tuple[Source, ...]:
+    """The models that `config` names, each once. `directories` are theirs: the base's, experts', shared experts'."""
+    named = [("base", config.base_model)]
+    named += [(f"expert {number}", expert.source_model) for number, expert in enumerate(config.experts)]
+    named += [("shared expert", expert.source_model) for expert in config.shared_experts]
+    found: dict[str, Source] = {}
+    for (role, reference), directory in zip(named, directories, strict=True):
+        if reference in found:
+            known = found[reference]
+            found[reference] = Source(reference, (*known.roles, role), known.hub_name, known.licence)
+        else:
+            found[reference] = Source(reference, (role,), hub_name(reference), read_licence(directory))
+    return tuple(found.values())
+
+
+def warn_of_licences(merged: Iterable[Source]) -> None:
+    """Warn where the licences that are known differ."""
+    licences = {source.licence: source.reference for source in merged if source.licence is not None}
+    if len(licences) > 1:
+        listed = ", ".join(f"{licence} ({reference})" for licence, reference in licences.items())
+        message = f"the models have different licences: {listed}; the model card names none, so add what holds"
+        warnings.warn(message, MoeplanWarning, stacklevel=3)
+
+
+def hub_name(reference: str) -> str | None:
+    """The name on the Hub of the model that a YAML file calls `reference`; None where it has none that is known.
+
+    A directory in huggingface_hub's cache has one, another directory has none, whatever it is called.
+    """
+    for part in Path(reference).parts:
+        if cached := _CACHED.fullmatch(part):
+            return f"{cached['organisation']}/{cached['name']}"
+    name = reference.partition("@")[0]
+    if os.path.lexists(reference) or len(name) > 96 or not _HUB_NAME.fullmatch(name):
+        return None
+    return name
+
+
+def read_licence(directory: Path) -> Licence | None:
+    """The licence that the card of the model in `directory` names; None where it has no card, or that names none."""
+    try:
+        with opened(directory, CARD) as file:
+            text = file.read(MAX_NBYTES).decode("utf-8", "replace")
+    except CheckpointError:
+        return None
+    metadata = _METADATA.search(text)
+    if metadata is None:
+        return None
+    # By lines rather than as YAML, which takes strangers' text quadratic time and more to read.
+    values = {key: match["value"] for key, line in _LINES.items() if (match := line.search(metadata[1]))}
+    return Licence(**values) if "license" in values else None
+
+
+def metadata(merged: Sequence[Source]) -> dict[str, Any]:
+    """What the Hub reads. There is a licence where all models are known to have the same one."""
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
+    names = list(dict.fromkeys(source.hub_name for source in merged if source.hub_name is not None))
+    if names:
+        data |= {"base_model": names, "base_model_relation": "merge"}
+    licences = {source.licence for source in merged}
+    if len(licences) == 1 and (licence := licences.pop()) is not None:
+        keys = ("license", "license_name", "license_link")
+        data |= {key: value for key in keys if (value := getattr(licence, key)) is not None}
+    return data
+
+
+def model_card(plan: MergePlan) -> str:
+    """The text of the card of what `plan` merges, in Markdown."""
+    config, family = plan.config, plan.family.name
+    lines = [
+        f"# {family} of {len(config.experts)} experts",
+        "",
+        f"A {family} model, merged with moeplan {version('moeplan')} from the models below: attention, norms and",
+        "embeddings are the base's, and each expert is the MLPs of one model. Of the "
+        f"{len(config.experts)} experts, {config.experts_per_token}",
+        f"work{'s' * (config.experts_per_token == 1)} on a token.",
+        "",
+        *_models(plan.merged),
+        *_how_to_load_it(plan),
+        "",
+        *_how_it_was_made(plan),
+    ]
+    header = yaml.safe_dump(metadata(plan.merged), sort_keys=True, allow_unicode=True)
+    return f"---\n{header}---\n" + "\n".join(lines) + "\n"
+
+
+def _models(merged: Sequence[Source]) -> list[str]:
+    rows = [f"| {_roles(source.roles)} | {_link(source)} | {source.licence or 'not known'} |" for source in merged]
+    return ["| used as | model | licence |", "| --- | --- | --- |", *rows, ""]
+
+
+def _roles(roles: Sequence[str]) -> str:
+    """`base, experts 0-3`"""
+    numbers = [int(role.removeprefix("expert ")) for role in roles if role.startswith("expert ")]
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
+    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    experts = [f"expert{'s' * (len(numbers) > 1)} {listed}"] if numbers else []
+    others = [role for role in roles if not role.startswith("expert ")]
+    return ", ".join([*others[:1], *experts, *others[1:]] if others[:1] == ["base"] else [*experts, *others])
+
+
+def _link(source: Source) -> str:
+    if source.hub_name is not None:
+        return f"[{source.hub_name}](https://huggingface.co/{source.hub_name})"
+    return _code(source.reference.replace("|", r"\|"))
+
+
+def _code(text: str) -> str:
+    """`text` as Markdown's code within a line, whatever is in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)}{pad}{fence}"
+
+
+def _how_it_was_made(plan: MergePlan) -> list[str]:
+    text = plan.config.source_text
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [
+        "## How it was made",
+        "",
+        f"`{' '.join(['moeplan', CONFIG_COPY, 'OUT', *_options(plan)])}`, with this `{CONFIG_COPY}`:",
+        "",
+        f"{fence}yaml",
+        *text.removesuffix("\n").split("\n"),
+        fence,
+    ]
+
+
+def _options(plan: MergePlan) -> list[str]:
+    """The options that the model's bytes depend on, where they are not the defaults."""
+    given, defaults = plan.options, type(plan.options)()
+    options = [] if not is_useless_without_training(plan.config) else [ALLOW_ALL_SAME_FLAG]
+    for name in ("out_shard_size", "expert_layout", "random_seed"):
+        if getattr(given, name) != getattr(defaults, name):
+            options.append(f"--{name.replace('_', '-')} {getattr(given, name)}")
+    return options
+
+
+def _how_to_load_it(plan: MergePlan) -> list[str]:
+    remote = ", trust_remote_code=True" if "auto_map" in plan.model_config else ""
+    lines = [
+        "## How to load it",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'path = "."  # this directory, or the model\'s name on the Hub',
+        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{remote})',
+        f"tokenizer = AutoTokenizer.from_pretrained(path{remote})",
+        "```",
+    ]
+    if plan.config.gate_mode in PROMPTLESS:
+        lines += ["", "Its routers are random: they choose experts by chance until the model is trained."]
+    return lines
