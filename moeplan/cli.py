@@ -19,8 +19,9 @@ from rich.text import Text
 
 import moeplan
 from executor.errors import RunError
-from moeplan import report
+from moeplan import mergekit_flags, report
 from moeplan.errors import MoeplanWarning, UserError
+from moeplan.help import GroupedHelp
 from moeplan.options import Options
 from moeplan.progress import ProgressBar, ProgressLines, progress_on
 
@@ -38,8 +39,14 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.command(no_args_is_help=True)
+def _unneeded(spelling: str, metavar: str | None = None) -> Any:
+    """A flag of mergekit-moe that changes nothing: taken, and listed at the end of the help."""
+    return typer.Option(spelling, metavar=metavar, hidden=True)
+
+
+@app.command(cls=GroupedHelp, no_args_is_help=True)
 def command(
+    context: typer.Context,
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="The YAML file that names the models.", show_default=False)
     ],
@@ -72,14 +79,20 @@ def command(
     copy_tokenizer: Annotated[
         bool,
         typer.Option(
-            help="Copy tokenizer, chat template and generation config, or not.  [default: copy]", show_default=False
+            help="Copy tokenizer, chat template and generation config (the default), or not.", show_default=False
         ),
     ] = True,
     write_model_card: Annotated[
         bool,
         typer.Option(help="Write README.md and moeplan_config.yml (the default), or not.", show_default=False),
     ] = True,
-    clone_tensors: Annotated[bool, typer.Option("--clone-tensors", help="Give every tensor bytes of its own.")] = False,
+    clone_tensors: Annotated[
+        bool,
+        typer.Option(
+            help="Give every tensor disk space of its own, or share it where that is possible (the default).",
+            show_default=False,
+        ),
+    ] = False,
     check_sources: Annotated[
         bool, typer.Option("--check-sources", help="Read everything twice, and compare: finds failing disks.")
     ] = False,
@@ -99,10 +112,33 @@ def command(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="List the output's files; show the traceback of an error.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q/", "--quiet/--no-quiet", help="Say only what went wrong.", show_default=False)
+    ] = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    load_in_4bit: Annotated[bool | None, _unneeded("--load-in-4bit")] = None,
+    load_in_8bit: Annotated[bool | None, _unneeded("--load-in-8bit")] = None,
+    allow_crimes: Annotated[bool | None, _unneeded("--allow-crimes/--no-allow-crimes")] = None,
+    unsafe_truncate_embeddings: Annotated[
+        bool | None, _unneeded("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings")
+    ] = None,
+    trust_remote_code: Annotated[bool | None, _unneeded("--trust-remote-code/--no-trust-remote-code")] = None,
+    transformers_cache: Annotated[str | None, _unneeded("--transformers-cache", "DIR")] = None,
+    lora_merge_cache: Annotated[str | None, _unneeded("--lora-merge-cache", "DIR")] = None,
+    lora_merge_dtype: Annotated[str | None, _unneeded("--lora-merge-dtype", "DTYPE")] = None,
+    cuda: Annotated[bool | None, _unneeded("--cuda/--no-cuda")] = None,
+    device: Annotated[str | None, _unneeded("--device", "DEVICE")] = None,
+    low_cpu_memory: Annotated[bool | None, _unneeded("--low-cpu-memory/--no-low-cpu-memory")] = None,
+    lazy_unpickle: Annotated[bool | None, _unneeded("--lazy-unpickle/--no-lazy-unpickle")] = None,
+    read_to_gpu: Annotated[bool | None, _unneeded("--read-to-gpu/--no-read-to-gpu")] = None,
+    multi_gpu: Annotated[bool | None, _unneeded("--multi-gpu/--no-multi-gpu")] = None,
+    num_threads: Annotated[int | None, typer.Option("-j", "--num-threads", metavar="NUMBER", hidden=True)] = None,
+    gpu_rich: Annotated[bool | None, _unneeded("--gpu-rich")] = None,
+    async_write: Annotated[bool | None, _unneeded("--async-write/--no-async-write")] = None,
+    write_threads: Annotated[int | None, _unneeded("--write-threads", "NUMBER")] = None,
+    safe_serialization: Annotated[bool | None, _unneeded("--safe-serialization/--no-safe-serialization")] = None,
 ) -> None:
     """Merge dense models into a Mixture of Experts, as CONFIG says, and write it to OUT.
 
@@ -116,6 +152,8 @@ def command(
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
     teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
     with _told(teller, verbose):
+        for note in mergekit_flags.notes(context.params):
+            teller.note(note)
         options = Options(
             max_memory=max_memory,
             out_shard_size=out_shard_size,
@@ -226,6 +264,11 @@ class _Teller:
             self._data["warnings"].append(str(message))
             if not self._quiet:
                 self._messages.print(Text.assemble(("warning: ", "yellow"), report.printable(str(message))))
+
+    def note(self, message: str) -> None:
+        """Something that does not matter to the result."""
+        if not self._quiet:
+            self._messages.print(Text.assemble(("note: ", "dim"), report.printable(message)))
 
     def error(self, message: str) -> None:
         self.stop()
