@@ -209,7 +209,8 @@ def _write_beside(merge_plan: MergePlan, result: RunResult, directory: Path) -> 
     if len(merge_plan.plan.shards) > 1:
         texts[INDEX] = index_json(merge_plan.plan.shards)
     write_beside(directory, texts, merge_plan.copied, base)
-    write_beside(directory, {RECORD: record(merge_plan, result.checksums, directory)}, (), base)
+    names = [*texts, *(str(file.relative_to(base)) for file in merge_plan.copied)]
+    write_beside(directory, {RECORD: record(merge_plan, result.checksums, directory, names)}, (), base)
     if merge_plan.options.write_model_card:  # after the record, since people edit their cards
         write_beside(directory, {CARD: model_card(merge_plan), CONFIG_COPY: merge_plan.config.source_text}, (), base)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     }
 
 
-def record(merge_plan: MergePlan, checksums: Mapping[FileSink, int], directory: Path) -> str:
-    """`moeplan.json`, for a model whose other files are in `directory`. `checksums` are the run's."""
+def record(merge_plan: MergePlan, checksums: Mapping[FileSink, int], directory: Path, files: Iterable[str]) -> str:
+    """`moeplan.json`, for a model with these `files`, in `directory`, beside the weights. `checksums` are the run's."""
     shards = {shard.filename: shard for shard in merge_plan.plan.shards}
     sources = [source.path for source in merge_plan.plan.sources]
     made = {kind: dict(facts) for kind, facts in identity(merge_plan).items()}
@@ -64,11 +64,7 @@ def record(merge_plan: MergePlan, checksums: Mapping[FileSink, int], directory: 
             name: [_segment(segment, sources) for segment in segments]
             for name, segments in manifest(merge_plan.plan, checksums).items()
         },
-        "files": {
-            str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and path.name not in shards
-        },
+        "files": {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sorted(files)},
     }
     return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
 
