@@ -92,19 +92,21 @@ def run(
     journal: Journal | None = None,
     share_extents: bool = True,
     check_sources: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Write the plan's shards into `directory`, which exists, and wait until they are on the disk.
 
     `kernels` are the functions for the plan's kernel steps, by name. What `journal` says is finished is not done again.
     Without `share_extents` every output tensor gets physical extents of its own, also where the file system could share
-    them. With `check_sources` everything is read a second time, and must be the same. Raises RunError when a source
-    changed or cannot be read, or when the disk is full or fails; what was written until then stays where it is.
+    them. With `check_sources` everything is read a second time, and must be the same. `headers` are sent to the hosts
+    of remote sources, so credentials are no part of a plan. Raises RunError when a source changed or cannot be read, or
+    when the disk is full or fails; what was written until then stays where it is.
     """
     started = time.monotonic()
     journal = journal or Journal()
     _allow_open_files(len(plan.sources) + 2 * len(plan.shards))
     with (
-        closing(SourceReader(plan.sources)) as reader,
+        closing(SourceReader(plan.sources, headers)) as reader,
         closing(ShardWriter(directory, plan.shards)) as writer,
         ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,
@@ -116,6 +118,7 @@ def run(
         try:
             engine.run_steps(routes.aliases)
         except BaseException:
+            reader.interrupt()
             workers.shutdown(wait=True, cancel_futures=True)
             raise
         engine.report("syncing")

@@ -14,6 +14,7 @@ from pathlib import Path
 from executor.reader import SourceReader
 from executor.shortcuts import SHORTCUTS, can_reflink, whole_pages
 from executor.writer import ShardWriter
+from planner.expr import SourceFile
 from planner.layout import PAGE
 from planner.plan import Branch, BufferSink, FileRoot, FileSink, Plan, StreamStep
 
@@ -77,7 +78,10 @@ def physical_nbytes(plan: Plan, directory: Path) -> int:
     """
     try:
         aliasing = can_reflink(directory)
-        sharing = {index: can_reflink(directory, Path(source.path)) for index, source in enumerate(plan.sources)}
+        sharing = {
+            index: isinstance(source, SourceFile) and can_reflink(directory, Path(source.path))
+            for index, source in enumerate(plan.sources)
+        }
     except OSError:  # nothing can be written there, or a source is gone: the run itself will say so
         return plan.written_nbytes
 
@@ -136,6 +140,8 @@ class _Taker:
         if begin == end or root.source in self._refusing:
             return 0, 0
         source, target = self._reader.fd(root.source), self._writer.fd(sink.shard)
+        if source is None:
+            return 0, 0
         for shortcut in SHORTCUTS:
             begin, end = shortcut.move(source, root.offset, target, sink.offset, nbytes)
             if begin < end:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.manifest import Segment, manifest
+from executor.reader import name_of
 from moeplan.safetensors_header import LENGTH_NBYTES
-from planner.expr import SourceFile
+from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
             "--expert-layout": merge_plan.layout,
             "--random-seed": options.random_seed,
         },
-        "source": {source.path: _source(source) for source in merge_plan.plan.sources},
+        "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
         "version of": {package: version(package) for package in PACKAGES},
         "plan": {"fingerprint": merge_plan.plan.fingerprint},
     }
@@ -50,7 +51,7 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
 def record(merge_plan: MergePlan, checksums: Mapping[FileSink, int], directory: Path, files: Iterable[str]) -> str:
     """`moeplan.json`, for a model with these `files`, in `directory`, beside the weights. `checksums` are the run's."""
     shards = {shard.filename: shard for shard in merge_plan.plan.shards}
-    sources = [source.path for source in merge_plan.plan.sources]
+    sources = [name_of(source) for source in merge_plan.plan.sources]
     made = {kind: dict(facts) for kind, facts in identity(merge_plan).items()}
     data = {
         "format": FORMAT,
@@ -88,11 +89,13 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _source(source: SourceFile) -> dict[str, Any]:
-    """Size, time of the last change in nanoseconds, and a digest of the header of a source.
+def _source(source: Source) -> dict[str, Any]:
+    """Size, time of the last change in nanoseconds, and a digest of the header of a source; of a remote one, its ETag.
 
     The digest is None of a file that is gone: the run will say so.
     """
+    if isinstance(source, RemoteFile):
+        return {"nbytes": source.nbytes, "etag": source.etag}
     try:
         digest = header_sha256(Path(source.path))
     except OSError:

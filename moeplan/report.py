@@ -16,7 +16,7 @@ from moeplan.memory import MIB
 from moeplan.merging import MergePlan, MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
-from planner.expr import SourceFile
+from planner.expr import Source
 from planner.plan import FileSink, KernelStep, StreamStep
 
 if TYPE_CHECKING:
@@ -228,11 +228,11 @@ def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
 
     A file that is part of several models counts for the first.
     """
-    read_nbytes: Counter[SourceFile] = Counter()
+    read_nbytes: Counter[Source] = Counter()
     for root, nbytes in merge_plan.plan.reads():
         read_nbytes[merge_plan.plan.sources[root.source]] += nbytes
     names = {"base_model": "base", "experts": "expert", "shared_experts": "shared expert"}
-    found: dict[frozenset[SourceFile], dict[str, Any]] = {}
+    found: dict[frozenset[Source], dict[str, Any]] = {}
     for (key, *place), model in merge_plan.sources.named():
         files = frozenset(read.file for read in model.reads)
         if files not in found:

@@ -60,6 +60,22 @@ class SourceFile:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file that tensors are read from over HTTP, range by range.
+
+    It is identified by its content: `etag` is the entity tag that the server gives it, without quotes; on the Hub that
+    is a digest. Who makes one sees to it that each content has one `url`.
+    """
+
+    url: str
+    etag: str
+    nbytes: int
+
+
+Source = SourceFile | RemoteFile
+
+
 class _HashConsed(type):
     """Builds each distinct node once. Nodes compare by identity, so a key costs no walk of the tree."""
 
@@ -99,7 +115,7 @@ class Expr(metaclass=_HashConsed):
 class Read(Expr):
     """`numel` elements that lie at byte `offset` of `file`, in C order."""
 
-    file: SourceFile
+    file: Source
     offset: int
     dtype: DType
     shape: Shape

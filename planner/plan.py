@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from planner.errors import UserError
-from planner.expr import DType, Op, Shape, SourceFile
+from planner.expr import DType, Op, Shape, Source
 from planner.layout import Shard
 
 FORMAT = 1
@@ -158,7 +158,7 @@ class Plan:
     """
 
     format: int
-    sources: tuple[SourceFile, ...]
+    sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
     steps: tuple[Step, ...]
     buffer_nbytes: tuple[int, ...]

@@ -37,6 +37,7 @@ from planner.expr import (
     Opaque,
     Read,
     Slice,
+    Source,
     SourceFile,
     Zeros,
 )
@@ -113,7 +114,7 @@ def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int) -> Pla
     frees = _last_uses(uses)
     held = list(_held(order, uses, frees, [expr.nbytes for expr in buffers]))
     pool = _pool(budget_nbytes - max(held, default=0), budget_nbytes)
-    sources = sorted({s.root.file for s in streams if isinstance(s.root, Read)}, key=_by_path)
+    sources = sorted({s.root.file for s in streams if isinstance(s.root, Read)}, key=_by_name)
     index = {file: i for i, file in enumerate(sources)}
     steps: list[Step] = [
         _kernel_step(node, buffers, freed)
@@ -132,8 +133,8 @@ def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int) -> Pla
     )
 
 
-def _by_path(file: SourceFile) -> tuple[str, int, int]:
-    return file.path, file.device, file.inode
+def _by_name(file: Source) -> tuple[str, int, int]:
+    return (file.path, file.device, file.inode) if isinstance(file, SourceFile) else (file.url, 0, 0)
 
 
 def _whole_tensors(kernels: Sequence[Opaque], products: Sequence[AddLowRank]) -> dict[Expr, int]:
@@ -275,7 +276,7 @@ def _pool(available_nbytes: int, budget_nbytes: int) -> Pool:
 
 def _stream_step(
     stream: _Stream,
-    sources: dict[SourceFile, int],
+    sources: dict[Source, int],
     buffers: Mapping[Expr, int],
     slab_nbytes: int,
     frees: tuple[int, ...],
@@ -291,7 +292,7 @@ def _stream_step(
     )
 
 
-def _root(leaf: Leaf, sources: dict[SourceFile, int], buffers: Mapping[Expr, int]) -> Root:
+def _root(leaf: Leaf, sources: dict[Source, int], buffers: Mapping[Expr, int]) -> Root:
     match leaf:
         case Read():
             return FileRoot(sources[leaf.file], leaf.offset, leaf.dtype)

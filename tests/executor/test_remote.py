@@ -1,0 +1,209 @@
+"""Plans whose sources are on another machine: what is asked for, what happens when networks and servers misbehave."""
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import TOKEN, Fault, Hub, serving
+from test_engine import digest, planned, source
+
+from executor import remote
+from executor.engine import Progress, run
+from executor.errors import RunError
+from executor.remote import RemoteReader
+from executor.routing import physical_nbytes
+from planner.expr import DType, Expr, Read, RemoteFile, cast, scale
+from planner.plan import Plan
+
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _without_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> dict[str, Read]:
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "model").mkdir()
+    return source(
+        tmp_path / "model" / "model.safetensors",
+        {
+            "large": torch.randn(3000, 1000, generator=generator).bfloat16(),
+            "left out": torch.randn(500, 1000, generator=generator).bfloat16(),
+            "small": torch.randn(5, 7, generator=generator).half(),
+        },
+    )
+
+
+@pytest.fixture
+def file(hub: Hub, local: dict[str, Read], tmp_path: Path) -> RemoteFile:
+    """The same file on the hub, in a private repository."""
+    commit = hub.add("org/model", tmp_path / "model", private=True)
+    path = tmp_path / "model" / "model.safetensors"
+    url = f"{hub.url}/org/model/resolve/{commit}/model.safetensors"
+    return RemoteFile(url, hub.digest(path), path.stat().st_size)
+
+
+def plan_of(reads: dict[str, Read], file: RemoteFile | None = None) -> Plan:
+    """In chunks of at most a MiB."""
+    if file is not None:
+        reads = {name: Read(file, read.offset, read.dtype, read.shape) for name, read in reads.items()}
+    outputs: dict[str, Expr] = {
+        "copy": reads["large"],
+        "again": reads["large"],
+        "half": cast(scale(reads["large"], 0.5), DType.BF16),
+        "small": reads["small"],
+    }
+    return planned(outputs, budget=4 * MIB)
+
+
+def outcome(plan: Plan, directory: Path, **options: object) -> dict[str, str]:
+    directory.mkdir()
+    run(plan, directory, headers=HEADERS, **options)  # type: ignore[arg-type]
+    return digest(directory)
+
+
+def test_a_remote_source_gives_the_bytes_that_a_local_one_gives_and_only_what_is_planned_is_moved(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path
+) -> None:
+    plan = plan_of(local, file)
+    assert outcome(plan, tmp_path / "remote") == outcome(plan_of(local), tmp_path / "local")
+    assert hub.weights_moved() == plan.read_nbytes == local["large"].nbytes + local["small"].nbytes
+    chunks = sum(request.server == "cdn" for request in hub.requests)
+    assert chunks >= 6
+    assert len(hub.requests) - chunks <= plan.pool.workers  # who knows where the file is asks there at once
+    assert physical_nbytes(plan, tmp_path) >= plan.written_nbytes - local["large"].nbytes  # no extents to share
+
+
+def test_a_plan_with_remote_sources_is_plain_data(local: dict[str, Read], file: RemoteFile) -> None:
+    plan = plan_of(local, file)
+    assert plan.sources == (file,)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert TOKEN not in plan.to_json()
+    assert plan.fingerprint != plan_of(local, RemoteFile(file.url, "another", file.nbytes)).fingerprint
+
+
+def test_credentials_go_to_the_host_that_the_plan_names_and_to_no_other(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path
+) -> None:
+    outcome(plan_of(local, file), tmp_path / "out")
+    sent = {(request.server, request.headers.get("Authorization")) for request in hub.requests}
+    assert sent == {("hub", f"Bearer {TOKEN}"), ("cdn", None)}
+
+
+def test_a_connection_that_is_cut_goes_on_at_the_byte_where_it_was_cut(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault("cdn", "model", cut_after=100_001, times=7))
+    plan = plan_of(local, file)
+    assert outcome(plan, tmp_path / "remote") == outcome(plan_of(local), tmp_path / "local")
+    assert hub.weights_moved() == plan.read_nbytes
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("server", ["hub", "cdn"])
+def test_a_busy_server_is_asked_again_when_it_says_so(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, status: int, server: str
+) -> None:
+    hub.faults.append(Fault(server, "model", status=status, headers={"Retry-After": "1"}))
+    started = time.monotonic()
+    assert len(RemoteReader(HEADERS).read(file, local["small"].offset, 70)) == 70
+    assert 1 <= time.monotonic() - started < 10
+
+
+def test_a_busy_server_that_gives_no_time_is_asked_later_and_later_and_then_no_more(
+    hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(RemoteReader, "_pause", lambda self, seconds: pauses.append(seconds))
+    hub.faults.append(Fault("hub", "model", status=500, times=100))
+    with pytest.raises(RunError, match=r"model.safetensors: byte 5 could not be read in 8 attempts: .*HTTP 500"):
+        RemoteReader(HEADERS).read(file, 5, 10)
+    assert len(pauses) == 7
+    assert all(later > sooner / 1.01 for sooner, later in pairwise(pauses))
+
+
+def test_a_signed_address_that_has_expired_is_asked_for_again(hub: Hub, file: RemoteFile) -> None:
+    reader = RemoteReader(HEADERS)
+    first = reader.read(file, 0, 100)
+    hub.faults.append(Fault("cdn", "model", status=403))
+    assert reader.read(file, 0, 100) == first
+    assert [request.server for request in hub.requests] == ["hub", "cdn", "cdn", "hub", "cdn"]
+
+
+def test_a_source_that_changes_during_the_run_is_refused(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path
+) -> None:
+    def change(progress: Progress) -> None:
+        hub.salt = "another"
+
+    with pytest.raises(RunError, match=r"model.safetensors: the file was changed since the merge was planned"):
+        outcome(plan_of(local, file), tmp_path / "out", on_progress=change)
+
+
+def test_a_source_that_changed_before_the_run_is_refused(hub: Hub, file: RemoteFile) -> None:
+    hub.salt = "another"
+    with pytest.raises(RunError, match="changed since the merge was planned"):
+        RemoteReader(HEADERS).read(file, 0, 10)
+
+
+def test_a_source_of_another_size_is_refused(file: RemoteFile) -> None:
+    with pytest.raises(RunError, match="changed since the merge was planned"):
+        RemoteReader(HEADERS).read(RemoteFile(file.url, file.etag, file.nbytes + 1), 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("hub", "model", status=401), "access is refused .HTTP 401.; is the token still valid"),
+        (Fault("hub", "model", status=404), "no longer there"),
+        (Fault("hub", "model", status=200), "answers a request for a range with HTTP 200"),
+        (Fault("cdn", "model", status=206), "another range than it was asked for"),
+        (Fault("cdn", "model", status=200), "answers a request for a range with HTTP 200"),
+        (Fault("cdn", "model", status=206, headers={"Content-Encoding": "gzip"}), "compressed"),
+        (Fault("hub", "model", status=302, headers={"Location": "file:///etc/passwd"}), "nothing is read from"),
+        (Fault("hub", "model", status=302, headers={"Location": "?"}, times=9), "redirects more than 5 times"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_one_message(hub: Hub, file: RemoteFile, fault: Fault, message: str) -> None:
+    hub.faults.append(fault)
+    with pytest.raises(RunError, match=message) as refused:
+        RemoteReader(HEADERS).read(file, 0, 10)
+    assert str(refused.value).startswith(file.url)
+
+
+def test_a_run_that_is_interrupted_does_not_wait_for_a_busy_server(hub: Hub, file: RemoteFile) -> None:
+    hub.faults.append(Fault("hub", "model", status=503, headers={"Retry-After": "120"}))
+    reader = RemoteReader(HEADERS)
+    threading.Timer(0.2, reader.interrupt).start()
+    started = time.monotonic()
+    with pytest.raises(RunError, match="interrupted"):
+        reader.read(file, 0, 10)
+    assert time.monotonic() - started < 10
+
+
+def test_a_proxy_that_the_environment_names_is_used(
+    hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", hub.url.replace("://", "://user:word@"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    elsewhere = RemoteFile("http://hub.invalid/x", "etag", 10)
+    with pytest.raises(RunError, match="no longer there"):
+        RemoteReader().read(elsewhere, 0, 10)
+    (request,) = hub.requests
+    assert request.path == "http://hub.invalid/x"
+    assert request.headers["Host"] == "hub.invalid"
+    assert request.headers["Proxy-Authorization"] == "Basic dXNlcjp3b3Jk"
