@@ -11,7 +11,6 @@ Adapters come from strangers, like checkpoints, and are opened with the same car
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from moeplan.checkpoint import (
     MAX_HEADERS_NBYTES,
     MERGE_ADAPTER,
     CheckpointError,
+    LocalPlace,
+    Place,
     check_is_directory,
     read_json,
     read_tensors,
@@ -79,10 +80,10 @@ class LowRankDelta:
 class Adapter:
     """An opened adapter: what it adds to a model's MLP matrices and which of them it replaces, by their names.
 
-    What it does to anything else is left out, since an expert gives its MLPs alone.
+    `label` is what the user calls it. What it does to anything else is left out, since an expert gives its MLPs alone.
     """
 
-    path: Path
+    label: str
     added: Mapping[str, LowRankDelta]
     replaced: Mapping[str, Read]
 
@@ -101,19 +102,26 @@ class Adapter:
         return add_low_rank(weight, delta.b, delta.a, delta.scale)
 
 
-def open_adapter(path: str | Path, weights: Mapping[str, Read]) -> Adapter:
-    """The LoRA adapter in the local directory `path`, for a model with these `weights`. Reads its config and header.
+def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adapter:
+    """The LoRA adapter in a local directory, or another place, for a model with these `weights`.
+
+    Reads its config and header.
 
     Raises CheckpointError, also where it was made for another model, or is of a kind that is more than a sum.
     """
-    path = Path(path)
-    check_is_directory(path)
-    if not os.path.lexists(path / CONFIG):
-        raise CheckpointError(f"{path}: is no LoRA adapter; it has no {CONFIG}, as peft's save_pretrained writes it")
+    if isinstance(place, (str, Path)):
+        place = LocalPlace(Path(place))
+    if isinstance(place, LocalPlace):
+        check_is_directory(place.path)
+    path = place.path
+    if not place.has(CONFIG):
+        raise CheckpointError(
+            f"{place.label}: is no LoRA adapter; it has no {CONFIG}, as peft's save_pretrained writes it"
+        )
     config = _read_config(path)
-    is_bin = not os.path.lexists(path / WEIGHTS) and os.path.lexists(path / BIN_WEIGHTS)
+    is_bin = not place.has(WEIGHTS) and place.has(BIN_WEIGHTS)
     file = path / (BIN_WEIGHTS if is_bin else WEIGHTS)
-    tensors, _ = read_tensors(path, file.name, MAX_HEADERS_NBYTES)
+    tensors, _ = read_tensors(place, file.name, MAX_HEADERS_NBYTES)
     factors: dict[str, dict[str, Read]] = {}
     replaced: dict[str, Read] = {}
     for key, read in tensors.items():
@@ -141,7 +149,7 @@ def open_adapter(path: str | Path, weights: Mapping[str, Read]) -> Adapter:
     twice = added.keys() & replaced.keys()
     if twice:
         raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
-    return Adapter(path, added, replaced)
+    return Adapter(place.label, added, replaced)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: a source model's directory, opened by reading its `config.json` and its headers, never its weights.
+"""Checkpoints: a source model, opened by reading its `config.json` and its headers, never its weights.
 
 Weights are safetensors, or the `.bin` files of `torch.save`. Whatever says in them which bytes are which tensor is
 called their header here.
@@ -10,18 +10,17 @@ the directory is opened, and nothing is executed. What is wrong is a CheckpointE
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from moeplan.errors import UserError
 from moeplan.safetensors_header import LENGTH_NBYTES, HeaderError, parse_header
 from moeplan.torch_archive import ArchiveError, read_archive
 from moeplan.untrusted_json import JSONError, parse_object, show
-from planner.expr import DType, Read, Shape, SourceFile
+from planner.expr import DType, Read, Shape, Source, SourceFile
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -48,7 +47,6 @@ MERGE_ADAPTER = (
 """What to do with an adapter that moeplan does not take."""
 
 _LFS_POINTER = b"version https://git-lfs"
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _READS = "moeplan reads local directories"
 _INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
@@ -65,15 +63,69 @@ class CheckpointError(UserError):
     """A source model cannot be read: it is not there, not a checkpoint, broken, or hostile."""
 
 
+class Place(Protocol):
+    """Where a model is. Its small files are in the directory `path`; its weights may be elsewhere."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def label(self) -> str:
+        """What the user calls it."""
+
+    def names(self) -> Collection[str]:
+        """The names of its files. Raises CheckpointError."""
+
+    def has(self, name: str) -> bool:
+        """Whether it has the file `name`."""
+
+    def prepare(self, names: Collection[str]) -> None:
+        """Told which files of weights will be opened, so that what takes long can be begun."""
+
+    def opened(self, name: str) -> AbstractContextManager[tuple[BinaryIO, Source]]:
+        """The file of weights `name`, open for reading, and what plans are to read it as. Raises CheckpointError."""
+
+
+@dataclass(frozen=True)
+class LocalPlace:
+    """A local directory, which holds everything."""
+
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def names(self) -> list[str]:
+        try:
+            return [file.name for file in self.path.iterdir()]
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be listed ({error.strerror})") from None
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.path / name)
+
+    def prepare(self, names: Collection[str]) -> None:
+        """Nothing here takes long."""
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[BinaryIO, SourceFile]]:
+        with opened(self.path, name) as file:
+            status = os.fstat(file.fileno())
+            path = _one_path(file.name, status)
+            yield file, SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, path)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened source model: what it is and where its tensors lie.
 
-    `path` is the directory as the user typed it, `config` the parsed `config.json`, `tensors` a `Read` for each
-    tensor name.
+    `path` is the directory of its small files, `label` what the user calls it, `config` the parsed `config.json`,
+    `tensors` a `Read` for each tensor name.
     """
 
     path: Path
+    label: str
     config: Mapping[str, Any]
     tensors: Mapping[str, Read]
 
@@ -112,23 +164,25 @@ class Checkpoint:
         return CheckpointError(f"{self.path / CONFIG}: {found}; it must be {expected}")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in the local directory `path`. Reads its config, its index and its headers.
+def open_checkpoint(place: str | Path | Place) -> Checkpoint:
+    """The checkpoint in a local directory, or another place. Reads its config, its index and its headers.
 
     Which files are its weights is decided as transformers does: `model.safetensors`, else the shards that
     `model.safetensors.index.json` names, else the same of `pytorch_model.bin`. Raises CheckpointError.
     """
-    path = Path(path)
-    check_is_directory(path)
-    weights = next((name for name in PREFERRED if os.path.lexists(path / name)), None)
+    if isinstance(place, (str, Path)):
+        place = LocalPlace(Path(place))
+    if isinstance(place, LocalPlace):
+        check_is_directory(place.path)
+    weights = next((name for name in PREFERRED if place.has(name)), None)
     if weights is None:
-        raise CheckpointError(f"{path}: {_why_no_weights(path)}")
-    config = _read_config(path, weights)
+        raise CheckpointError(f"{place.label}: {_why_no_weights(place)}")
+    config = _read_config(place.path, weights)
     if weights in (INDEX, BIN_INDEX):
-        tensors = _read_shards(path, weights)
+        tensors = _read_shards(place, weights)
     else:
-        tensors, _ = read_tensors(path, weights, MAX_HEADERS_NBYTES)
-    return Checkpoint(path, config, tensors)
+        tensors, _ = read_tensors(place, weights, MAX_HEADERS_NBYTES)
+    return Checkpoint(place.path, place.label, config, tensors)
 
 
 def check_is_directory(path: Path) -> None:
@@ -143,29 +197,18 @@ def check_is_directory(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{show(str(path))}: cannot be opened ({error.strerror})") from None
     if not exists:
-        raise CheckpointError(f"{path}: no such directory; {_READS}. {_how_to_get(str(path))}")
+        raise CheckpointError(f"{path}: no such directory; a model on the Hub is named ORG/NAME or ORG/NAME@REVISION")
     if not is_directory:
         give = _INSTEAD_OF_GGUF if path.suffix == ".gguf" else "give the directory that holds it"
         raise CheckpointError(f"{path}: is a file; {_READS}: {give}")
 
 
-def _how_to_get(path: str) -> str:
-    hub = _HUB_NAME.fullmatch(path)
-    if hub is None:
-        return "A model on the Hub must be downloaded first (`hf download`)"
-    revision = f" --revision {hub['revision']}" if hub["revision"] else ""
-    command = f"hf download {hub['name']}{revision} --local-dir {hub['name'].split('/')[1]}"
-    return f"If this is a model on the Hub, download it first: `{command}`"
-
-
-def _why_no_weights(path: Path) -> str:
-    """What a directory without weights is instead, and what to do about it."""
-    try:
-        by_suffix = {file.suffix: file.name for file in sorted(path.iterdir(), reverse=True)}
-    except OSError as error:
-        return f"cannot be listed ({error.strerror})"
-    if os.path.lexists(path / "adapter_config.json"):
-        return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{path.name})"
+def _why_no_weights(place: Place) -> str:
+    """What a place without weights is instead, and what to do about it."""
+    by_suffix = {Path(name).suffix: name for name in sorted(place.names(), reverse=True)}
+    if place.has("adapter_config.json"):
+        name = Path(place.label).name
+        return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{name})"
     found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)
     advice = (
         "is the download complete, and is this the model's directory?"
@@ -196,22 +239,24 @@ def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
     return config
 
 
-def _read_shards(path: Path, index: str) -> dict[str, Read]:
+def _read_shards(place: Place, index: str) -> dict[str, Read]:
     """The tensors of all shards. Index and shards must name the same ones.
 
     Of a tensor that a shard holds and the index does not map there, transformers 4 takes no notice, and transformers 5
     loads it; so neither reading is safe.
     """
+    path = place.path
     weight_map = _read_weight_map(path, index)
     mapped: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         mapped.setdefault(shard, []).append(name)
     if len(mapped) > MAX_SHARDS:
         raise CheckpointError(f"{path / index}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
+    place.prepare(mapped)
     tensors: dict[str, Read] = {}
     headers_nbytes = 0
     for shard, names in sorted(mapped.items()):
-        held, header_nbytes = read_tensors(path, shard, MAX_HEADERS_NBYTES - headers_nbytes)
+        held, header_nbytes = read_tensors(place, shard, MAX_HEADERS_NBYTES - headers_nbytes)
         headers_nbytes += header_nbytes
         for name in names:
             if name not in held:
@@ -253,18 +298,14 @@ def _read_weight_map(path: Path, index: str) -> dict[str, str]:
     return weight_map
 
 
-def read_tensors(path: Path, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
+def read_tensors(place: Place, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
     """The tensors of one file of weights, and the size of its header. Raises CheckpointError."""
-    where = path / name
-    with opened(path, name) as file:
-        status = os.fstat(file.fileno())
+    where = place.path / name
+    with place.opened(name) as (file, source):
         _refuse_lfs_pointer(where, file.read(len(_LFS_POINTER)))
         locate = _located_in_archive if name.endswith(".bin") else _located_by_header
-        places, header_nbytes = locate(where, file, status.st_size, max_header_nbytes)
-        real_path = file.name
-    path_opened = _one_path(real_path, status)
-    source = SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, path_opened)
-    return {tensor: Read(source, *place) for tensor, place in places.items()}, header_nbytes
+        places, header_nbytes = locate(where, file, source.nbytes, max_header_nbytes)
+    return {tensor: Read(source, *at) for tensor, at in places.items()}, header_nbytes
 
 
 def _located_by_header(

@@ -102,6 +102,16 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model in OUT, once the new one is complete.")
     ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Read models on the Hub straight into the output, without downloading them."),
+    ] = False,
+    transformers_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HOME]", show_default=False
+        ),
+    ] = None,
     allow_all_same: Annotated[
         bool,
         typer.Option(
@@ -125,7 +135,6 @@ def command(
         bool | None, _unneeded("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings")
     ] = None,
     trust_remote_code: Annotated[bool | None, _unneeded("--trust-remote-code/--no-trust-remote-code")] = None,
-    transformers_cache: Annotated[str | None, _unneeded("--transformers-cache", "DIR")] = None,
     lora_merge_cache: Annotated[str | None, _unneeded("--lora-merge-cache", "DIR")] = None,
     lora_merge_dtype: Annotated[str | None, _unneeded("--lora-merge-dtype", "DTYPE")] = None,
     cuda: Annotated[bool | None, _unneeded("--cuda/--no-cuda")] = None,
@@ -165,6 +174,8 @@ def command(
             check_sources=check_sources,
             restart=restart,
             overwrite=overwrite,
+            stream=stream,
+            transformers_cache=transformers_cache,
         )
         merge_config = moeplan.load_config(config, allow_all_same=allow_all_same)
         if plan or out is None:
@@ -174,7 +185,7 @@ def command(
 
         def on_plan(merge_plan: moeplan.MergePlan) -> None:
             teller.plan(merge_plan, out)
-            teller.start(merge_plan.plan.written_nbytes)
+            teller.start(merge_plan.moved_nbytes)
 
         teller.result(moeplan.merge(merge_config, out, options, on_plan, teller.progress))
 

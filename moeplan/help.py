@@ -14,6 +14,7 @@ GROUPS = {
     "Memory and speed": ("max_memory",),
     "Output": ("out_shard_size", "expert_layout", "copy_tokenizer", "write_model_card", "clone_tensors"),
     "Interruptions": ("restart", "overwrite", "check_sources"),
+    "Models on the Hub": ("stream", "transformers_cache"),
     "Gates and experts": ("random_seed", "allow_all_same"),
 }
 """The parameters of the command, by name, that each group shows, in this order."""

@@ -49,7 +49,7 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
     _refuse_what_is_lost(family, base, base.unknown_tensors())
     if not base.settings["tie_word_embeddings"] and OUTPUT_MATRIX not in base.checkpoint.tensors:
         raise CheckpointError(
-            f"{base.checkpoint.path}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
+            f"{base.checkpoint.label}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
             "embeddings (tie_word_embeddings)"
         )
     for name, spec, _ in base.specs():  # gates may need any of them
@@ -62,7 +62,7 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
         where = config.where(*place)
         if expert.name != base.name:
             raise CheckpointError(
-                f"{where}: {expert.checkpoint.path} is a {expert.name} model and the base {base.checkpoint.path} a "
+                f"{where}: {expert.checkpoint.label} is a {expert.name} model and the base {base.checkpoint.label} a "
                 f"{base.name} model; all must be of one family"
             )
         for key in (*MUST_AGREE, *SHOULD_AGREE):
@@ -70,8 +70,8 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
             if its == bases:
                 continue
             difference = (
-                f"{where}: {key} is {show(its)} in {expert.checkpoint.path} and {show(bases)} in the base "
-                f"{base.checkpoint.path}"
+                f"{where}: {key} is {show(its)} in {expert.checkpoint.label} and {show(bases)} in the base "
+                f"{base.checkpoint.label}"
             )
             if key in MUST_AGREE:
                 raise CheckpointError(f"{difference}; they must be equal")
@@ -92,7 +92,7 @@ def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise CheckpointError(
-            f"{model.checkpoint.path}: a {family.name} model cannot hold {show(names[0])}{more}, and without it the "
+            f"{model.checkpoint.label}: a {family.name} model cannot hold {show(names[0])}{more}, and without it the "
             "merged model would compute something else"
         )
 

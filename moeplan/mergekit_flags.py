@@ -56,7 +56,7 @@ FLAGS = (
     Flag(("--no-unsafe-truncate-embeddings",), Fate.WORKS, "never done"),
     Flag(("--trust-remote-code",), Fate.UNNEEDED, "no model's code is needed, and none is run"),
     Flag(("--no-trust-remote-code",), Fate.WORKS, "no model's code is run"),
-    Flag(("--transformers-cache",), Fate.UNNEEDED, "models are local directories, so nothing is downloaded"),
+    Flag(("--transformers-cache",), Fate.WORKS, "where models from the Hub are downloaded to; --stream stores none"),
     Flag(("--lora-merge-cache",), Fate.UNNEEDED, "no merged adapter is stored anywhere"),
     Flag(("--lora-merge-dtype",), Fate.UNNEEDED, "arithmetic is in float32, and rounded once"),
     Flag(("--random-seed",), Fate.WORKS, "0 if left out, so equal merges give equal bytes"),

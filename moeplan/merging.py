@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from executor.errors import RunError
 from executor.routing import physical_nbytes
 from moeplan import architectures, gates, lowering
+from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
 from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
+from moeplan.fetching import after, fetch, fetch_tokenizer, files_to_fetch
 from moeplan.gates.prompts import PromptError
+from moeplan.hub import Hub
 from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
 from moeplan.model_card import CARD, CONFIG_COPY, Source, model_card, sources_of, warn_of_licences
@@ -31,7 +34,7 @@ from moeplan.record import RECORD, identity, record
 from moeplan.routing import degenerate_layers
 from moeplan.staging import check_output, staged, unfinished_nbytes
 from planner.errors import BudgetError
-from planner.expr import DType, Opaque
+from planner.expr import DType, Opaque, RemoteFile
 from planner.graph import TensorGraph
 from planner.layout import index_json
 from planner.plan import Plan
@@ -62,6 +65,10 @@ class MergePlan:
     copied: tuple[Path, ...]
     """Files of the base that are copied as they are."""
 
+    missing: Mapping[str, int]
+    """Files of the base that will be copied, too, with their sizes, but must be fetched from the Hub before."""
+
+    hub: Hub
     plan: Plan
     memory: MemoryCap
     options: Options
@@ -69,7 +76,23 @@ class MergePlan:
     @property
     def disk_nbytes(self) -> int:
         """The size of the output."""
-        return self.plan.written_nbytes + sum(file.stat().st_size for file in self.copied)
+        return self.plan.written_nbytes + sum(file.stat().st_size for file in self.copied) + sum(self.missing.values())
+
+    @property
+    def remote_files(self) -> list[RemoteFile]:
+        """The files of weights that are read, and are on the Hub alone."""
+        return [source for source in self.plan.sources if isinstance(source, RemoteFile)]
+
+    @property
+    def download_nbytes(self) -> int:
+        """The size of what will be downloaded into the cache before anything is written."""
+        weights = 0 if self.options.stream else sum(file.nbytes for file in self.remote_files)
+        return weights + sum(self.missing.values())
+
+    @property
+    def moved_nbytes(self) -> int:
+        """What progress is measured by: bytes downloaded and bytes written."""
+        return self.download_nbytes + self.plan.written_nbytes
 
     def needed_nbytes(self, directory: Path) -> int:
         """The space that the output will take in `directory`: less than its size where extents can be shared."""
@@ -95,13 +118,16 @@ class MergeResult:
 def plan(config: MergeConfig, out: str | Path | None = None, options: Options | None = None) -> MergePlan:
     """Plan a merge. Reads configs and headers, writes nothing, imports neither torch nor transformers.
 
+    Of models on the Hub that are not in the cache, it fetches the small files into the cache and reads the headers.
+
     Raises UserError for sources that do not fit each other or the family, for an `out` that is in use, for options that
     cannot be understood, and for a memory cap that is too small. Warns with MoeplanWarning.
     """
     options = options or Options()
     if out is not None:
         check_output(Path(out), overwrite=options.overwrite)
-    sources = _open_sources(config)
+    hub = Hub(options.transformers_cache)
+    sources = _open_sources(config, hub)
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)
     families = architectures.choose(config, [model for _, model in sources.named()])
@@ -115,6 +141,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             MoeplanWarning,
             stacklevel=2,
         )
+    snapshot = hub.snapshot(sources.base.checkpoint.path)
+    if snapshot is not None and config.gate_mode not in gates.PROMPTLESS:
+        fetch_tokenizer(snapshot)
     mode = gates.gate_mode(config.gate_mode)
     gated = config.experts
     if family.shared is not None and family.shared.gate is not None:
@@ -149,6 +178,8 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             dtype=dtype,
         ),
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
+        missing=files_to_fetch(snapshot) if snapshot is not None and options.copy_tokenizer else {},
+        hub=hub,
         plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize)),
         memory=cap,
         options=options,
@@ -183,6 +214,10 @@ def merge(
         on_plan(merge_plan)
     if not runtime_is_known():
         merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
+    fetched_nbytes = merge_plan.download_nbytes
+    if fetched_nbytes:
+        fetch(merge_plan, Path(out), on_progress)
+        merge_plan = _with_sources_here(merge_plan, out, options)
     directory, options = Path(out), merge_plan.options
     with staged(directory, identity(merge_plan), restart=options.restart, overwrite=options.overwrite) as stage:
         if stage.is_complete:
@@ -193,10 +228,11 @@ def merge(
                 merge_plan.plan,
                 stage.directory,
                 mode.kernels,
-                on_progress,
+                after(fetched_nbytes, on_progress),
                 journal=stage.journal,
                 share_extents=not options.clone_tensors,
                 check_sources=options.check_sources,
+                headers=merge_plan.hub.headers,
             )
             _warn_degenerate(merge_plan, stage.directory)
             _write_beside(merge_plan, result, stage.directory)
@@ -233,6 +269,14 @@ def _import(packages: tuple[str, ...]) -> None:
         import_module(package)
 
 
+def _with_sources_here(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
+    """Plan anew where weights have been fetched; else only the base's files have."""
+    if merge_plan.remote_files and not merge_plan.options.stream:
+        return _again(merge_plan, out, options)
+    copied = tuple(tokenizer_files(merge_plan.sources.base.checkpoint.path))
+    return replace(merge_plan, copied=copied if merge_plan.options.copy_tokenizer else (), missing={})
+
+
 def _with_packages_loaded(
     merge_plan: MergePlan, out: str | Path, options: Options | None, packages: tuple[str, ...]
 ) -> MergePlan:
@@ -241,21 +285,27 @@ def _with_packages_loaded(
     taken = memory_cap(None, ()).process_nbytes
     if taken <= merge_plan.memory.process_nbytes:
         return merge_plan
+    return _again(merge_plan, out, options)
+
+
+def _again(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
+    """Plan the same again, without saying again what there was to say."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MoeplanWarning)
         return plan(merge_plan.config, out, options)
 
 
-def _open_sources(config: MergeConfig) -> Sources:
+def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
     """Open each distinct source once."""
     opened: dict[ModelRef, DenseModel] = {}
 
     def open_once(reference: ModelRef) -> DenseModel:
         if reference not in opened:
             if reference.adapter is None:
-                opened[reference] = architectures.as_dense_model(open_checkpoint(reference.model))
+                opened[reference] = architectures.as_dense_model(open_checkpoint(hub.place(reference.model)))
             else:
-                opened[reference] = open_once(ModelRef(reference.model)).with_adapter(reference.adapter)
+                adapter = hub.place(reference.adapter, ADAPTER_CONFIG)
+                opened[reference] = open_once(ModelRef(reference.model)).with_adapter(adapter)
         return opened[reference]
 
     def model(reference: str, *path: str | int) -> DenseModel:

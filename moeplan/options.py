@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from moeplan.errors import UserError
 
@@ -55,6 +56,12 @@ class Options:
 
     overwrite: bool = False
     """Let the model take the place of one that is in the output directory. It stands until the new one is complete."""
+
+    stream: bool = False
+    """Read what is needed of models on the Hub straight into the output, instead of downloading them into the cache."""
+
+    transformers_cache: str | Path | None = None
+    """The directory that models from the Hub are downloaded into. None: huggingface_hub's own (`HF_HOME`)."""
 
     def __post_init__(self) -> None:
         if self.random_seed < 0:

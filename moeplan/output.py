@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,11 @@ WITHOUT = "use --no-copy-tokenizer to go without"
 
 class OutputError(UserError):
     """The output directory cannot be used."""
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model on the Hub, by its path there, is one that `tokenizer_files` would take."""
+    return name in TOKENIZER_FILES or re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", name) is not None
 
 
 def is_of_a_model(name: str) -> bool:

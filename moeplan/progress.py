@@ -16,7 +16,7 @@ LINE_SECONDS = 10.0
 
 
 class ProgressBar:
-    """Bytes, rate and time left of a run that writes `total_nbytes`, on a terminal."""
+    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal."""
 
     def __init__(self, console: Console, total_nbytes: int) -> None:
         from rich import progress  # here, because a plan alone has no use for it
@@ -80,7 +80,8 @@ def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLi
 
 def _doing(state: Progress) -> str:
     """What runs now, in a word. The executor names kernels, and those make routers."""
-    return {"": "copying", "syncing": "syncing", "verifying": "verifying"}.get(state.doing, "routers")
+    known = ("syncing", "verifying", "fetching")
+    return "copying" if not state.doing else state.doing if state.doing in known else "routers"
 
 
 def _duration(seconds: float) -> str:

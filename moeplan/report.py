@@ -16,7 +16,7 @@ from moeplan.memory import MIB
 from moeplan.merging import MergePlan, MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
-from planner.expr import Source
+from planner.expr import RemoteFile, Source
 from planner.plan import FileSink, KernelStep, StreamStep
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
         "num_experts": len(config.experts),
         "experts_per_token": config.experts_per_token,
         "sources": _sources(merge_plan),
+        "hub": _hub(merge_plan),
         "read": {"nbytes": plan.read_nbytes, "more_than_once_nbytes": plan.reread_nbytes},
         "shared": _shared(merge_plan),
         "output": {
@@ -41,7 +42,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
             "shards": [
                 {"file": shard.filename, "nbytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards
             ],
-            "copied_files": [file.name for file in merge_plan.copied],
+            "copied_files": [*(file.name for file in merge_plan.copied), *merge_plan.missing],
         },
         "router": {
             "gate_mode": config.gate_mode,
@@ -97,19 +98,22 @@ def verification_view(data: dict[str, Any]) -> RenderableType:
 
 def plan_view(data: dict[str, Any], *, with_files: bool = False) -> RenderableType:
     """What `--plan` prints, from `plan_data`. No line but that of a long path is wider than 80 columns."""
-    parts: list[RenderableType] = [
-        _table(
-            ("source", "used as", "files>", "read>"),
-            [
-                (source["path"], _roles(source["used_as"]), str(source["files"]), decimal(source["read_nbytes"]))
-                for source in data["sources"]
-            ],
-        )
+    rows: list[tuple[str, ...]] = [
+        (source["path"], _roles(source["used_as"]), str(source["files"]), decimal(source["read_nbytes"]))
+        for source in data["sources"]
     ]
+    columns = ["source", "used as", "files>", "read>"]
+    if data["hub"] is not None:
+        columns.append("on the Hub>")
+        rows = [
+            (*row, decimal(source["remote_nbytes"]) if source["remote_nbytes"] else "")
+            for row, source in zip(rows, data["sources"], strict=True)
+        ]
+    parts: list[RenderableType] = [_table(columns, rows)]
     if with_files:
-        rows = [(shard["file"], str(shard["tensors"]), decimal(shard["nbytes"])) for shard in data["output"]["shards"]]
-        rows += [(f"{name} (from the base)", "", "") for name in data["output"]["copied_files"]]
-        parts += [Text(), _table(("output file", "tensors>", "size>"), rows)]
+        files = [(shard["file"], str(shard["tensors"]), decimal(shard["nbytes"])) for shard in data["output"]["shards"]]
+        files += [(f"{name} (from the base)", "", "") for name in data["output"]["copied_files"]]
+        parts += [Text(), _table(("output file", "tensors>", "size>"), files)]
     parts.append(Text())
     parts += [_fact(name, lines) for name, lines in _facts(data)]
     return Group(*parts)
@@ -175,6 +179,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
             ],
         ),
         ("read", [decimal(data["read"]["nbytes"]) + (f", {decimal(again)} of it more than once" if again else "")]),
+        *([] if data["hub"] is None else [("hub", _hub_lines(data["hub"]))]),
         ("shared", [_shared_text(data["shared"])]),
         ("router", [_router(data["router"])]),
         (
@@ -232,6 +237,7 @@ def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
     for root, nbytes in merge_plan.plan.reads():
         read_nbytes[merge_plan.plan.sources[root.source]] += nbytes
     names = {"base_model": "base", "experts": "expert", "shared_experts": "shared expert"}
+    used = set(merge_plan.plan.sources)
     found: dict[frozenset[Source], dict[str, Any]] = {}
     for (key, *place), model in merge_plan.sources.named():
         files = frozenset(read.file for read in model.reads)
@@ -241,9 +247,49 @@ def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
                 "used_as": [],
                 "files": len(files),
                 "read_nbytes": sum(read_nbytes.pop(file, 0) for file in files),
+                "remote_nbytes": sum(file.nbytes for file in files & used if isinstance(file, RemoteFile)),
             }
         found[files]["used_as"].append(" ".join([names[str(key)], *map(str, place[:1])]))
     return list(found.values())
+
+
+def _hub(merge_plan: MergePlan) -> dict[str, Any] | None:
+    """What must come from the Hub; None where nothing must."""
+    files, missing = merge_plan.remote_files, merge_plan.missing
+    if not files and not missing:
+        return None
+    return {
+        "endpoint": merge_plan.hub.endpoint,
+        "cache": str(merge_plan.hub.cache),
+        "stream": merge_plan.options.stream,
+        "files": [{"url": file.url, "nbytes": file.nbytes} for file in files],
+        "nbytes": sum(file.nbytes for file in files),
+        "needed_nbytes": sum(
+            nbytes
+            for root, nbytes in merge_plan.plan.reads()
+            if isinstance(merge_plan.plan.sources[root.source], RemoteFile)
+        ),
+        "beside_nbytes": sum(missing.values()),
+        "download_nbytes": merge_plan.download_nbytes,
+    }
+
+
+def _hub_lines(hub: dict[str, Any]) -> list[str]:
+    """What is downloaded, from where to where; what would do."""
+    lines = []
+    if hub["files"]:
+        what = f"{decimal(hub['nbytes'])} in {_count(len(hub['files']), 'file')}"
+        if hub["stream"]:
+            lines.append(f"{decimal(hub['needed_nbytes'])} to be streamed from {hub['endpoint']}, of {what}")
+        else:
+            lines += [
+                f"{what} to be downloaded from {hub['endpoint']}",
+                f"to {hub['cache']}",
+                f"({decimal(hub['needed_nbytes'])} of it is needed; --stream reads no more, and stores nothing)",
+            ]
+    if hub["beside_nbytes"]:
+        lines.append(f"{decimal(hub['beside_nbytes'])} of tokenizer files to be downloaded")
+    return lines
 
 
 def _shared(merge_plan: MergePlan) -> dict[str, int]:

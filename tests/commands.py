@@ -43,7 +43,7 @@ def start(*args: object, code: str = "from moeplan.cli import main; main()", **o
     command = [sys.executable, "-c", code, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
-    return subprocess.Popen(command, text=True, env=env, **pipes)
+    return subprocess.Popen(command, text=True, **{"env": env, **pipes})
 
 
 def outcome(process: subprocess.Popen[str]) -> Outcome:

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+# No test asks the real Hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("HF_TOKEN", None)
+
 # Models this small gain nothing from threads, and test workers that fight for cores lose much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

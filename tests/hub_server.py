@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_secret"
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model")
-WHOLE_DIGEST_NBYTES = 64 << 20
+WHOLE_DIGEST_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,10 @@ def serving() -> Iterator[Hub]:
     """A hub that runs."""
     hub = Hub()
     servers = [_server(handler, hub) for handler in (_HubHandler, _CDNHandler)]
-    hub.url, hub.cdn_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    hub.url, hub.cdn_url = (
+        f"http://{host}:{server.server_address[1]}"
+        for host, server in zip(("127.0.0.1", "localhost"), servers, strict=True)
+    )
     try:
         yield hub
     finally:

@@ -29,7 +29,7 @@ def as_dense_model(checkpoint: Checkpoint) -> DenseModel:
     family = DENSE_FAMILIES.get(checkpoint.model_type)
     if family is None:
         raise CheckpointError(
-            f"{checkpoint.path}: models of type {show(checkpoint.model_type)} cannot be merged; "
+            f"{checkpoint.label}: models of type {show(checkpoint.model_type)} cannot be merged; "
             f"moeplan knows {', '.join(sorted(DENSE_FAMILIES))}"
         )
     return dense_model(checkpoint, family)
@@ -59,7 +59,7 @@ def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) 
     for model in models:
         if model.family not in family.sources:
             sources = ", ".join(source.model_type for source in family.sources)
-            return f"is made of {sources} models, and {model.checkpoint.path} is {model.name}"
+            return f"is made of {sources} models, and {model.checkpoint.label} is {model.name}"
     shared = config.shared_experts
     if shared and family.shared is None:
         return "has no shared expert: remove shared_experts"

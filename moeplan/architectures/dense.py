@@ -15,7 +15,7 @@ from typing import Any
 
 from moeplan.adapter import Adapter, open_adapter
 from moeplan.architectures.setting_values import complete_settings
-from moeplan.checkpoint import Checkpoint, CheckpointError
+from moeplan.checkpoint import Checkpoint, CheckpointError, Place
 from planner.expr import Expr, Read
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -106,22 +106,22 @@ class DenseModel:
 
     @property
     def label(self) -> str:
-        """What the YAML calls it: `path`, or `path+adapter`."""
-        return f"{self.checkpoint.path}" + ("" if self.adapter is None else f"+{self.adapter.path}")
+        """What the YAML calls it: `MODEL`, or `MODEL+ADAPTER`."""
+        return self.checkpoint.label + ("" if self.adapter is None else f"+{self.adapter.label}")
 
     @property
     def reads(self) -> list[Read]:
         """Every tensor that there is, the adapter's included."""
         return [*self.checkpoint.tensors.values(), *([] if self.adapter is None else self.adapter.reads)]
 
-    def with_adapter(self, path: str | Path) -> DenseModel:
-        """This model with the LoRA adapter in directory `path` on it. Raises CheckpointError."""
+    def with_adapter(self, place: str | Path | Place) -> DenseModel:
+        """This model with the LoRA adapter in directory `place` on it. Raises CheckpointError."""
         weights = {
             name: read
             for name, spec, _ in self.specs()
             if (read := self.tensor(name, spec) if ".mlp." in name else self.checkpoint.tensors.get(name)) is not None
         }
-        return replace(self, adapter=open_adapter(path, weights))
+        return replace(self, adapter=open_adapter(place, weights))
 
     @property
     def num_layers(self) -> int:
@@ -167,11 +167,11 @@ class DenseModel:
         if read is None:
             if spec.optional:
                 return None
-            raise CheckpointError(f"{self.checkpoint.path}: there is no tensor {name}, which a {self.name} model has")
+            raise CheckpointError(f"{self.checkpoint.label}: there is no tensor {name}, which a {self.name} model has")
         expected = tuple(self.sizes[size] for size in spec.shape)
         if read.shape != expected:
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name} has shape {list(read.shape)}, and config.json makes it "
+                f"{self.checkpoint.label}: {name} has shape {list(read.shape)}, and config.json makes it "
                 f"{list(expected)} ({' × '.join(spec.shape)})"
             )
         return read

@@ -232,10 +232,8 @@ def test_a_directory_without_weights_is_refused_by_what_it_holds(path: Path, cas
 
 
 PATHS = {
-    "mistralai/Mistral-7B-v0.1": "`hf download mistralai/Mistral-7B-v0.1 --local-dir Mistral-7B-v0.1`",
-    "org/name@refs/pr/1": "`hf download org/name --revision refs/pr/1 --local-dir name`",
-    "nowhere": "nowhere: no such directory; moeplan reads local directories",
-    "/nowhere/at/all": "A model on the Hub must be downloaded first",
+    "nowhere": "nowhere: no such directory; a model on the Hub is named ORG/NAME or ORG/NAME@REVISION",
+    "/nowhere/at/all": "/nowhere/at/all: no such directory",
     "model.gguf": "is a file; moeplan reads local directories: give the model that the GGUF was",
     "model.safetensors": "is a file; moeplan reads local directories: give the directory",
     "model.safetensors/x": "no such directory",
@@ -274,7 +272,7 @@ def test_a_null_quantization_config_is_none(path: Path) -> None:
 
 
 def with_config(**values: Any) -> Checkpoint:
-    return Checkpoint(Path("m"), values, {})
+    return Checkpoint(Path("m"), "m", values, {})
 
 
 @pytest.mark.parametrize(

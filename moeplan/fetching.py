@@ -1,0 +1,83 @@
+"""What a merge fetches from the Hub into the cache: the base's tokenizer, and weights that are not to be streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from executor.errors import RunError
+from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Snapshot
+from moeplan.output import MAX_TOKENIZER_NBYTES, existing, free_nbytes, is_tokenizer_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from executor.engine import Progress
+    from moeplan.merging import MergePlan
+
+FAST_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""What prompts are read with, where the first is there."""
+
+OnProgress = Callable[["Progress"], None]
+
+
+def fetch_tokenizer(base: Snapshot) -> None:
+    """Have in the cache what prompts need. Raises CheckpointError."""
+    wanted = FAST_TOKENIZER if base.has(FAST_TOKENIZER[0]) else [n for n in base.names() if is_tokenizer_file(n)]
+    base.fetch(wanted, MAX_TOKENIZER_NBYTES)
+
+
+def files_to_fetch(base: Snapshot) -> Mapping[str, int]:
+    """The files of the base that are copied and not in the cache yet, with their sizes."""
+    names = [name for name in base.files if is_tokenizer_file(name) and not base.is_here(name)]
+    return {name: base.files[name].nbytes for name in sorted(names)}
+
+
+def fetch(merge_plan: MergePlan, out: Path, on_progress: OnProgress | None) -> None:
+    """Have in the cache everything that must be there before the run.
+
+    Raises CheckpointError where the base's files cannot be had, RunError where weights cannot, and for a full disk.
+    """
+    from executor.engine import Progress
+
+    hub = merge_plan.hub
+    _check_space(merge_plan, out)
+    base = hub.snapshot(merge_plan.sources.base.checkpoint.path)
+    if base is not None:
+        base.fetch(merge_plan.missing, MAX_TOKENIZER_NBYTES)
+    lock = Lock()
+    done = sum(merge_plan.missing.values())
+
+    def came(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            if on_progress is not None:
+                on_progress(Progress(done, done, "fetching"))
+
+    came(0)
+    if not merge_plan.options.stream:
+        workers = max(1, min(DOWNLOADS_AT_ONCE, merge_plan.memory.budget_nbytes // DOWNLOAD_NBYTES))
+        hub.download(merge_plan.remote_files, workers, came)
+
+
+def after(nbytes: int, on_progress: OnProgress | None) -> OnProgress | None:
+    """Progress of what follows when `nbytes` have been fetched."""
+    if on_progress is None:
+        return None
+    return lambda state: on_progress(replace(state, written_nbytes=nbytes + state.written_nbytes))
+
+
+def _check_space(merge_plan: MergePlan, out: Path) -> None:
+    cache = existing(merge_plan.hub.cache)
+    needed = merge_plan.download_nbytes
+    if cache.stat().st_dev == existing(out).stat().st_dev:
+        needed += merge_plan.needed_nbytes(out)
+    free = free_nbytes(cache)
+    if needed > free:
+        raise RunError(
+            f"{merge_plan.hub.cache}: the models to download and what is made of them take {needed / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free there: free some, give another --transformers-cache, or use --stream"
+        )

@@ -1,0 +1,469 @@
+"""Models on the Hub: `ORG/NAME`, or `ORG/NAME@REVISION`.
+
+Their small files (config, index, tokenizer) go through huggingface_hub's cache, where everything else finds them, too.
+Weights that are in the cache are read there. Of others, planning reads the headers alone, as HTTP ranges; a merge
+downloads those files into the cache, or streams the ranges that it needs.
+
+Names, tokens, the cache's place and offline mode are huggingface_hub's business (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
+`HF_HUB_OFFLINE` ...). It is imported when a name is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+from executor.errors import RunError
+from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, CheckpointError, LocalPlace, Place
+from moeplan.errors import MoeplanWarning
+from moeplan.untrusted_json import show
+from planner.expr import RemoteFile, Source, SourceFile
+
+if TYPE_CHECKING:
+    from executor.remote import RemoteReader
+
+NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+
+HEAD_NBYTES = 32 << 10
+"""What of a file of weights is asked for first: the header of a shard of ordinary size fits."""
+
+CARD = "README.md"
+MAX_CARD_NBYTES = 128 << 10
+"""A larger one is not worth fetching to know a licence."""
+
+HEADS_AT_ONCE = 8
+MAX_HEADS = 256
+DOWNLOAD_NBYTES = 32 << 20
+"""Memory that one download may take: huggingface_hub reads 10 MB at a time."""
+
+DOWNLOADS_AT_ONCE = 4
+ATTEMPTS = 4
+LONGEST_PAUSE_SECONDS = 60.0
+
+_INDEX = ".index.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BUSY = {408, 429, 500, 502, 503, 504}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as the Hub lists it. `digest` is its content's: sha256 of large files, git's SHA-1 of others."""
+
+    nbytes: int
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A model on the Hub at one commit.
+
+    `path` is its directory in the cache; `files` are all that the Hub has, none where it was not asked.
+    """
+
+    hub: Hub
+    label: str
+    repository: str
+    commit: str
+    path: Path
+    files: Mapping[str, HubFile]
+
+    def names(self) -> Collection[str]:
+        return self.files or LocalPlace(self.path).names()
+
+    def has(self, name: str) -> bool:
+        return name in self.files or os.path.lexists(self.path / name)
+
+    def is_here(self, name: str) -> bool:
+        """Whether the file `name` is in the cache."""
+        return (self.path / name).exists()
+
+    def prepare(self, names: Collection[str]) -> None:
+        missing = [name for name in names if name in self.files and not self.is_here(name)][:MAX_HEADS]
+        with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
+            list(workers.map(self.hub.head, map(self._remote, missing)))
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[BinaryIO, Source]]:
+        if self.is_here(name) or name not in self.files:
+            with LocalPlace(self.path).opened(name) as (file, source):
+                yield file, self.hub.one_source(self._digest(name), source)
+            return
+        remote = self._remote(name)
+        first = self.hub.one_source(remote.etag, remote)
+        if isinstance(first, SourceFile):  # under another name, it is in the cache
+            with open(first.path, "rb") as stream:
+                yield stream, first
+            return
+        try:
+            head = self.hub.head(first)
+            with io.BufferedReader(_RangeStream(self.hub, first, head)) as stream:
+                yield stream, first
+        except RunError as error:
+            raise CheckpointError(str(error)) from None
+
+    def fetch(self, names: Collection[str], max_nbytes: int) -> None:
+        """Have the small files `names` in the cache, those that there are. Raises CheckpointError."""
+        for name in names:
+            if name not in self.files or self.is_here(name):
+                continue
+            if self.files[name].nbytes > max_nbytes:
+                raise CheckpointError(f"{self.label}/{name}: is larger than {max_nbytes:,} bytes; a real one is not")
+            self.hub.fetch(self, name)
+
+    def _remote(self, name: str) -> RemoteFile:
+        from huggingface_hub import constants, hf_hub_url
+
+        url = hf_hub_url(self.repository, name, revision=self.commit, endpoint=constants.ENDPOINT)
+        return self.hub.at(RemoteFile(url, self.files[name].digest, self.files[name].nbytes), self, name)
+
+    def _digest(self, name: str) -> str | None:
+        """The digest of a file's content; None where nobody says it."""
+        if name in self.files:
+            return self.files[name].digest
+        blob = Path(os.path.realpath(self.path / name)).name
+        return blob if _SHA256.fullmatch(blob) else None
+
+
+class Hub:
+    """The Hub, as one merge sees it: what was asked, where things are. `cache` is a directory for huggingface_hub."""
+
+    def __init__(self, cache: str | Path | None = None) -> None:
+        self._asked_for = cache
+        self._snapshots: dict[str, Snapshot] = {}
+        self._sources: dict[str, Source] = {}
+        self._places: dict[RemoteFile, tuple[Snapshot, str]] = {}
+        self._heads: dict[RemoteFile, bytes] = {}
+        self._reader: RemoteReader | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """The Hub's address."""
+        from huggingface_hub import constants
+
+        return constants.ENDPOINT
+
+    @property
+    def cache(self) -> Path:
+        """The directory that models are downloaded into."""
+        from huggingface_hub import constants
+
+        return Path(self._asked_for or constants.HF_HUB_CACHE).expanduser().resolve()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What is sent with each request to the Hub: the user's token, if there is one. Empty where no name is used."""
+        if not self._snapshots:
+            return {}
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        return {name.title(): value for name, value in build_hf_headers(library_name="moeplan").items()}
+
+    def place(self, reference: str, config: str = CONFIG) -> Place:
+        """Where the model or adapter is that the YAML calls `reference`: in that directory, if there is one, or here.
+
+        `config` is the name of its config file. Raises CheckpointError for what is on the Hub and cannot be had.
+        """
+        name = NAME.fullmatch(reference)
+        if name is None or os.path.lexists(reference):
+            return LocalPlace(Path(reference))
+        if reference not in self._snapshots:
+            found = self._found(reference, name["repository"], name["revision"] or "main", config)
+            self._snapshots[reference] = found
+            indexes = [file for file in found.names() if file.endswith(_INDEX) and "/" not in file]
+            found.fetch([config], MAX_CONFIG_NBYTES)
+            found.fetch(indexes, MAX_INDEX_NBYTES)
+            if CARD in found.files and found.files[CARD].nbytes <= MAX_CARD_NBYTES:
+                found.fetch([CARD], MAX_CARD_NBYTES)
+        return self._snapshots[reference]
+
+    def snapshot(self, path: Path) -> Snapshot | None:
+        """The model whose directory in the cache `path` is."""
+        return next((snapshot for snapshot in self._snapshots.values() if snapshot.path == path), None)
+
+    def _found(self, reference: str, repository: str, revision: str, config: str) -> Snapshot:
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if constants.HF_HUB_OFFLINE:
+            cached = self._cached(reference, repository, revision, config)
+            if cached is None:
+                raise CheckpointError(
+                    f"{reference}: is neither a directory nor in the cache, {self.cache}, and HF_HUB_OFFLINE is set"
+                )
+            return cached
+        api = HfApi(endpoint=self.endpoint, library_name="moeplan")
+        try:
+            info = _patiently(lambda: api.model_info(repository, revision=revision, files_metadata=True))
+        except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
+            is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in _BUSY
+            cached = None if is_answer else self._cached(reference, repository, revision, config)
+            why = self._why(error, reference, repository, revision)
+            if cached is None:
+                raise CheckpointError(f"{reference}: {why}") from None
+            warnings.warn(f"{reference}: {why}; what is in the cache is taken", MoeplanWarning, stacklevel=2)
+            return cached
+        if info.sha is None:
+            raise CheckpointError(f"{reference}: {self.endpoint} does not say which commit this is; is it a Hub?")
+        files = {}
+        for file in info.siblings or ():
+            digest = file.lfs.sha256 if file.lfs is not None else file.blob_id
+            if file.size is not None and digest is not None:
+                files[file.rfilename] = HubFile(file.size, digest)
+        return Snapshot(self, reference, repository, info.sha, self._directory(repository, info.sha, revision), files)
+
+    def _directory(self, repository: str, commit: str, revision: str) -> Path:
+        """A commit's directory in the cache, whose note of the commit that `revision` is, for offline use, is renewed.
+
+        The layout of the cache is public: huggingface_hub's guide "Understand caching" describes it.
+        """
+        directory = self.cache / f"models--{repository.replace('/', '--')}"
+        note = directory / "refs" / revision
+        with suppress(OSError):  # a cache that cannot be written to may hold everything
+            note.parent.mkdir(parents=True, exist_ok=True)
+            if revision != commit and not (note.exists() and note.read_text() == commit):
+                note.write_text(commit)
+        return directory / "snapshots" / commit
+
+    def _cached(self, reference: str, repository: str, revision: str, config: str) -> Snapshot | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(repository, config, cache_dir=self.cache, revision=revision)
+        if not isinstance(file, str):
+            return None
+        path = Path(file).parent
+        return Snapshot(self, reference, repository, path.name, path, {})
+
+    def fetch(self, snapshot: Snapshot, name: str, bar: type | None = None) -> None:
+        """Download the file `name` into the cache; `bar` stands in for tqdm. Raises CheckpointError."""
+        from huggingface_hub import hf_hub_download
+
+        # Versions before 1 have no bar to replace here, and show their own.
+        bars = {"tqdm_class": bar or _Bar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
+        try:
+            with _plainly():
+                _patiently(
+                    lambda: hf_hub_download(
+                        snapshot.repository,
+                        name,
+                        revision=snapshot.commit,
+                        cache_dir=self.cache,
+                        endpoint=self.endpoint,
+                        library_name="moeplan",
+                        **cast(Any, bars),
+                    )
+                )
+        except _StoppedError:
+            raise
+        except Exception as error:
+            why = self._why(error, snapshot.label, snapshot.repository, snapshot.commit)
+            raise CheckpointError(f"{snapshot.label}/{name}: {why}") from None
+
+    def download(self, files: Collection[RemoteFile], workers: int, on_progress: Callable[[int], None]) -> None:
+        """Download whole `files` into the cache, up to `workers` at once.
+
+        `on_progress` is told how many bytes came. Raises RunError.
+        """
+        stop = Event()
+
+        class Bar(_Bar):
+            def update(self, n: float | None = 1) -> None:
+                if stop.is_set():
+                    raise _StoppedError
+                on_progress(int(n or 0))
+
+        def download(file: RemoteFile) -> None:
+            snapshot, name = self._places[file]
+            self.fetch(snapshot, name, Bar)
+
+        with _plainly(), ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(download, files))
+            except CheckpointError as error:
+                raise RunError(str(error)) from None
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    def one_source(self, digest: str | None, source: Source) -> Source:
+        """The source by which this content was first read, whatever it is called."""
+        if digest is None:
+            return source
+        first = self._sources.setdefault(digest, source)
+        return first if first.nbytes == source.nbytes else source
+
+    def at(self, file: RemoteFile, snapshot: Snapshot, name: str) -> RemoteFile:
+        """Remember where `file` is from."""
+        self._places[file] = (snapshot, name)
+        return file
+
+    def read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
+        """Bytes of a file on the Hub. Raises RunError."""
+        if self._reader is None:
+            from executor.remote import RemoteReader  # here, because TLS takes memory that most plans can spare
+
+            self._reader = RemoteReader(self.headers)
+        return self._reader.read(file, offset, nbytes)
+
+    def head(self, file: RemoteFile) -> bytes:
+        """The beginning of a file on the Hub. Raises RunError."""
+        if file not in self._heads:
+            self._heads[file] = self.read(file, 0, min(file.nbytes, HEAD_NBYTES))
+        return self._heads[file]
+
+    def _why(self, error: Exception, reference: str, repository: str, revision: str) -> str:
+        """What went wrong, and what to do about it: a predicate to the name of a model or file."""
+        from huggingface_hub import errors, get_token
+
+        login = "see that HF_TOKEN is of an account that may" if get_token() else "set HF_TOKEN, or run `hf auth login`"
+        match error:
+            case errors.GatedRepoError():
+                return f"is gated: accept its licence at {self.endpoint}/{repository}, then {login}"
+            case errors.RevisionNotFoundError():
+                return f"has no revision {show(revision)}{self._instead_of_revision(repository, revision)}"
+            case errors.RepositoryNotFoundError():
+                return (
+                    f"there is no such directory, and no such model on {self.endpoint}"
+                    f"{self._instead_of_name(repository)}; if it is private, {login}"
+                )
+            case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
+                return self._why(error.__cause__, reference, repository, revision)
+            case errors.EntryNotFoundError():
+                return "is not there"
+            case errors.HFValidationError():
+                return f"is no name of a model on the Hub: {show(str(error))}"
+            case errors.HfHubHTTPError():
+                status = error.response.status_code
+                if status in (401, 403):
+                    return f"{self.endpoint} refuses access (HTTP {status}): {login}"
+                busy = ": it is busy, try again later" if status in _BUSY else ""
+                return f"{self.endpoint} answers with HTTP {status}{busy}"
+            case OSError() if error.filename is not None:
+                return f"{error.filename} cannot be written: {error.strerror}"
+            case _:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                return f"{self.endpoint} cannot be reached ({show(reason)})" + (
+                    "" if reference.count("/") != 1 else "; if this is meant as a directory, there is none"
+                )
+
+    def _instead_of_name(self, repository: str) -> str:
+        from huggingface_hub import HfApi
+
+        with suppress(Exception):  # a word of advice is not worth another error
+            author = repository.split("/")[0]
+            names = [model.id for model in HfApi(endpoint=self.endpoint).list_models(author=author, limit=500)]
+            near = get_close_matches(repository, names, 1)
+            return f"; did you mean {near[0]}?" if near else ""
+        return ""
+
+    def _instead_of_revision(self, repository: str, revision: str) -> str:
+        from huggingface_hub import HfApi
+
+        with suppress(Exception):
+            refs = HfApi(endpoint=self.endpoint).list_repo_refs(repository)
+            names = [ref.name for ref in (*refs.branches, *refs.tags)]
+            return f"; it has {', '.join(map(show, get_close_matches(revision, names, 3) or names[:5]))}"
+        return ""
+
+
+class _StoppedError(Exception):
+    """A download that is no longer wanted."""
+
+
+class _Bar:
+    """As much of tqdm as huggingface_hub uses; shows nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, n: float | None = 1) -> None:
+        """Told how many bytes came."""
+
+    def close(self) -> None:
+        pass
+
+
+class _RangeStream(io.RawIOBase):
+    """A file on the Hub as a file to read from, whose beginning, `head`, is here."""
+
+    def __init__(self, hub: Hub, file: RemoteFile, head: bytes) -> None:
+        super().__init__()
+        self._hub = hub
+        self._file = file
+        self._head = head
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.nbytes}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, memory: Any) -> int:
+        begin = self._position
+        end = min(begin + len(memory), self._file.nbytes)
+        if begin >= end:
+            return 0
+        data = self._head[begin:end] or self._hub.read(self._file, begin, end - begin)
+        memory[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Have huggingface_hub download over HTTP, and log no warnings about what is tried again.
+
+    hf_xet would take gigabytes of memory, whatever the cap.
+    """
+    from huggingface_hub import constants
+
+    logger = logging.getLogger("huggingface_hub")
+    before = constants.HF_HUB_DISABLE_XET, logger.level
+    constants.HF_HUB_DISABLE_XET = True
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before[0]
+        logger.setLevel(before[1])
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, which is asked again while the Hub says that it is busy."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _BUSY:
+                raise
+            seconds = error.response.headers.get("Retry-After", "")
+            time.sleep(min(float(seconds) if seconds.isdecimal() else 2.0**attempt, LONGEST_PAUSE_SECONDS))
+    return ask()

@@ -1,0 +1,428 @@
+"""Merging models on the Hub, from a server that behaves like it: what is moved, what is kept, what goes wrong."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import moeplan, outcome, snapshot, sparse_llama, start, write_config
+from hub_server import TOKEN, Fault, Hub, serving
+from huggingface_hub import constants
+
+import moeplan as api
+from executor import remote
+from executor.engine import Progress
+
+MIB = 1 << 20
+ABOUT = ("README.md", "moeplan.json", "moeplan_config.yml")
+BASE, EXPERT, OTHER = "org/base", "org/expert", "org/other"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "hub"
+
+
+def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What HF_ENDPOINT does where it is set before huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that huggingface_hub takes for the real one."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
+    with serving() as hub:
+        set_endpoint(monkeypatch, hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
+        yield hub
+
+
+@pytest.fixture
+def models(hub: Hub, checkpoint: Callable[..., Path]) -> dict[str, Path]:
+    """What the hub has under which name: three models of one shape."""
+    models = {BASE: checkpoint("llama-plain", 0), EXPERT: checkpoint("llama-plain", 1), OTHER: checkpoint("llama-f16")}
+    for name, directory in models.items():
+        hub.add(name, directory)
+    return models
+
+
+def written(out: Path) -> dict[str, bytes | None]:
+    """The model's files, without those that say what it was made of."""
+    result = snapshot(out)
+    assert result
+    return {name: content for name, content in result.items() if name not in ABOUT}
+
+
+@pytest.fixture
+def local(models: dict[str, Path], tmp_path: Path) -> dict[str, bytes | None]:
+    """What the merge of the same models gives from their directories."""
+    config = write_config(tmp_path / "local.yml", models[BASE], [models[EXPERT], models[OTHER]], gate_mode="hidden")
+    assert moeplan(config, tmp_path / "local").status == 0
+    return written(tmp_path / "local")
+
+
+@pytest.fixture
+def config(tmp_path: Path, models: dict[str, Path]) -> Path:
+    return write_config(tmp_path / "hub.yml", BASE, [EXPERT, OTHER], gate_mode="hidden")
+
+
+def data(*args: object) -> dict[str, Any]:
+    ran = moeplan(*args, "--json")
+    assert ran.status == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def large_files(cache: Path) -> list[Path]:
+    return [file for file in cache.rglob("*") if file.is_file() and file.suffix == ".safetensors"]
+
+
+def test_streaming_gives_what_local_directories_give_moves_what_is_planned_and_stores_no_weights(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path, cache: Path
+) -> None:
+    planned = data(config, "--plan", "--stream")["plan"]
+    heads = hub.weights_moved()
+    result = data(config, tmp_path / "out", "--stream")
+    assert written(tmp_path / "out") == local
+    assert hub.weights_moved() - 2 * heads == planned["read"]["nbytes"] == planned["hub"]["needed_nbytes"]
+    assert result["result"]["read_nbytes"] == planned["read"]["nbytes"] < planned["hub"]["nbytes"]
+    assert large_files(cache) == []
+
+
+def test_downloading_gives_the_same_and_fills_the_cache(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path, cache: Path, models: dict[str, Path]
+) -> None:
+    planned = data(config, tmp_path / "out")["plan"]
+    assert written(tmp_path / "out") == local
+    sizes = [(directory / "model.safetensors").stat().st_size for directory in models.values()]
+    assert planned["hub"]["nbytes"] == sum(sizes)
+    assert sorted(file.stat().st_size for file in large_files(cache)) == sorted(sizes)
+    moved = hub.weights_moved()
+    again = data(config, tmp_path / "again")["plan"]
+    assert hub.weights_moved() == moved
+    assert again["hub"] is None
+    assert written(tmp_path / "again") == local
+
+
+def test_planning_four_models_of_a_billion_parameters_moves_less_than_a_megabyte(
+    hub: Hub, tmp_path: Path, cache: Path
+) -> None:
+    for number in range(4):
+        sizes = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+        path = sparse_llama(tmp_path / f"model-{number}", **sizes, num_attention_heads=32, num_key_value_heads=4)
+        with (path / "model.safetensors").open("r+b") as file:
+            file.seek(MIB)
+            file.write(bytes([number]))
+        hub.add(f"org/model-{number}", path)
+    config = write_config(tmp_path / "config.yml", "org/model-0", [f"org/model-{n}" for n in range(4)])
+    planned = data(config, "--plan")["plan"]
+    assert planned["hub"]["nbytes"] > 4 * 2_200_000_000
+    assert planned["hub"]["needed_nbytes"] == planned["read"]["nbytes"] < planned["hub"]["nbytes"]
+    assert sum(hub.moved.values()) < 1_000_000
+    assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 1_000_000
+
+
+def test_the_plan_says_what_would_be_downloaded_from_where_and_how_much_of_it_is_needed(
+    hub: Hub, config: Path, cache: Path
+) -> None:
+    told = moeplan(config, "--plan").stdout
+    assert "on the Hub" in told
+    assert f"to be downloaded from {hub.url}" in told
+    assert f"to {cache}" in told
+    assert "of it is needed; --stream reads no more" in told
+    assert f"to be streamed from {hub.url}" in moeplan(config, "--plan", "--stream").stdout
+
+
+def test_a_model_under_two_names_is_read_once(hub: Hub, tmp_path: Path, models: dict[str, Path], cache: Path) -> None:
+    hub.add("copy/base", models[BASE])
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, "copy/base"])
+    args = (config, "--plan", "--i-understand-this-is-not-useful-without-training")
+    planned = data(*args)["plan"]
+    assert [source["used_as"] for source in planned["sources"]] == [["base", "expert 0", "expert 1"]]
+    assert planned["hub"]["nbytes"] == (models[BASE] / "model.safetensors").stat().st_size
+    data(*args[:1], tmp_path / "out", *args[2:])  # now the first name is in the cache
+    assert data(*args)["plan"]["hub"] is None
+    assert len(large_files(cache)) == 1
+
+
+def test_a_revision_is_what_it_says(
+    hub: Hub, models: dict[str, Path], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    old = checkpoint("llama-plain", 5)
+    commit = hub.add(EXPERT, old, revision="v1.0")
+    expected = tmp_path / "expected"
+    assert moeplan(write_config(tmp_path / "a.yml", models[BASE], [old, models[OTHER]]), expected).status == 0
+    for number, revision in enumerate(["v1.0", commit]):
+        config = write_config(tmp_path / "b.yml", BASE, [f"{EXPERT}@{revision}", OTHER])
+        out = tmp_path / f"out-{number}"
+        assert moeplan(config, out, "--stream").status == 0
+        assert written(out) == written(expected)
+
+
+def test_a_local_directory_of_that_name_wins(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    Path(BASE).symlink_to(models[BASE])
+    Path(EXPERT).symlink_to(models[EXPERT])
+    assert data(write_config(tmp_path / "config.yml", BASE, [BASE, EXPERT]), "--plan")["plan"]["hub"] is None
+    assert hub.requests == []
+
+
+def test_of_shards_only_those_are_downloaded_that_are_needed(
+    hub: Hub, checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    base, expert = checkpoint("llama-sharded", 0), checkpoint("llama-sharded", 1)
+    hub.add(BASE, base)
+    hub.add(EXPERT, expert)
+    config = write_config(tmp_path / "hub.yml", BASE, [EXPERT, EXPERT], gate_mode="random")
+    flag = "--i-understand-this-is-not-useful-without-training"
+    planned = data(config, tmp_path / "out", flag)["plan"]
+    count = len(list(base.glob("*.safetensors")))
+    assert count < len(planned["hub"]["files"]) < 2 * count
+    assert len(large_files(cache)) == len(planned["hub"]["files"])
+    config = write_config(tmp_path / "local.yml", base, [expert, expert])
+    assert moeplan(config, tmp_path / "local", flag).status == 0
+    assert written(tmp_path / "out") == written(tmp_path / "local")
+    heads = [request for request in hub.requests if request.headers.get("Range", "").startswith("bytes=0-")]
+    assert {request.server for request in heads} == {"hub", "cdn"}
+
+
+def test_an_adapter_on_the_hub_is_added_to_a_model_on_the_hub(
+    hub: Hub, models: dict[str, Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models[BASE])
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "lora")
+    hub.add("org/lora", tmp_path / "lora")
+    for name, base, adapter in (("a", models[BASE], tmp_path / "lora"), ("b", BASE, "org/lora")):
+        config = write_config(tmp_path / f"{name}.yml", base, [f"{base}+{adapter}", base])
+        ran = moeplan(config, tmp_path / name, "--stream")
+        assert ran.status == 0, ran.stderr
+    assert written(tmp_path / "a") == written(tmp_path / "b")
+    assert f"{BASE}+org/lora" in moeplan(config, "--plan").stdout
+
+
+def test_the_cache_may_be_anywhere(hub: Hub, config: Path, tmp_path: Path, cache: Path) -> None:
+    assert moeplan(config, tmp_path / "out", "--transformers-cache", tmp_path / "elsewhere").status == 0
+    assert len(large_files(tmp_path / "elsewhere")) == 3
+    assert not cache.exists()
+
+
+def test_what_is_in_the_cache_is_enough_offline(
+    hub: Hub, config: Path, tmp_path: Path, local: dict[str, bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data(config, tmp_path / "out")
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    data(config, tmp_path / "offline")
+    assert len(hub.requests) == asked
+    assert written(tmp_path / "offline") == local
+
+
+def test_what_is_in_the_cache_is_enough_where_the_hub_cannot_be_reached(
+    hub: Hub, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data(config, tmp_path / "out")
+    set_endpoint(monkeypatch, "http://127.0.0.1:9")
+    ran = moeplan(config, tmp_path / "again")
+    assert ran.status == 0
+    assert f"{BASE}: http://127.0.0.1:9 cannot be reached" in ran.stderr
+    assert "what is in the cache is taken" in ran.stderr
+
+
+def refused(config: Path, *args: object, status: int = 2) -> str:
+    """The error message, which must be one line that begins with the config's."""
+    ran = moeplan(config, *(args or ("--plan",)))
+    assert ran.status == status
+    assert "\n" not in ran.error
+    return ran.error
+
+
+def test_a_model_that_is_nowhere_is_one_message_with_the_name_that_was_meant(
+    hub: Hub, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.yml", BASE, [EXPERT, "org/exprt"])
+    message = refused(config)
+    assert message.startswith(f"{config}:1: experts[1].source_model: org/exprt: there is no such directory, and no ")
+    assert f"no such model on {hub.url}; did you mean org/expert?; if it is private, set HF_TOKEN, or run" in message
+
+
+def test_a_revision_that_is_not_there_is_one_message_with_those_that_are(
+    hub: Hub, models: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.add(EXPERT, models[OTHER], revision="v1.0")
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, f"{EXPERT}@v1"])
+    assert "org/expert@v1: has no revision 'v1'; it has 'v1.0'" in refused(config)
+
+
+@pytest.mark.parametrize("token", [None, "hf_of_another"])
+def test_a_gated_model_is_one_message_with_what_to_do(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
+    hub.repositories[EXPERT].gated = True
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    message = refused(write_config(tmp_path / "config.yml", BASE, [BASE, EXPERT]))
+    assert f"{EXPERT}/config.json: is gated: accept its licence at {hub.url}/{EXPERT}, then " in message
+    assert ("see that HF_TOKEN is of an account" if token else "set HF_TOKEN, or run `hf auth login`") in message
+
+
+def test_a_token_opens_private_and_gated_models_and_goes_to_the_hub_alone(
+    hub: Hub,
+    config: Path,
+    local: dict[str, bytes | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.repositories[BASE].private = hub.repositories[EXPERT].gated = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for out, *args in (["streamed", "--stream"], ["downloaded"]):
+        assert TOKEN not in json.dumps(data(config, tmp_path / out, *args))
+        assert written(tmp_path / out) == local
+    authorized = {(request.server, "Authorization" in request.headers) for request in hub.requests} | {
+        (request.server, "authorization" in request.headers) for request in hub.requests
+    }
+    assert ("cdn", True) not in authorized
+    assert any(request.server == "cdn" for request in hub.requests)
+
+
+def test_offline_what_is_not_in_the_cache_is_one_message(
+    hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = refused(config)
+    assert message.endswith(
+        f"base_model: {BASE}: is neither a directory nor in the cache, {cache}, and HF_HUB_OFFLINE is set"
+    )
+    assert hub.requests == []
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_endpoint(monkeypatch, "http://127.0.0.1:9")
+    message = refused(config)
+    assert f"base_model: {BASE}: http://127.0.0.1:9 cannot be reached (" in message
+    assert "if this is meant as a directory, there is none" in message
+
+
+@pytest.mark.parametrize("part", ["/api/models/org/base", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_is_asked_again_when_planning(hub: Hub, config: Path, part: str, status: int) -> None:
+    hub.faults.append(Fault("hub", part, status=status, headers={"Retry-After": "0"}))
+    assert moeplan(config, "--plan").status == 0
+
+
+def test_a_hub_that_stays_busy_is_one_message(hub: Hub, config: Path) -> None:
+    hub.faults.append(Fault("hub", "/api/models", status=503, headers={"Retry-After": "0"}, times=99))
+    assert f"{hub.url} answers with HTTP 503: it is busy, try again later" in refused(config)
+
+
+def test_connections_that_are_cut_change_nothing(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    planned = data(config, "--plan")["plan"]
+    heads = hub.weights_moved()
+    hub.faults.append(Fault("cdn", "model.safetensors", cut_after=10_001, times=8))
+    hub.faults.append(Fault("cdn", "model.safetensors", status=503, headers={"Retry-After": "0"}, times=3))
+    data(config, tmp_path / "streamed", "--stream")
+    assert written(tmp_path / "streamed") == local
+    assert hub.weights_moved() == 2 * heads + planned["read"]["nbytes"]
+    hub.faults.append(Fault("cdn", "model.safetensors", cut_after=100_001, times=2))
+    data(config, tmp_path / "downloaded")
+    assert written(tmp_path / "downloaded") == local
+
+
+def test_a_model_that_changes_while_it_is_streamed_is_refused_and_leaves_nothing(
+    hub: Hub, config: Path, tmp_path: Path
+) -> None:
+    def change(plan: api.MergePlan) -> None:
+        hub.salt = "another"
+
+    loaded = api.load_config(config)
+    with pytest.raises(
+        api.UserError, match=r"model.safetensors: the file was changed since the merge was planned"
+    ) as e:
+        api.merge(loaded, tmp_path / "out", api.Options(stream=True), on_plan=change)
+    assert e.value.exit_status == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_fails_is_one_message_and_leaves_nothing(
+    hub: Hub, config: Path, tmp_path: Path, cache: Path
+) -> None:
+    def break_down(plan: api.MergePlan) -> None:
+        hub.faults.append(Fault("cdn", "model.safetensors", status=404, times=99))
+
+    with pytest.raises(api.UserError, match=r"/model.safetensors: .* answers with HTTP 404") as e:
+        api.merge(api.load_config(config), tmp_path / "out", on_plan=break_down)
+    assert e.value.exit_status == 1
+    assert not (tmp_path / "out").exists()
+    assert large_files(cache) == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_progress_goes_from_nothing_to_all_that_is_moved(hub: Hub, config: Path, tmp_path: Path, stream: bool) -> None:
+    plans: list[api.MergePlan] = []
+    seen: list[Progress] = []
+    options = api.Options(stream=stream)
+    api.merge(api.load_config(config), tmp_path / "out", options, plans.append, seen.append)
+    moved = [state.written_nbytes for state in seen]
+    assert moved == sorted(moved)
+    assert moved[-1] == plans[0].moved_nbytes
+    assert {state.doing for state in seen} >= ({"fetching", "", "syncing"} if not stream else {"", "syncing"})
+
+
+def test_files_that_no_honest_model_has_are_refused_before_they_are_fetched(
+    hub: Hub, tmp_path: Path, models: dict[str, Path], cache: Path
+) -> None:
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "config.json").write_bytes(b" " * (2 * MIB))
+    (evil / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    hub.add("org/evil", evil)
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, "org/evil"])
+    assert "org/evil/config.json: is larger than 1,048,576 bytes" in refused(config)
+    assert hub.moved["config.json"] < 100_000
+    (evil / "config.json").write_bytes((models[BASE] / "config.json").read_bytes())
+    hub.salt = "corrected"
+    assert "its header would take 1,099,511,627,776 bytes" in refused(config)
+
+
+def test_a_model_without_weights_on_the_hub_is_refused_by_what_it_holds(
+    hub: Hub, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").touch()
+    hub.add("org/gguf", tmp_path / "gguf")
+    message = refused(write_config(tmp_path / "config.yml", BASE, [BASE, "org/gguf"]))
+    assert "org/gguf: has none of model.safetensors" in message
+    assert "there is 'model.gguf': give the model that the GGUF was converted from" in message
+
+
+@pytest.mark.parametrize("args", [["--stream"], []])
+def test_a_merge_of_models_on_the_hub_keeps_its_memory_cap(hub: Hub, tmp_path: Path, args: list[str]) -> None:
+    sizes = {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4}
+    for number in range(2):
+        path = sparse_llama(tmp_path / f"model-{number}", **sizes, num_attention_heads=16)
+        with (path / "model.safetensors").open("r+b") as file:
+            file.seek(MIB)
+            file.write(bytes([number]))
+        hub.add(f"org/model-{number}", path)
+    config = write_config(tmp_path / "config.yml", "org/model-0", ["org/model-0", "org/model-1"])
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = (config, tmp_path / "out", "--max-memory", "512MiB", "--json", *args)
+    ran = outcome(start(*command, env=environment))
+    assert ran.status == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert told["plan"]["hub"]["nbytes"] > 400_000_000
+    assert told["result"]["peak_memory_nbytes"] <= 512 * MIB
+    assert told["result"]["peak_memory_nbytes"] <= told["plan"]["memory"]["forecast_nbytes"]
