@@ -107,7 +107,7 @@ def run(
     _allow_open_files(len(plan.sources) + 2 * len(plan.shards))
     with (
         closing(SourceReader(plan.sources, headers)) as reader,
-        closing(ShardWriter(directory, plan.shards)) as writer,
+        closing(_shards(directory, plan, journal)) as writer,
         ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,
     ):
@@ -122,7 +122,7 @@ def run(
             workers.shutdown(wait=True, cancel_futures=True)
             raise
         engine.report("syncing")
-        engine.make_durable()
+        engine.finish()
         reader.check_unchanged()
         return RunResult(
             read_nbytes=engine.read_nbytes,
@@ -133,6 +133,17 @@ def run(
             peak_buffer_nbytes=engine.peak_buffer_nbytes,
             peak_resident_nbytes=peak_resident_nbytes(),
         )
+
+
+def _shards(directory: Path, plan: Plan, journal: Journal) -> ShardWriter:
+    """The shards in `directory`. Where one is not there any more, nothing that the journal says of them counts."""
+    if not all(_has_size(directory / shard.filename, shard.nbytes) for shard in plan.shards):
+        journal.forget_streams()
+    return ShardWriter(directory, plan.shards)
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 def finished(plan: Plan) -> RunResult:
@@ -209,7 +220,13 @@ class _Run:
         if self._on_progress is not None:
             self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
 
-    def make_durable(self) -> None:
+    def finish(self) -> None:
+        """Put everything on the disk. Raises RunError where that failed at any time: the system says so once."""
+        if self._syncing is not None:
+            self._syncing.result()
+        self._make_durable()
+
+    def _make_durable(self) -> None:
         """Put everything that is written on the disk, and have the journal say so."""
         position = self._journal.position
         try:
@@ -224,7 +241,7 @@ class _Run:
             self._syncing.result()
             self._syncing, self._synced = None, time.monotonic()
         if self._syncing is None and time.monotonic() - self._synced > SYNC_SECONDS:
-            self._syncing = self._syncer.submit(self.make_durable)
+            self._syncing = self._syncer.submit(self._make_durable)
 
     def _free(self, buffers: Sequence[int]) -> None:
         self._tensors.free(buffers)

@@ -137,6 +137,14 @@ class Journal:
             self._append({"forgotten": [content.shard, content.offset]})
         return []
 
+    def forget_streams(self) -> None:
+        """What was written is not there any more."""
+        with self._lock:
+            for content in list(self.finished.streams):
+                del self.finished.streams[content]
+                self._append({"forgotten": [content.shard, content.offset]})
+        self._sync()
+
     def add_chunk(self, content: FileSink, first: int, numel: int, checksum: int, sinks: Iterable[FileSink]) -> None:
         """Elements `first` to `first + numel` of the stream known as `content` are written to all of `sinks`."""
         with self._lock:

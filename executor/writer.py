@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 
 from executor.errors import RunError
+from executor.files import sync
 from executor.shortcuts import Reflink
 from planner.layout import PAGE, Shard
 from planner.plan import FileSink
@@ -37,6 +38,7 @@ class ShardWriter:
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
         self.nbytes: Counter[str] = Counter()
         self._lock = Lock()
+        self._directory = directory
         self._paths = [directory / shard.filename for shard in shards]
         self._fds: list[int] = []
         self._direct_fds: list[int | None] = []
@@ -90,12 +92,16 @@ class ShardWriter:
             memory, offset = memory[count:], offset + count
 
     def sync(self) -> None:
-        """Wait until every shard is on the disk."""
+        """Wait until every shard, and its name, is on the disk."""
         for number, fd in enumerate(self._fds):
             try:
                 os.fsync(fd)
             except OSError as error:
                 raise self._failed(number, error) from error
+        try:
+            sync(self._directory)
+        except OSError as error:
+            raise RunError(f"{self._directory}: writing failed: {error.strerror}") from error
 
     def close(self) -> None:
         for fd in (*self._fds, *self._direct_fds):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,39 @@ def test_what_could_not_be_synced_does_not_count(
     with pytest.raises(RunError, match="Input/output error"):
         go_on(plan, place)
     monkeypatch.undo()
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    fsync, failures = os.fsync, iter([True])
+
+    def failing(fd: int) -> None:
+        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()) and next(failures, False):
+            time.sleep(0.5)  # by then, everything is written
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(engine, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(RunError, match="Input/output error"):
+        go_on(plan, place)
+    monkeypatch.undo()
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda shard: os.truncate(shard, 5000)])
+def test_a_shard_that_is_gone_or_cut_is_written_anew(
+    plan: Plan, tmp_path: Path, whole: Any, harm: Callable[[Path], None]
+) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
+    harm(min((place / "model").iterdir()))
     assert "resumed" not in go_on(plan, place).nbytes_by_path
     assert digest(place / "model") == whole[0]
 
