@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from xxhash import xxh3_64_intdigest
 
+from executor.blocks import block_number
 from planner.expr import BLOCK
 
 MODULUS = 1 << 64
@@ -31,8 +32,3 @@ def checksum(data: memoryview, itemsize: int, first: int, head_numel: int) -> in
         total += xxh3_64_intdigest(data[begin:end], block)
         begin, end, block = end, end + BLOCK * itemsize, block + 1
     return total % MODULUS
-
-
-def block_number(first: int, head_numel: int) -> int:
-    """Which block element `first` begins."""
-    return (first - head_numel) // BLOCK + 1 if first else 0

@@ -15,7 +15,7 @@ import json
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor import kernels as elementwise
+from executor.blocks import chunks
 from executor.buffers import SlabPool, WholeTensors
 from executor.checksums import checksum
 from executor.errors import RunError
 from executor.journal import Journal
 from executor.memory import peak_resident_nbytes
 from executor.reader import SourceReader
-from executor.resuming import Work, remaining, result_keys
+from executor.resuming import Work, remaining
 from executor.routing import Alias, Part, Piece, route
 from executor.torch_threads import TorchThreads
 from executor.writer import ShardWriter
-from planner.expr import BLOCK
 from planner.layout import PAGE
 from planner.plan import (
     BufferRoot,
@@ -189,12 +189,6 @@ class _Run:
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
         self._tensors = WholeTensors(plan.buffer_nbytes)
         self._under_way: deque[Future[tuple[int, int]]] = deque()
-        self._result_keys = result_keys(plan)
-        self._saved = {
-            step.output.buffer: self._result_keys[index]
-            for index, step in enumerate(plan.steps)
-            if isinstance(step, KernelStep) and index in self._result_keys
-        }
         self._syncing: Future[None] | None = None
         self._synced = time.monotonic()
         self.read_nbytes = 0
@@ -246,8 +240,8 @@ class _Run:
     def _free(self, buffers: Sequence[int]) -> None:
         self._tensors.free(buffers)
         for buffer in buffers:
-            if buffer in self._saved:
-                self._journal.drop_result(self._saved[buffer])
+            if buffer in self._work.result_keys:
+                self._journal.drop_result(self._work.result_keys[buffer])
 
     def _run_stream(self, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
         for piece in pieces:
@@ -259,8 +253,8 @@ class _Run:
         if step.factors():
             self._finish_chunks()
         for piece in pieces:
-            for chunk in _chunks(piece, step):
-                self._submit(self._run_chunk, step, chunk)
+            for first, numel in chunks(piece.first, piece.numel, step.head_numel, step.chunk_numel):
+                self._submit(self._run_chunk, step, Piece(first, numel, piece.parts))
 
     def _submit(self, work: Callable[..., tuple[int, int]], *args: Any) -> None:
         """Have a worker do `work(slab, *args)` as soon as there is a slab for it."""
@@ -335,8 +329,9 @@ class _Run:
         return 0, nbytes
 
     def _run_kernel(self, index: int, step: KernelStep, forecast: int) -> None:
+        result = step.output.buffer
         if index in self._work.restored:
-            self._journal.load_result(self._result_keys[index], self._tensors.get(step.output.buffer))
+            self._journal.load_result(self._work.result_keys[result], self._tensors.get(result))
             self._check_forecast(forecast)
         if index not in self._work.kernels:
             return
@@ -346,8 +341,8 @@ class _Run:
         output = self._view(step.output)
         self._check_forecast(forecast)
         self._kernels[step.kernel](json.loads(step.params), inputs, output)
-        if index in self._result_keys:
-            self._journal.save_result(self._result_keys[index], self._tensors.get(step.output.buffer))
+        if result in self._work.result_keys:
+            self._journal.save_result(self._work.result_keys[result], self._tensors.get(result))
 
     def _view(self, view: BufferView) -> torch.Tensor:
         memory = self._tensors.get(view.buffer)
@@ -370,16 +365,6 @@ class _Run:
         self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used)
         if used > forecast:
             raise AssertionError(f"buffers take {used} bytes where the plan forecast {forecast}")
-
-
-def _chunks(piece: Piece, step: StreamStep) -> Iterator[Piece]:
-    """`piece` in chunks of whole blocks."""
-    first, end = piece.first, piece.first + piece.numel
-    while first < end:
-        # The first block may be short: see `planner.plan.StreamStep`.
-        stop = min(end, first + step.chunk_numel - (first - step.head_numel) % BLOCK)
-        yield Piece(first, stop - first, piece.parts)
-        first = stop
 
 
 def _place_in_page(part: Part, first: int) -> int:

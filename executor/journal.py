@@ -26,6 +26,7 @@ from xxhash import xxh3_64_intdigest
 
 from executor.checksums import MODULUS
 from executor.errors import RunError
+from executor.files import write_all, write_file
 from planner.plan import FileSink
 
 NAME = "journal"
@@ -178,12 +179,7 @@ class Journal:
         path = self._result(key)
         with _failing(path):
             path.parent.mkdir(exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            try:
-                _write(fd, memory, 0)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            write_file(path, memory)
         with self._lock:
             self.finished.results[key] = xxh3_64_intdigest(memory)
             self._append({"result": key, "checksum": self.finished.results[key]})
@@ -240,7 +236,7 @@ class Journal:
             return
         line = _line(record)
         with _failing(self._directory / NAME):
-            _write(self._fd, memoryview(line), self._position)
+            write_all(self._fd, line, self._position)
         self._position += len(line)
 
     def _sync(self) -> None:
@@ -256,7 +252,7 @@ class Journal:
             text = _line({"identity": identity, "machine": _machine_start()})
             text += b"".join(map(_line, lines[:safe]))
             text += _line({"safe": len(text)}) + b"".join(map(_line, lines[safe:]))
-            _write(fd, memoryview(text), 0)
+            write_all(fd, text, 0)
             os.fsync(fd)
             new.rename(directory / NAME)
         except BaseException:
@@ -340,9 +336,3 @@ def _machine_start() -> str:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

@@ -19,8 +19,12 @@ from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan
 
 @dataclass
 class Work:
-    """What is left: pieces by the index of their step, and the indices of the kernels to run and to `restore`."""
+    """What is left: pieces by the index of their step, and the indices of the kernels to run and to restore.
 
+    `result_keys` are the names that kernels' results are saved under, by the buffer of each that a later kernel needs.
+    """
+
+    result_keys: dict[int, str]
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     kernels: set[int] = field(default_factory=set)
     restored: set[int] = field(default_factory=set)
@@ -30,14 +34,13 @@ class Work:
 
 def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
     """What is left of `routes`, going backwards from what is to be written to what that needs."""
-    work = Work()
-    keys = result_keys(plan)
+    work = Work(_result_keys(plan))
     needed: set[int] = set()
     for index, step in reversed(list(enumerate(plan.steps))):
         if isinstance(step, KernelStep):
             if step.output.buffer not in needed:
                 continue
-            if keys.get(index) in journal.finished.results:
+            if work.result_keys.get(step.output.buffer) in journal.finished.results:
                 work.restored.add(index)
             else:
                 work.kernels.add(index)
@@ -54,16 +57,14 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
     return work
 
 
-def result_keys(plan: Plan) -> dict[int, str]:
-    """By the index of its step, a name for each kernel's result that a later kernel needs."""
-    used = {view.buffer for step in plan.steps if isinstance(step, KernelStep) for view in step.inputs}
-    keys = {}
-    kernels = [(index, step) for index, step in enumerate(plan.steps) if isinstance(step, KernelStep)]
-    for number, (index, step) in enumerate(kernels):
-        if step.output.buffer in used:
-            digest = hashlib.sha256(f"{step.kernel} {step.params}".encode()).hexdigest()
-            keys[index] = f"{number}-{digest[:16]}"
-    return keys
+def _result_keys(plan: Plan) -> dict[int, str]:
+    kernels = [step for step in plan.steps if isinstance(step, KernelStep)]
+    used = {view.buffer for step in kernels for view in step.inputs}
+    return {
+        step.output.buffer: f"{number}-{hashlib.sha256(f'{step.kernel} {step.params}'.encode()).hexdigest()[:16]}"
+        for number, step in enumerate(kernels)
+        if step.output.buffer in used
+    }
 
 
 def _left(piece: Piece, needed: set[int], journal: Journal) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from executor.blocks import chunks
 from executor.buffers import SlabPool
 from executor.checksums import MODULUS, checksum
 from executor.errors import RunError
@@ -97,9 +98,6 @@ def _paths(ranges: Sequence[Range]) -> list[Path]:
 def _chunks(ranges: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
     """Chunks of whole blocks: index of the range, first element, number of elements."""
     for index, of in enumerate(ranges):
-        chunk = CHUNK_NBYTES // of.itemsize // BLOCK * BLOCK
-        first = 0
-        while first < of.numel:
-            stop = min(of.numel, first + chunk - (first - of.head_numel) % BLOCK)
-            yield index, first, stop - first
-            first = stop
+        chunk_numel = CHUNK_NBYTES // of.itemsize // BLOCK * BLOCK
+        for first, numel in chunks(0, of.numel, of.head_numel, chunk_numel):
+            yield index, first, numel

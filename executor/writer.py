@@ -18,12 +18,10 @@ from threading import Lock
 
 from executor.errors import RunError
 from executor.files import sync
+from executor.local import MIN_DIRECT_NBYTES
 from executor.shortcuts import Reflink
 from planner.layout import PAGE, Shard
 from planner.plan import FileSink
-
-MIN_DIRECT_NBYTES = 64 << 10
-"""Smaller ranges are not worth a trip to the disk each."""
 
 
 class ShardWriter:

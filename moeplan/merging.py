@@ -32,7 +32,7 @@ from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CONFIG, INDEX, OutputError, existing, free_nbytes, to_json, tokenizer_files, write_beside
 from moeplan.record import RECORD, identity, record
 from moeplan.routing import degenerate_layers
-from moeplan.staging import check_output, staged, unfinished_nbytes
+from moeplan.staging import Identity, check_output, staged, unfinished_nbytes
 from planner.errors import BudgetError
 from planner.expr import DType, Opaque, RemoteFile
 from planner.graph import TensorGraph
@@ -219,7 +219,8 @@ def merge(
         fetch(merge_plan, Path(out), on_progress)
         merge_plan = _with_sources_here(merge_plan, out, options)
     directory, options = Path(out), merge_plan.options
-    with staged(directory, identity(merge_plan), restart=options.restart, overwrite=options.overwrite) as stage:
+    made_from = identity(merge_plan)
+    with staged(directory, made_from, restart=options.restart, overwrite=options.overwrite) as stage:
         if stage.is_complete:
             result = finished(merge_plan.plan)
         else:
@@ -235,18 +236,18 @@ def merge(
                 headers=merge_plan.hub.headers,
             )
             _warn_degenerate(merge_plan, stage.directory)
-            _write_beside(merge_plan, result, stage.directory)
+            _write_beside(merge_plan, made_from, result, stage.directory)
     return MergeResult(directory, result, time.monotonic() - started)
 
 
-def _write_beside(merge_plan: MergePlan, result: RunResult, directory: Path) -> None:
+def _write_beside(merge_plan: MergePlan, made_from: Identity, result: RunResult, directory: Path) -> None:
     base = merge_plan.sources.base.checkpoint.path
     texts = {CONFIG: to_json(merge_plan.model_config)}
     if len(merge_plan.plan.shards) > 1:
         texts[INDEX] = index_json(merge_plan.plan.shards)
     write_beside(directory, texts, merge_plan.copied, base)
     names = [*texts, *(str(file.relative_to(base)) for file in merge_plan.copied)]
-    write_beside(directory, {RECORD: record(merge_plan, result.checksums, directory, names)}, (), base)
+    write_beside(directory, {RECORD: record(merge_plan, made_from, result.checksums, directory, names)}, (), base)
     if merge_plan.options.write_model_card:  # after the record, since people edit their cards
         write_beside(directory, {CARD: model_card(merge_plan), CONFIG_COPY: merge_plan.config.source_text}, (), base)
 
@@ -273,8 +274,8 @@ def _with_sources_here(merge_plan: MergePlan, out: str | Path, options: Options 
     """Plan anew where weights have been fetched; else only the base's files have."""
     if merge_plan.remote_files and not merge_plan.options.stream:
         return _again(merge_plan, out, options)
-    copied = tuple(tokenizer_files(merge_plan.sources.base.checkpoint.path))
-    return replace(merge_plan, copied=copied if merge_plan.options.copy_tokenizer else (), missing={})
+    # Only what is copied was missing, so it is to be copied.
+    return replace(merge_plan, copied=tuple(tokenizer_files(merge_plan.sources.base.checkpoint.path)), missing={})
 
 
 def _with_packages_loaded(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.errors import RunError
+from executor.files import sync, write_file
 from moeplan.checkpoint import CheckpointError, opened
 from moeplan.errors import UserError
 
@@ -95,35 +96,16 @@ def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Pat
     """Put `texts` and copies of `copied`, files below `source`, into `directory`, durably."""
     try:
         for name, text in texts.items():
-            _write(directory / name, text.encode())
+            write_file(directory / name, text.encode())
         for file in copied:
             target = directory / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            _write(target, file.read_bytes())
-            _sync(target.parent)
+            write_file(target, file.read_bytes())
+            sync(target.parent)
     except OSError as error:
         raise RunError(f"{error.filename or directory}: writing failed: {error.strerror}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def to_json(value: Mapping[str, Any]) -> str:
     """JSON as the files beside the weights have it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

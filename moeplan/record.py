@@ -48,17 +48,24 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     }
 
 
-def record(merge_plan: MergePlan, checksums: Mapping[FileSink, int], directory: Path, files: Iterable[str]) -> str:
-    """`moeplan.json`, for a model with these `files`, in `directory`, beside the weights. `checksums` are the run's."""
-    shards = {shard.filename: shard for shard in merge_plan.plan.shards}
+def record(
+    merge_plan: MergePlan,
+    made_from: Mapping[str, Mapping[str, Any]],
+    checksums: Mapping[FileSink, int],
+    directory: Path,
+    files: Iterable[str],
+) -> str:
+    """`moeplan.json`, for a model with these `files`, in `directory`, beside the weights.
+
+    `made_from` is the merge's identity, `checksums` are the run's.
+    """
     sources = [name_of(source) for source in merge_plan.plan.sources]
-    made = {kind: dict(facts) for kind, facts in identity(merge_plan).items()}
     data = {
         "format": FORMAT,
-        "made_from": made,
+        "made_from": made_from,
         "shards": {
-            name: {"nbytes": shard.nbytes, "header_sha256": hashlib.sha256(shard.header()).hexdigest()}
-            for name, shard in shards.items()
+            shard.filename: {"nbytes": shard.nbytes, "header_sha256": hashlib.sha256(shard.header()).hexdigest()}
+            for shard in merge_plan.plan.shards
         },
         "checksum": CHECKSUM,
         "tensors": {

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.errors import RunError
+from executor.files import sync
 from executor.journal import Journal, read_identity, read_publishing
 from moeplan.output import CONFIG, INDEX, OutputError, is_of_a_model
 
@@ -185,13 +186,13 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
     moves += [(model / name, directory / name) for name in new]
     done: list[tuple[Path, Path]] = []
     try:
-        _sync(model)
+        sync(model)
         replaced.mkdir(exist_ok=True)
         for source, target in moves:
             if source.exists():
                 done.append((source, target))
                 source.rename(target)
-        _sync(directory)
+        sync(directory)
     except BaseException as error:
         # Back to where they were: half a model must not stay, and the old one must, whatever stopped this.
         for source, target in reversed(done):
@@ -204,11 +205,3 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
 
 def _lateness(name: str) -> int:
     return LAST.index(name) + 1 if name in LAST else 0
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -20,9 +20,9 @@ import moeplan as api
 from executor.errors import RunError
 from moeplan.staging import PARTIAL
 
-FAILING = ("open", "ftruncate", "posix_fallocate", "preadv", "pwrite", "write", "fsync", "rename", "mkdir")
+FAILING = ("open", "ftruncate", "posix_fallocate", "preadv", "pwrite", "fsync", "rename", "mkdir")
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR}
-SHORT = {"preadv": 1000, "pwrite": 1000, "write": 10}
+SHORT = {"preadv": 1000, "pwrite": 1000}
 
 
 @pytest.fixture

@@ -21,6 +21,11 @@ def write_model(stage: Stage, text: str = "") -> None:
         (stage.directory / name).write_text(text or name)
 
 
+def put_old_model(out: Path) -> None:
+    with staged(out, SAME) as stage:
+        write_model(stage, "old")
+
+
 def finish_something(stage: Stage) -> None:
     stage.journal.add_chunk(FileSink(0, 4096), 0, 10, 1, [FileSink(0, 4096)])
 
@@ -149,8 +154,7 @@ def test_a_second_merge_into_the_same_directory_is_refused(tmp_path):
 
 
 def test_a_model_that_is_overwritten_stands_until_the_new_one_is_complete(tmp_path):
-    with staged(tmp_path, SAME) as stage:
-        write_model(stage, "old")
+    put_old_model(tmp_path)
     for name in ("notes.txt", "model-00003-of-00003.safetensors"):
         (tmp_path / name).write_text("old")
     with pytest.raises(RunError):
@@ -169,8 +173,7 @@ def test_a_finish_that_fails_anywhere_undoes_itself_and_can_be_done_again(tmp_pa
     for allowed in range(12):
         out = tmp_path / str(allowed)
         if overwrite:
-            with staged(out, SAME) as stage:
-                write_model(stage, "old")
+            put_old_model(out)
         before = snapshot(out)
         left = allowed
 
@@ -211,8 +214,7 @@ def test_a_process_that_dies_while_it_moves_files_leaves_a_finish_that_can_be_do
     for allowed in range(12):
         out = tmp_path / str(allowed)
         if overwrite:
-            with staged(out, SAME) as stage:
-                write_model(stage, "old")
+            put_old_model(out)
         child = os.fork()
         if child == 0:
             left = allowed
