@@ -245,8 +245,9 @@ class _Teller:
 
     def verification(self, out: Path, found: Verification) -> None:
         self.stop()
-        for line in (*found.wrong, *found.unknown):
-            self._messages.print(Text.assemble(("wrong: ", "red"), report.printable(line)))
+        for what, lines in (("wrong: ", found.wrong), ("unknown: ", found.unknown)):
+            for line in lines:
+                self._messages.print(Text.assemble((what, "red"), report.printable(line)))
         self._tell("verification", report.verification_data(out, found), report.verification_view)
 
     def checked(self, nbytes: int) -> None:

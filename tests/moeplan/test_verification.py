@@ -1,11 +1,15 @@
 """`moeplan verify`: an intact model passes, and whatever was changed in it is named."""
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 from commands import moeplan, write_config
+
+from moeplan.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,32 @@ def test_a_bit_that_is_flipped_anywhere_is_found_and_its_tensor_named(model):
         (line,) = result.stderr.splitlines()
         assert line.startswith("wrong: ")
         assert f"({shard.name}, from byte " in line
+
+
+def test_what_was_shared_with_a_source_is_compared_with_it_as_long_as_it_is_the_same(checkpoint, tmp_path):
+    """Sharing needs a file system with reflinks; what the record then says can be written on any."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama-plain"), source)
+    config = write_config(tmp_path / "config.yml", source, [source, checkpoint("llama-plain", 1)])
+    out = tmp_path / "out"
+    assert moeplan(config, out).status == 0
+    name = "model.layers.0.self_attn.q_proj.weight"
+    read = open_checkpoint(source).tensors[name]
+    record = json.loads((out / "moeplan.json").read_text())
+    record["tensors"][name] = [{"numel": read.numel, "source": read.file.path, "offset": read.offset}]
+    (out / "moeplan.json").write_text(json.dumps(record))
+    assert moeplan("verify", out).status == 0
+
+    record["tensors"][name][0]["offset"] += 4096
+    (out / "moeplan.json").write_text(json.dumps(record))
+    assert f"wrong: {name} (model.safetensors, from byte " in moeplan("verify", out).stderr
+
+    for harm in (lambda: os.utime(source / "model.safetensors"), lambda: (source / "model.safetensors").unlink()):
+        harm()
+        result = moeplan("verify", out)
+        assert result.status == 1
+        assert result.stderr.startswith(f"unknown: {name}: was shared with {read.file.path}, which ")
+        assert "1 that cannot be checked" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
