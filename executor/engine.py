@@ -5,6 +5,9 @@ and where it goes. So a few workers take them in the plan's order, one slab of m
 writing overlap without any queue between them. Taking a slab waits until one is free, which bounds the memory of a run
 whatever the size of a tensor. A kernel waits for the chunks before it, since it needs whole tensors.
 
+The steps before the first that has to do with whole tensors need none of the others, and none of the others needs them.
+So these two parts of a plan run beside each other, each in its own order: bytes move while kernels compute.
+
 A journal is told of each chunk, when it is written to all its places, and of kernels' results, so that a run that was
 interrupted can be gone on with; now and then everything written so far is put on the disk, in the background.
 """
@@ -17,9 +20,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from executor import kernels as elementwise
@@ -28,11 +32,12 @@ from executor.buffers import SlabPool, WholeTensors
 from executor.checksums import checksum
 from executor.errors import RunError
 from executor.journal import Journal
-from executor.memory import peak_resident_nbytes
+from executor.memory import give_back_what_is_freed, peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.resuming import Work, remaining
 from executor.routing import Alias, Part, Piece, route
 from executor.torch_threads import TorchThreads
+from executor.weights import FileMatrix, Matrix, Weights, WholeMatrix
 from executor.writer import ShardWriter
 from planner.layout import PAGE
 from planner.plan import (
@@ -41,8 +46,10 @@ from planner.plan import (
     BufferView,
     FileRoot,
     FileSink,
+    FileView,
     KernelStep,
     Plan,
+    Step,
     StreamStep,
     ZeroRoot,
 )
@@ -50,11 +57,15 @@ from planner.plan import (
 if TYPE_CHECKING:
     import torch
 
-Kernel = Callable[[Any, Sequence["torch.Tensor"], "torch.Tensor"], None]
-"""`kernel(params, inputs, output)` computes `output` in place. `params` is the kernel step's JSON, parsed."""
+Kernel = Callable[..., None]
+"""`kernel(params, inputs, output)` computes the tensor `output` in place, from the tensors `inputs`. `params` is the
+kernel step's JSON, parsed. Where the step works on blocks, a fourth argument is its `Weights`."""
 
 SYNC_SECONDS = 10.0
 """How often what is written is put on the disk for good: the most work that a machine that goes down can lose."""
+
+_Chunks = deque[Future[tuple[int, int]]]
+"""Chunks under way, in order. Each comes to the bytes read from and written to files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +104,23 @@ def run(
     share_extents: bool = True,
     check_sources: bool = False,
     headers: Mapping[str, str] | None = None,
+    threads: int = 1,
+    imports: Sequence[str] = (),
 ) -> RunResult:
     """Write the plan's shards into `directory`, which exists, and wait until they are on the disk.
 
-    `kernels` are the functions for the plan's kernel steps, by name. What `journal` says is finished is not done again.
-    Without `share_extents` every output tensor gets physical extents of its own, also where the file system could share
-    them. With `check_sources` everything is read a second time, and must be the same. `headers` are sent to the hosts
-    of remote sources, so credentials are no part of a plan. Raises RunError when a source changed or cannot be read, or
+    `kernels` are the functions for the plan's kernel steps, by name, which compute in up to `threads` threads and use
+    the modules `imports`. What `journal` says is finished is not done again. Without `share_extents` every output
+    tensor gets physical extents of its own, also where the file system could share them. With `check_sources`
+    everything is read a second time, and must be the same. `headers` are sent to the hosts of remote sources, so
+    credentials are no part of a plan. Raises RunError when a source changed or cannot be read, or
     when the disk is full or fails; what was written until then stays where it is.
     """
     started = time.monotonic()
     journal = journal or Journal()
     _allow_open_files(len(plan.sources) + 2 * len(plan.shards))
+    if any(isinstance(step, KernelStep) and step.workspace_nbytes for step in plan.steps):
+        give_back_what_is_freed()
     with (
         closing(SourceReader(plan.sources, headers)) as reader,
         closing(_shards(directory, plan, journal)) as writer,
@@ -113,7 +129,19 @@ def run(
     ):
         routes = route(plan, reader, writer, directory if share_extents else None)
         work = remaining(plan, routes, journal)
-        engine = _Run(plan, work, reader, writer, workers, syncer, journal, kernels or {}, on_progress, check_sources)
+        engine = _Run(
+            plan,
+            work,
+            reader,
+            writer,
+            workers,
+            syncer,
+            journal,
+            TorchThreads(plan, threads, imports),
+            kernels or {},
+            on_progress,
+            check_sources,
+        )
         engine.written_nbytes += routes.shortcut_nbytes + work.finished_nbytes
         try:
             engine.run_steps(routes.aliases)
@@ -159,6 +187,10 @@ def finished(plan: Plan) -> RunResult:
     )
 
 
+class _StoppedError(Exception):
+    """Another part of the run failed."""
+
+
 class _Run:
     """A run under way."""
 
@@ -171,13 +203,14 @@ class _Run:
         workers: ThreadPoolExecutor,
         syncer: ThreadPoolExecutor,
         journal: Journal,
+        torch_threads: TorchThreads,
         kernels: Mapping[str, Kernel],
         on_progress: Callable[[Progress], None] | None,
         check_sources: bool,
     ) -> None:
         self._plan = plan
         self._work = work
-        self._torch = TorchThreads(plan)
+        self._torch = torch_threads
         self._reader = reader
         self._writer = writer
         self._workers = workers
@@ -188,7 +221,8 @@ class _Run:
         self._check_sources = check_sources
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
         self._tensors = WholeTensors(plan.buffer_nbytes)
-        self._under_way: deque[Future[tuple[int, int]]] = deque()
+        self._lock = Lock()
+        self._stopping = Event()
         self._syncing: Future[None] | None = None
         self._synced = time.monotonic()
         self.read_nbytes = 0
@@ -196,19 +230,41 @@ class _Run:
         self.peak_buffer_nbytes = 0
 
     def run_steps(self, aliases: Sequence[Alias]) -> None:
-        for index, (step, forecast) in enumerate(zip(self._plan.steps, self._plan.memory_nbytes, strict=True)):
-            if isinstance(step, KernelStep):
-                self._finish_chunks()
-                self._run_kernel(index, step, forecast)
-            else:
-                self._run_stream(step, self._work.pieces.get(index, ()), forecast)
-            if step.frees:
-                self._finish_chunks()
-                self._free(step.frees)
-        self._finish_chunks()
+        steps = self._plan.steps
+        first = next((i for i, step in enumerate(steps) if _needs_whole_tensors(step)), len(steps))
+        with ThreadPoolExecutor(1) as beside:
+            others = beside.submit(self._run_part, range(first, len(steps)))
+            try:
+                with suppress(_StoppedError):  # then the other part says why
+                    self._run_part(range(first))
+                others.result()
+            except BaseException:
+                self._stopping.set()
+                raise
+        under_way = _Chunks()
         for alias in aliases:
-            self._make_alias(alias)
-        self._finish_chunks()
+            self._make_alias(under_way, alias)
+        self._finish(under_way)
+
+    def _run_part(self, indices: range) -> None:
+        """Run these steps in order. When they fail, the other part is stopped."""
+        under_way = _Chunks()
+        try:
+            for index in indices:
+                step = self._plan.steps[index]
+                forecast = self._plan.memory_nbytes[index] if _needs_whole_tensors(step) else self._plan.peak_nbytes
+                if isinstance(step, KernelStep):
+                    self._finish(under_way)
+                    self._run_kernel(index, step, forecast)
+                else:
+                    self._run_stream(under_way, step, self._work.pieces.get(index, ()), forecast)
+                if step.frees:
+                    self._finish(under_way)
+                    self._free(step.frees)
+            self._finish(under_way)
+        except BaseException:
+            self._stopping.set()
+            raise
 
     def report(self, doing: str = "") -> None:
         if self._on_progress is not None:
@@ -243,7 +299,7 @@ class _Run:
             if buffer in self._work.result_keys:
                 self._journal.drop_result(self._work.result_keys[buffer])
 
-    def _run_stream(self, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
+    def _run_stream(self, under_way: _Chunks, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
         for piece in pieces:
             for part in piece.parts:
                 for sink in part.branch.sinks:
@@ -251,17 +307,18 @@ class _Run:
                         self._tensors.get(sink.buffer)
         self._check_forecast(forecast)
         if step.factors():
-            self._finish_chunks()
+            self._finish(under_way)
         for piece in pieces:
             for first, numel in chunks(piece.first, piece.numel, step.head_numel, step.chunk_numel):
-                self._submit(self._run_chunk, step, Piece(first, numel, piece.parts))
+                self._submit(under_way, self._run_chunk, step, Piece(first, numel, piece.parts))
 
-    def _submit(self, work: Callable[..., tuple[int, int]], *args: Any) -> None:
+    def _submit(self, under_way: _Chunks, work: Callable[..., tuple[int, int]], *args: Any) -> None:
         """Have a worker do `work(slab, *args)` as soon as there is a slab for it."""
+        self._check_stopping()
         slab = self._slabs.take()
-        self._under_way.append(self._workers.submit(self._with_slab, slab, work, *args))
-        while self._under_way and self._under_way[0].done():
-            self._count(self._under_way.popleft())
+        under_way.append(self._workers.submit(self._with_slab, slab, work, *args))
+        while under_way and under_way[0].done():
+            self._count(*under_way.popleft().result())
 
     def _with_slab(self, slab: memoryview, work: Callable[..., tuple[int, int]], *args: Any) -> tuple[int, int]:
         try:
@@ -314,14 +371,14 @@ class _Run:
             self._journal.add_chunk(part.content, first, numel, checksum(data, itemsize, first, step.head_numel), files)
         return len(files) * len(data)
 
-    def _make_alias(self, alias: Alias) -> None:
+    def _make_alias(self, under_way: _Chunks, alias: Alias) -> None:
         """Share what can be shared, copy the rest."""
         begin, end = self._writer.share(alias.origin, alias.target, alias.nbytes)
         self.written_nbytes += end - begin
         step = self._plan.pool.slab_nbytes
         for start, stop in ((0, begin), (end, alias.nbytes)):
             for at in range(start, stop, step):
-                self._submit(self._copy, alias, at, min(step, stop - at))
+                self._submit(under_way, self._copy, alias, at, min(step, stop - at))
 
     def _copy(self, slab: memoryview, alias: Alias, begin: int, nbytes: int) -> tuple[int, int]:
         self._writer.read_back(alias.origin.shard, alias.origin.offset + begin, slab[:nbytes])
@@ -339,32 +396,70 @@ class _Run:
         self._torch.use_all()
         inputs = [self._view(view) for view in step.inputs]
         output = self._view(step.output)
-        self._check_forecast(forecast)
-        self._kernels[step.kernel](json.loads(step.params), inputs, output)
+        self._check_forecast(forecast, step.workers * step.block_nbytes)
+        kernel, params = self._kernels[step.kernel], json.loads(step.params)
+        if step.block_nbytes:
+            with closing(self._weights(step)) as weights:
+                kernel(params, inputs, output, weights)
+        else:
+            kernel(params, inputs, output)
         if result in self._work.result_keys:
             self._journal.save_result(self._work.result_keys[result], self._tensors.get(result))
+
+    def _weights(self, step: KernelStep) -> Weights:
+        return Weights(
+            [self._matrix(view) for view in step.weights],
+            workers=step.workers,
+            threads=self._torch.count,
+            block_nbytes=step.block_nbytes,
+            prepare=self._torch.use_one,
+            check=self._check_stopping,
+        )
+
+    def _matrix(self, view: BufferView | FileView) -> Matrix:
+        if isinstance(view, BufferView):
+            return WholeMatrix(self._view(view))
+
+        def read_into(offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+            self._reader.read_into(view.source, offset, slab, begin, nbytes)
+            if self._check_sources:
+                self._reader.check_again(view.source, offset, slab, begin, nbytes)
+            self._count(nbytes, 0)
+
+        return FileMatrix(view.shape, view.dtype, view.offset, read_into)
 
     def _view(self, view: BufferView) -> torch.Tensor:
         memory = self._tensors.get(view.buffer)
         numel = len(memory) // view.dtype.itemsize
         return elementwise.as_tensor(memory, view.dtype, numel).view(view.shape)
 
-    def _finish_chunks(self) -> None:
-        while self._under_way:
-            self._count(self._under_way.popleft())
+    def _finish(self, under_way: _Chunks) -> None:
+        while under_way:
+            self._count(*under_way.popleft().result())
 
-    def _count(self, chunk: Future[tuple[int, int]]) -> None:
-        read, written = chunk.result()
-        self.read_nbytes += read
-        self.written_nbytes += written
-        self._make_durable_now_and_then()
-        self.report()
+    def _count(self, read_nbytes: int, written_nbytes: int) -> None:
+        with self._lock:
+            self.read_nbytes += read_nbytes
+            self.written_nbytes += written_nbytes
+            self._make_durable_now_and_then()
+            self.report()
 
-    def _check_forecast(self, forecast: int) -> None:
-        used = self._slabs.nbytes + self._tensors.nbytes
+    def _check_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise _StoppedError
+
+    def _check_forecast(self, forecast: int, blocks_nbytes: int = 0) -> None:
+        used = self._slabs.nbytes + self._tensors.nbytes + blocks_nbytes
         self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used)
         if used > forecast:
             raise AssertionError(f"buffers take {used} bytes where the plan forecast {forecast}")
+
+
+def _needs_whole_tensors(step: Step) -> bool:
+    """Whether a step runs a kernel, or fills or uses whole tensors."""
+    if isinstance(step, KernelStep) or isinstance(step.root, BufferRoot) or step.factors():
+        return True
+    return any(isinstance(sink, BufferSink) for branch in step.branches for sink in branch.sinks)
 
 
 def _place_in_page(part: Part, first: int) -> int:

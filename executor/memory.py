@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -26,3 +27,14 @@ def peak_resident_nbytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back_what_is_freed() -> None:
+    """Have the heap return large allocations to the system when they are freed. Only glibc's does otherwise.
+
+    By itself it learns to keep what is often freed, up to 32 MiB a piece, and activations, of many sizes, tear holes
+    into what it keeps: then a model of more layers takes more memory. See mallopt(3), M_MMAP_THRESHOLD.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 20)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from executor.journal import Interval, Journal
 from executor.routing import Part, Piece, Routes
-from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan
+from planner.plan import BufferRoot, BufferSink, BufferView, FileSink, KernelStep, Plan
 
 
 @dataclass
@@ -44,7 +44,8 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
                 work.restored.add(index)
             else:
                 work.kernels.add(index)
-                needed |= {view.buffer for view in step.inputs}
+                views = (*step.inputs, *step.weights)
+                needed |= {view.buffer for view in views if isinstance(view, BufferView)}
             continue
         routed = routes.pieces.get(index, [])
         pieces = [left for piece in routed for left in _left(piece, needed, journal)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from threading import Event, Thread, local
 
 from planner.plan import KernelStep, Plan
@@ -11,31 +14,33 @@ class TorchThreads:
     """torch's threads during one run, where the plan computes anything at all.
 
     Chunks are many and run in workers of their own, so torch must not split each of them over all cores again. A kernel
-    runs alone, in the main thread, and has all of them. torch's import takes a second or two: it is begun here, in the
-    background, and waited for when something is computed.
+    has up to `count` of them: by itself, or one for each of its workers. Imports take seconds: those of torch and of
+    the modules `imports` are begun here, in the background, and waited for where they are used.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._all = 1
+    def __init__(self, plan: Plan, count: int, imports: Sequence[str] = ()) -> None:
+        self.count = count
+        self._imports = imports
         self._loaded = Event()
         self._worker = local()
         if any(isinstance(step, KernelStep) or any(branch.ops for branch in step.branches) for step in plan.steps):
             Thread(target=self._load, name="import torch", daemon=True).start()
 
     def _load(self) -> None:
-        try:
-            import torch
-
-            self._all = torch.get_num_threads()
-        finally:
-            self._loaded.set()  # a torch that cannot be imported says so where it is used
+        with suppress(ImportError):  # what cannot be imported says so where it is used
+            try:
+                import_module("torch")
+            finally:
+                self._loaded.set()
+            for module in self._imports:
+                import_module(module)
 
     def use_all(self) -> None:
-        """Called in the main thread before a kernel."""
+        """Called in a thread that runs kernels."""
         self._loaded.wait()
         import torch
 
-        torch.set_num_threads(self._all)
+        torch.set_num_threads(self.count)
 
     def use_one(self) -> None:
         """Called in a worker before anything is computed there."""

@@ -76,6 +76,23 @@ def command(
         ),
     ] = None,
     random_seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed of random gates and of noise.")] = 0,
+    num_threads: Annotated[
+        int | None,
+        typer.Option(
+            "-j",
+            "--num-threads",
+            metavar="NUMBER",
+            min=1,
+            help="How many threads compute.  [default: as many as there are cores]",
+            show_default=False,
+        ),
+    ] = None,
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Evaluate prompts with the base in 8 bits (bitsandbytes).")
+    ] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Evaluate prompts with the base in 4 bits (bitsandbytes).")
+    ] = False,
     copy_tokenizer: Annotated[
         bool,
         typer.Option(
@@ -128,8 +145,6 @@ def command(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    load_in_4bit: Annotated[bool | None, _unneeded("--load-in-4bit")] = None,
-    load_in_8bit: Annotated[bool | None, _unneeded("--load-in-8bit")] = None,
     allow_crimes: Annotated[bool | None, _unneeded("--allow-crimes/--no-allow-crimes")] = None,
     unsafe_truncate_embeddings: Annotated[
         bool | None, _unneeded("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings")
@@ -143,7 +158,6 @@ def command(
     lazy_unpickle: Annotated[bool | None, _unneeded("--lazy-unpickle/--no-lazy-unpickle")] = None,
     read_to_gpu: Annotated[bool | None, _unneeded("--read-to-gpu/--no-read-to-gpu")] = None,
     multi_gpu: Annotated[bool | None, _unneeded("--multi-gpu/--no-multi-gpu")] = None,
-    num_threads: Annotated[int | None, typer.Option("-j", "--num-threads", metavar="NUMBER", hidden=True)] = None,
     gpu_rich: Annotated[bool | None, _unneeded("--gpu-rich")] = None,
     async_write: Annotated[bool | None, _unneeded("--async-write/--no-async-write")] = None,
     write_threads: Annotated[int | None, _unneeded("--write-threads", "NUMBER")] = None,
@@ -168,6 +182,9 @@ def command(
             out_shard_size=out_shard_size,
             expert_layout=expert_layout,
             random_seed=random_seed,
+            num_threads=num_threads,
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
             copy_tokenizer=copy_tokenizer,
             write_model_card=write_model_card,
             clone_tensors=clone_tensors,

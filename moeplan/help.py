@@ -11,11 +11,11 @@ from moeplan.mergekit_flags import FLAGS, Fate
 
 GROUPS = {
     "What to do": ("plan", "as_json", "verbose", "quiet", "show_version", "help"),
-    "Memory and speed": ("max_memory",),
+    "Memory and speed": ("max_memory", "num_threads"),
     "Output": ("out_shard_size", "expert_layout", "copy_tokenizer", "write_model_card", "clone_tensors"),
     "Interruptions": ("restart", "overwrite", "check_sources"),
     "Models on the Hub": ("stream", "transformers_cache"),
-    "Gates and experts": ("random_seed", "allow_all_same"),
+    "Gates and experts": ("random_seed", "load_in_8bit", "load_in_4bit", "allow_all_same"),
 }
 """The parameters of the command, by name, that each group shows, in this order."""
 

@@ -22,7 +22,7 @@ GRAIN_NBYTES = 16 * MIB
 INTERPRETER_NBYTES = 64 * MIB
 """What moeplan has resident when it has planned. Less is counted as this, so that equal inputs give equal plans."""
 
-IMPORT_NBYTES = {"torch": 256 * MIB, "moeplan.gates.skeleton": 120 * MIB}
+IMPORT_NBYTES = {"torch": 256 * MIB, "moeplan.gates.skeleton": 120 * MIB, "moeplan.gates.quantised": 128 * MIB}
 """What importing a package adds to that (CPU builds; see `runtime_is_known`)."""
 
 GROWTH_NBYTES = 32 * MIB

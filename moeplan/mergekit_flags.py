@@ -40,8 +40,8 @@ class FlagError(UserError):
 
 
 FLAGS = (
-    Flag(("--load-in-4bit",), Fate.UNNEEDED, "one decoder layer is in memory at a time, in full precision"),
-    Flag(("--load-in-8bit",), Fate.UNNEEDED, "one decoder layer is in memory at a time, in full precision"),
+    Flag(("--load-in-4bit",), Fate.WORKS, "a layer at a time; weights alone, activations stay in float32"),
+    Flag(("--load-in-8bit",), Fate.WORKS, "a layer at a time; weights alone, activations stay in float32"),
     Flag(
         ("--i-understand-this-is-not-useful-without-training",),
         Fate.WORKS,
@@ -72,7 +72,7 @@ FLAGS = (
     Flag(("--no-read-to-gpu",), Fate.WORKS, "weights go from file to file"),
     Flag(("--multi-gpu",), Fate.UNNEEDED, "copying takes no GPU; the disk sets the pace"),
     Flag(("--no-multi-gpu",), Fate.WORKS, "so it is"),
-    Flag(("--num-threads", "-j"), Fate.UNNEEDED, "moeplan takes as many threads as keep the disk busy"),
+    Flag(("--num-threads", "-j"), Fate.WORKS, "how many threads compute; those that move bytes are beside them"),
     Flag(("--gpu-rich",), Fate.UNNEEDED, "copying takes no GPU; the disk sets the pace"),
     Flag(
         ("--async-write", "--no-async-write"),

@@ -152,7 +152,11 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         config=config,
         family=family,
         sources=sources,
-        routers=_routers(config, mode, gates.GateRequest(config.gate_mode, sources.base, gated, options.random_seed)),
+        routers=_routers(
+            config,
+            mode,
+            gates.GateRequest(config.gate_mode, sources.base, gated, options.random_seed, options.bits),
+        ),
         dtype=dtype,
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
@@ -160,7 +164,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     merged = sources_of(config, [model.checkpoint.path for _, model in sources.named()])
     if options.write_model_card:
         warn_of_licences(merged)
-    cap = memory_cap(options.max_memory, mode.imports)
+    cap = memory_cap(options.max_memory, mode.modules(options.bits))
     return MergePlan(
         config=config,
         family=family,
@@ -180,7 +184,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
         missing=files_to_fetch(snapshot) if snapshot is not None and options.copy_tokenizer else {},
         hub=hub,
-        plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize)),
+        plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize), options.threads),
         memory=cap,
         options=options,
     )
@@ -203,17 +207,18 @@ def merge(
 
     started = time.monotonic()
     mode = gates.gate_mode(config.gate_mode)
+    modules = mode.modules((options or Options()).bits)
     try:
         merge_plan = plan(config, out, options)
     except CapError:
         if runtime_is_known():
             raise
-        _import(mode.imports)  # so that the smallest cap that is named works
+        _import(modules)  # so that the smallest cap that is named works
         merge_plan = plan(config, out, options)
     if on_plan is not None:
         on_plan(merge_plan)
     if not runtime_is_known():
-        merge_plan = _with_packages_loaded(merge_plan, out, options, mode.imports)
+        merge_plan = _with_packages_loaded(merge_plan, out, options, modules)
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
         fetch(merge_plan, Path(out), on_progress)
@@ -234,6 +239,8 @@ def merge(
                 share_extents=not options.clone_tensors,
                 check_sources=options.check_sources,
                 headers=merge_plan.hub.headers,
+                threads=options.threads,
+                imports=modules,
             )
             _warn_degenerate(merge_plan, stage.directory)
             _write_beside(merge_plan, made_from, result, stage.directory)
@@ -357,9 +364,9 @@ def _layout(family: Family, asked: str | None) -> str:
     return asked
 
 
-def _compile(graph: TensorGraph, cap: MemoryCap, shard_limit_nbytes: int) -> Plan:
+def _compile(graph: TensorGraph, cap: MemoryCap, shard_limit_nbytes: int, threads: int) -> Plan:
     try:
-        return compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes)
+        return compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes, threads=threads)
     except BudgetError as error:
         raise CapError(cap, error.needed_nbytes) from error
 

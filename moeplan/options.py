@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class OptionError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to merge. The bytes of the output depend on `out_shard_size`, `expert_layout` and `random_seed` alone."""
+    """How to merge. The bytes of the output depend on `out_shard_size`, `expert_layout`, `random_seed`, `load_in_8bit`
+    and `load_in_4bit` alone."""
 
     max_memory: str | int | None = None
     """The most memory that the process may have resident: bytes, `2GiB`, `512MB`, or a share of all memory, `50%`.
@@ -43,6 +45,15 @@ class Options:
 
     write_model_card: bool = True
     """Put a model card, README.md, and the YAML file, moeplan_config.yml, beside the weights."""
+
+    num_threads: int | None = None
+    """How many threads compute; None: as many as there are cores for this process."""
+
+    load_in_8bit: bool = False
+    """Quantise the base to 8 bits, with bitsandbytes, to evaluate the prompts of hidden gates."""
+
+    load_in_4bit: bool = False
+    """The same with 4 bits."""
 
     clone_tensors: bool = False
     """Give every tensor physical extents of its own, also where the file system could share them with the sources or
@@ -66,6 +77,29 @@ class Options:
     def __post_init__(self) -> None:
         if self.random_seed < 0:
             raise OptionError(f"--random-seed: {self.random_seed} is below zero")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise OptionError(f"--num-threads: {self.num_threads} is not above zero")
+
+        if self.load_in_8bit and self.load_in_4bit:
+            raise OptionError("--load-in-8bit and --load-in-4bit: only one can be used at the same time")
+
+    @property
+    def bits(self) -> int:
+        """What the base is quantised to; 0: it is not."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else 0
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute. OMP_NUM_THREADS counts, as for torch."""
+        if self.num_threads is not None:
+            return self.num_threads
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return int(given) if given.isdecimal() and int(given) else cores()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_nbytes(text: str | int, total_nbytes: int) -> int:

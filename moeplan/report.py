@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from moeplan.merging import MergePlan, MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
 from planner.expr import RemoteFile, Source
-from planner.plan import FileSink, KernelStep, StreamStep
+from planner.plan import FileSink, KernelStep, Plan, StreamStep
 
 if TYPE_CHECKING:
     from moeplan.verification import Verification
@@ -47,6 +48,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
         "router": {
             "gate_mode": config.gate_mode,
             "kernels": dict(Counter(step.kernel for step in plan.steps if isinstance(step, KernelStep))),
+            **_layers(plan),
         },
         "memory": {
             "cap_nbytes": merge_plan.memory.nbytes,
@@ -181,7 +183,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("read", [decimal(data["read"]["nbytes"]) + (f", {decimal(again)} of it more than once" if again else "")]),
         *([] if data["hub"] is None else [("hub", _hub_lines(data["hub"]))]),
         ("shared", [_shared_text(data["shared"])]),
-        ("router", [_router(data["router"])]),
+        ("router", _router(data["router"])),
         (
             "memory",
             [
@@ -222,10 +224,31 @@ def _roles(used_as: list[str]) -> str:
     return ", ".join(others + (experts if len(experts) <= 4 else [f"{len(experts)} experts"]))
 
 
-def _router(router: dict[str, Any]) -> str:
-    layers = router["kernels"].get("decoder_layer", 0)
-    evaluated = f": the prompts run through {_count(layers, 'layer')} of the base, one at a time" if layers else ""
-    return f"{router['gate_mode']}{evaluated}"
+def _layers(plan: Plan) -> dict[str, int]:
+    """The kernels that go through weights, and in which form: whole in memory, or read as they are used."""
+    layers = [step for step in plan.steps if isinstance(step, KernelStep) and step.weights]
+    nbytes = [sum(math.prod(view.shape) * view.dtype.itemsize for view in step.weights) for step in layers]
+    streamed = [(step, size) for step, size in zip(layers, nbytes, strict=True) if step.streamed]
+    return {
+        "resident_layers": len(layers) - len(streamed),
+        "streamed_layers": len(streamed),
+        "layer_nbytes": max(nbytes, default=0),
+        "streamed_nbytes": sum(size * step.passes for step, size in streamed),
+    }
+
+
+def _router(router: dict[str, Any]) -> list[str]:
+    mode, resident, streamed = router["gate_mode"], router["resident_layers"], router["streamed_layers"]
+    if not resident + streamed:
+        return [mode]
+    layer = decimal(router["layer_nbytes"])
+    lines = [f"{mode}: the prompts run through {_count(resident + streamed, 'layer')} of the base, one at a time"]
+    if resident:
+        lines.append(f"({_count(resident, 'layer')} resident: {layer} in memory, read once for this and the copy)")
+    if streamed:
+        again = decimal(router["streamed_nbytes"])
+        lines.append(f"({_count(streamed, 'layer')} streamed: {layer} do not fit, so {again} are read for this alone)")
+    return lines
 
 
 def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:

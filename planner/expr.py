@@ -246,10 +246,12 @@ class Concat(Expr):
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Opaque(Expr):
-    """What the kernel named `kernel` computes from whole `inputs`.
+    """What the kernel named `kernel` computes from `args`, which are whole in memory, and `weights`.
 
-    `params` is a JSON text that only the kernel understands. `workspace_nbytes` is the most memory it uses beside
-    its inputs and its result.
+    `params` is a JSON text that only the kernel understands. Of `weights` the kernel takes some rows at a time: so they
+    may be whole in memory, or stay in their file and be read as they are used, `passes` times over. `workspace_nbytes`
+    is the most memory that the kernel uses beside its inputs and its result; `block_nbytes` what it takes to work on
+    one block of rows, of which several may be under way at a time.
     """
 
     kernel: str
@@ -258,10 +260,13 @@ class Opaque(Expr):
     dtype: DType
     shape: Shape
     workspace_nbytes: int = 0
+    weights: tuple[Read, ...] = ()
+    block_nbytes: int = 0
+    passes: int = 1
 
     @property
     def inputs(self) -> tuple[Expr, ...]:
-        return self.args
+        return (*self.args, *self.weights)
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)

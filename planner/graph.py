@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from planner.expr import Expr, Opaque
 
@@ -61,3 +62,21 @@ def walk(outputs: Mapping[str, Expr]) -> Iterator[Expr]:
 def opaque_in_order(outputs: Mapping[str, Expr]) -> list[Opaque]:
     """The kernels to run, each after the kernels it depends on."""
     return [expr for expr in walk(outputs) if isinstance(expr, Opaque)]
+
+
+def digest(outputs: Mapping[str, Expr]) -> str:
+    """A digest of what every output is made of: equal for graphs that give equal bytes from equal files."""
+    number: dict[Expr, int] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Expr):
+            return number[value]
+        return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+    content = hashlib.sha256()
+    for expr in walk(outputs):
+        number[expr] = len(number)
+        values = [plain(getattr(expr, field.name)) for field in fields(expr)]  # type: ignore[arg-type]
+        content.update(repr((type(expr).__name__, *values)).encode())
+    content.update(repr([(name, number[expr]) for name, expr in outputs.items()]).encode())
+    return content.hexdigest()

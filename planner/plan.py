@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from planner.errors import UserError
 from planner.expr import DType, Op, Shape, Source
 from planner.layout import Shard
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +125,38 @@ class BufferView:
 
 
 @dataclass(frozen=True, slots=True)
+class FileView:
+    """A tensor that stays at byte `offset` of source file `source`, and of which rows are read as they are used."""
+
+    source: int
+    offset: int
+    dtype: DType
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
 class KernelStep:
-    """Run the kernel named `kernel` on whole tensors. `frees` are the buffers that nothing needs afterwards."""
+    """Run the kernel named `kernel`. `frees` are the buffers that nothing needs afterwards.
+
+    `inputs` are whole in memory; of `weights`, all of which are whole or none, it takes blocks of rows, `workers` at a
+    time with `block_nbytes` of memory each. Those that are in a file are read `passes` times.
+    """
 
     kernel: str
     params: str
     inputs: tuple[BufferView, ...]
+    weights: tuple[BufferView | FileView, ...]
     output: BufferView
     workspace_nbytes: int
+    block_nbytes: int
+    workers: int
+    passes: int
     frees: tuple[int, ...]
+
+    @property
+    def streamed(self) -> tuple[FileView, ...]:
+        """The weights that are read as they are used."""
+        return tuple(weight for weight in self.weights if isinstance(weight, FileView))
 
 
 Step = StreamStep | KernelStep
@@ -154,7 +178,9 @@ class Pool:
 class Plan:
     """Everything the executor needs, and everything `--plan` prints.
 
-    `memory_nbytes[i]` forecasts the bytes of all buffers while step i runs: the pool, whole tensors, workspace.
+    `memory_nbytes[i]` forecasts the bytes of all buffers while step i runs: the pool, whole tensors, workspace, blocks.
+    A step that has to do with no kernel takes nothing but the pool, which is there all the time.
+    `graph_digest` is that of what was planned.
     """
 
     format: int
@@ -164,6 +190,7 @@ class Plan:
     buffer_nbytes: tuple[int, ...]
     pool: Pool
     memory_nbytes: tuple[int, ...]
+    graph_digest: str
 
     @property
     def peak_nbytes(self) -> int:
@@ -180,6 +207,10 @@ class Plan:
         for step in self.steps:
             if isinstance(step, StreamStep) and isinstance(step.root, FileRoot):
                 yield step.root, step.numel * step.root.dtype.itemsize
+            elif isinstance(step, KernelStep):
+                for view in step.streamed * step.passes:
+                    nbytes = math.prod(view.shape) * view.dtype.itemsize
+                    yield FileRoot(view.source, view.offset, view.dtype), nbytes
 
     @property
     def read_nbytes(self) -> int:
@@ -188,7 +219,7 @@ class Plan:
 
     @property
     def reread_nbytes(self) -> int:
-        """How many of `read_nbytes` are bytes that another step reads, too."""
+        """How many of `read_nbytes` are read for another time."""
         unique = 0
         end: tuple[int, int] = (-1, 0)
         for root, nbytes in sorted(self.reads(), key=lambda read: (read[0].source, read[0].offset)):
@@ -201,11 +232,8 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """A digest of the sources and of what is written where: equal for plans that give equal bytes from equal
-        files, whatever their budget."""
-        steps = [_encode(step) for step in self.steps]
-        for step in steps:
-            step.pop("chunk_numel", None)
-        content = {"sources": _encode(self.sources), "shards": _encode(self.shards), "steps": steps}
+        files, whatever their budget and the form that it leads to."""
+        content = {"sources": _encode(self.sources), "shards": _encode(self.shards), "graph": self.graph_digest}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -13,14 +13,19 @@ Order: first every stream that has nothing to do with kernels, copies before wha
 output files, so that bytes move from the first moment on, while the libraries that compute are still being loaded; then
 the kernels, each right after the streams that fill its inputs, so that whole tensors live for the shortest time.
 
-Memory is the pool of chunk buffers, plus the buffers alive, plus the workspace of the running kernel.
+A kernel's weights have two physical forms. *Resident*: whole in buffers, filled by the same step that copies them into
+the output, so each byte is read once. *Streamed*: they stay in their file, and the kernel reads them again, a block of
+rows at a time, so that a matrix of any size takes a block of memory. A kernel is streamed where the budget is too small
+for its weights. What is computed is the same.
+
+Memory is the pool of chunk buffers, plus the buffers alive, plus the workspace and the blocks of the running kernel.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.errors import BudgetError
@@ -41,7 +46,7 @@ from planner.expr import (
     SourceFile,
     Zeros,
 )
-from planner.graph import TensorGraph, opaque_in_order, walk
+from planner.graph import TensorGraph, digest, opaque_in_order, walk
 from planner.layout import PAGE, Shard, lay_out
 from planner.plan import (
     FORMAT,
@@ -52,6 +57,7 @@ from planner.plan import (
     ChunkOp,
     FileRoot,
     FileSink,
+    FileView,
     KernelStep,
     LowRank,
     Plan,
@@ -65,6 +71,9 @@ from planner.plan import (
 WORKERS = 4
 MIN_SLAB_NBYTES = 1 << 20
 MAX_SLAB_NBYTES = 8 << 20
+
+READ_AHEAD = 2
+"""How many more blocks of a streamed weight are under way than are computed on."""
 
 Leaf = Read | Zeros | Opaque | Slice
 """What a stream may start from."""
@@ -99,49 +108,115 @@ class _Stream:
         return min((sink.shard, sink.offset) for sink in files)
 
 
-def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int) -> Plan:
+def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int, threads: int = 1) -> Plan:
     """Plan `graph` so that all buffers together stay within `budget_nbytes`.
 
-    Raises BudgetError, with the smallest budget that works, where that cannot be.
+    Kernels compute in up to `threads` threads. Raises BudgetError, with the smallest budget that works, where that
+    cannot be.
     """
     shards = lay_out(graph.outputs, shard_nbytes)
     kernels = opaque_in_order(graph.outputs)
-    products = [expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank)]
-    buffers = _whole_tensors(kernels, products)
-    streams = _streams(graph, shards, buffers, {factor for product in products for factor in (product.b, product.a)})
-    order = list(_in_order(streams, kernels, buffers))
-    uses = [_uses(node, buffers) for node in order]
-    frees = _last_uses(uses)
-    held = list(_held(order, uses, frees, [expr.nbytes for expr in buffers]))
-    pool = _pool(budget_nbytes - max(held, default=0), budget_nbytes)
-    sources = sorted({s.root.file for s in streams if isinstance(s.root, Read)}, key=_by_name)
+    draft = _draft(graph, shards, kernels, budget_nbytes - WORKERS * MIN_SLAB_NBYTES)
+    pool = _pool(budget_nbytes - max(draft.held, default=0), budget_nbytes)
+    sources = sorted({read.file for read in _reads(draft)}, key=_by_name)
     index = {file: i for i, file in enumerate(sources)}
-    steps: list[Step] = [
-        _kernel_step(node, buffers, freed)
-        if isinstance(node, Opaque)
-        else _stream_step(node, index, buffers, pool.slab_nbytes, freed)
-        for node, freed in zip(order, frees, strict=True)
-    ]
+    steps: list[Step] = []
+    memory: list[int] = []
+    for node, held, freed in zip(draft.order, draft.held, draft.frees, strict=True):
+        if isinstance(node, Opaque):
+            more = _more_workers(
+                node, threads + READ_AHEAD * draft.is_streamed(node), budget_nbytes - pool.nbytes - held
+            )
+            steps.append(_kernel_step(node, index, draft.buffers, 1 + more, freed))
+            memory.append(pool.nbytes + held + more * node.block_nbytes)
+        else:
+            steps.append(_stream_step(node, index, draft.buffers, pool.slab_nbytes, freed))
+            memory.append(pool.nbytes + held)
     return Plan(
         format=FORMAT,
         sources=tuple(sources),
         shards=shards,
         steps=tuple(steps),
-        buffer_nbytes=tuple(expr.nbytes for expr in buffers),
+        buffer_nbytes=tuple(expr.nbytes for expr in draft.buffers),
         pool=pool,
-        memory_nbytes=tuple(nbytes + pool.nbytes for nbytes in held),
+        memory_nbytes=tuple(memory),
+        graph_digest=digest(graph.outputs),
     )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An order of streams and kernel runs, with the whole tensors that it needs and what they take during each step."""
+
+    order: list[_Stream | Opaque]
+    buffers: Mapping[Expr, int]
+    frees: list[tuple[int, ...]]
+    held: list[int]
+
+    def is_streamed(self, kernel: Opaque) -> bool:
+        return any(weight not in self.buffers for weight in kernel.weights)
+
+
+def _draft(graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque], limit_nbytes: int) -> _Draft:
+    """The draft that streams the weights of as few kernels as keep it within `limit_nbytes`, or of all."""
+    products = [expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank)]
+    factors = {factor for product in products for factor in (product.b, product.a)}
+    streamed: set[Opaque] = set()
+    while True:
+        buffers = _whole_tensors(kernels, streamed, products)
+        streams = _streams(graph, shards, buffers, factors)
+        order = list(_in_order(streams, kernels, buffers))
+        uses = [_uses(node, buffers) for node in order]
+        frees = _last_uses(uses)
+        held = list(_held(order, uses, frees, [expr.nbytes for expr in buffers]))
+        resident = {kernel for kernel in kernels if kernel.weights} - streamed
+        if max(held, default=0) <= limit_nbytes or not resident:
+            return _Draft(order, buffers, frees, held)
+        streamed |= set(_too_large(order, held, limit_nbytes)) & resident or resident
+
+
+def _too_large(order: Sequence[_Stream | Opaque], held: Sequence[int], limit_nbytes: int) -> Iterator[Opaque]:
+    """The kernels that too much is held for: what is streamed into buffers is for the next one."""
+    exceeded = False
+    for node, nbytes in zip(order, held, strict=True):
+        exceeded = exceeded or nbytes > limit_nbytes
+        if isinstance(node, Opaque):
+            if exceeded:
+                yield node
+            exceeded = False
+
+
+def _more_workers(kernel: Opaque, wanted: int, free_nbytes: int) -> int:
+    """How many blocks the kernel may work on beside the first, which is counted already."""
+    return min(wanted - 1, free_nbytes // kernel.block_nbytes) if kernel.block_nbytes else 0
+
+
+def _reads(draft: _Draft) -> Iterator[Read]:
+    for node in draft.order:
+        if isinstance(node, Opaque):
+            yield from node.weights
+        elif isinstance(node.root, Read):
+            yield node.root
+
+
+def block_nbytes(num_rows: int, num_columns: int, dtype: DType) -> int:
+    """What a block of a matrix takes while it is read and turned into float32: see `executor.weights`."""
+    numel = num_rows * num_columns
+    # From the start of a page on each; a page to move what is read within, so that it can be read directly.
+    return sum(-(-nbytes // PAGE) * PAGE for nbytes in (numel * DType.F32.itemsize, numel * dtype.itemsize + PAGE))
 
 
 def _by_name(file: Source) -> tuple[str, int, int]:
     return (file.path, file.device, file.inode) if isinstance(file, SourceFile) else (file.url, 0, 0)
 
 
-def _whole_tensors(kernels: Sequence[Opaque], products: Sequence[AddLowRank]) -> dict[Expr, int]:
-    """What must be whole in memory at some time, with its buffer's index: kernels' arguments and results, factors."""
+def _whole_tensors(
+    kernels: Sequence[Opaque], streamed: Collection[Opaque], products: Sequence[AddLowRank]
+) -> dict[Expr, int]:
+    """What must be whole in memory at some time, with its buffer's index: all that kernels take and give, factors."""
     buffers: dict[Expr, int] = {}
     for kernel in kernels:
-        for expr in (*kernel.args, kernel):
+        for expr in (*kernel.args, *(() if kernel in streamed else kernel.weights), kernel):
             buffers.setdefault(expr, len(buffers))
     for product in products:
         for factor in (product.b, product.a):
@@ -216,8 +291,8 @@ def _in_order(
     for stream in sorted(independent, key=lambda stream: (stream.computes(), stream.position())):
         yield from with_factors(stream)
     for kernel in kernels:
-        for arg in kernel.args:
-            for stream in feeding[buffers[arg]]:
+        for whole in kernel.inputs:
+            for stream in feeding[buffers[whole]] if whole in buffers else ():
                 yield from with_factors(stream)
         yield kernel
         for stream in of_result[kernel]:
@@ -227,7 +302,7 @@ def _in_order(
 def _uses(node: _Stream | Opaque, buffers: Mapping[Expr, int]) -> set[int]:
     """The buffers that must be there while `node` runs."""
     if isinstance(node, Opaque):
-        return {buffers[expr] for expr in (*node.args, node)}
+        return {buffers[expr] for expr in (*node.inputs, node) if expr in buffers}
     result = _result(node.root)
     return node.buffers() | set(node.factors()) | (set() if result is None else {buffers[result]})
 
@@ -253,13 +328,13 @@ def _held(
     frees: Sequence[tuple[int, ...]],
     buffer_nbytes: Sequence[int],
 ) -> Iterator[int]:
-    """Bytes of whole tensors and workspace during each step."""
+    """Bytes of whole tensors, workspace and one block during each step."""
     alive: set[int] = set()
     nbytes = 0
     for node, used, freed in zip(order, uses, frees, strict=True):
         nbytes += sum(buffer_nbytes[buffer] for buffer in used - alive)
         alive |= used
-        yield nbytes + (node.workspace_nbytes if isinstance(node, Opaque) else 0)
+        yield nbytes + (node.workspace_nbytes + node.block_nbytes if isinstance(node, Opaque) else 0)
         alive -= set(freed)
         nbytes -= sum(buffer_nbytes[buffer] for buffer in freed)
 
@@ -335,9 +410,24 @@ def _head_numel(branches: Sequence[tuple[Chain, list[Sink]]]) -> int:
     return BLOCK
 
 
-def _kernel_step(kernel: Opaque, buffers: Mapping[Expr, int], frees: tuple[int, ...]) -> KernelStep:
+def _kernel_step(
+    kernel: Opaque, sources: dict[Source, int], buffers: Mapping[Expr, int], workers: int, frees: tuple[int, ...]
+) -> KernelStep:
     def view(expr: Expr) -> BufferView:
         return BufferView(buffers[expr], expr.dtype, expr.shape)
 
-    inputs = tuple(view(arg) for arg in kernel.args)
-    return KernelStep(kernel.kernel, kernel.params, inputs, view(kernel), kernel.workspace_nbytes, frees)
+    def weight(read: Read) -> BufferView | FileView:
+        return view(read) if read in buffers else FileView(sources[read.file], read.offset, read.dtype, read.shape)
+
+    return KernelStep(
+        kernel=kernel.kernel,
+        params=kernel.params,
+        inputs=tuple(view(arg) for arg in kernel.args),
+        weights=tuple(weight(read) for read in kernel.weights),
+        output=view(kernel),
+        workspace_nbytes=kernel.workspace_nbytes,
+        block_nbytes=kernel.block_nbytes,
+        workers=workers,
+        passes=kernel.passes,
+        frees=frees,
+    )

@@ -35,13 +35,15 @@ PROMPTLESS = ("random", "uniform_random")
 class GateRequest:
     """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
 
-    A shared expert that has a gate stands behind the routed ones.
+    A shared expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
+    quantised, else 0.
     """
 
     mode: str
     base: DenseModel
     experts: tuple[Expert, ...]
     seed: int
+    bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,17 @@ class GateMode:
     """A way to make routers.
 
     `routers` gives a kernel's result for each layer, `[num_experts, hidden_size]` float32. `kernels` are the functions
-    that compute them, by name; `imports` are the heavy packages that those use.
+    that compute them, by name; `imports` are the heavy packages that those use. `evaluates`: they evaluate the base.
     """
 
     routers: Callable[[GateRequest], Sequence[Opaque]]
     kernels: Mapping[str, Kernel]
     imports: tuple[str, ...] = ("torch",)
+    evaluates: bool = False
+
+    def modules(self, bits: int) -> tuple[str, ...]:
+        """The heavy packages that are used with a base of so many bits."""
+        return self.imports + (("moeplan.gates.quantised",) if bits and self.evaluates else ())
 
 
 def gate_mode(name: str) -> GateMode:

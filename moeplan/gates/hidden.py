@@ -9,15 +9,18 @@ the last layer nor the output head is ever evaluated::
                             ▼                             ▼
                          router 0                      router 1
 
-Each layer's weights are whole in memory while it is evaluated, as they lie in the file; the planner reads them once for
-this and for the copy into the output.
+A layer's matrices are used a block of rows at a time, so the planner has a choice: to hold them whole in memory while
+the layer is evaluated, and read them once for this and for the copy into the output; or to read each block when it is
+multiplied.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.attention import rope_switch
@@ -25,21 +28,37 @@ from moeplan.architectures.dense import LAYER, DenseModel
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.cheap_embed import normalized
 from moeplan.gates.prompts import embedding_rows, tokenize
-from planner.expr import DType, Opaque
+from moeplan.options import OptionError
+from planner.expr import DType, Opaque, Read
+from planner.schedule import block_nbytes
 
 if TYPE_CHECKING:
     import torch
 
-GROUP_TOKENS = 1024
-"""Prompts are evaluated in groups of at most so many tokens, padding counted (one prompt at the least)."""
+    from executor.weights import Weights
 
-BLOCK_NBYTES = 8 << 20
-"""Linear layers turn so many bytes of their weight into float32 at a time."""
+GROUP_NBYTES = 256 << 20
+"""Prompts are evaluated in groups whose activations take no more than this, padding counted (one prompt at the least).
+It does not depend on the memory cap, since results depend, in their last bits, on which prompts are in a group."""
+
+BLOCK_NBYTES = 2 << 20
+"""Linear layers multiply by about so many bytes of their weight at a time, in float32: what a core's cache holds."""
+
+
+QUANTISING_NBYTES = 1 << 20
+"""What it takes to quantise a piece of a block, for each bit."""
+
+
+def block_rows(num_columns: int) -> int:
+    """How many rows of a matrix are multiplied at a time. Fewer than 64 would waste the arithmetic units."""
+    return max(1, BLOCK_NBYTES // (64 * 4 * num_columns)) * 64
 
 
 def routers(request: GateRequest) -> list[Opaque]:
     """A router for each layer, each from the hidden states that enter it."""
     base = request.base
+    if request.bits:
+        _check_bitsandbytes(request.bits)
     prompts = tokenize(request.experts, base)
     vocabulary = prompts.vocabulary()
     row = {token: index for index, token in enumerate(vocabulary)}
@@ -53,7 +72,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         }
     )
     router_shape = (len(request.experts), base.hidden_size)
-    groups = _groups(prompts.lengths, rope_switch(base))
+    groups = _groups(prompts.lengths, GROUP_NBYTES // _token_nbytes(base), rope_switch(base))
     workspace = _workspace_nbytes(base, groups)
 
     embed_params = {
@@ -66,26 +85,68 @@ def routers(request: GateRequest) -> list[Opaque]:
     result: list[Opaque] = []
     for layer in range(base.num_layers):
         if layer > 0:
-            prefix = LAYER.format(layer=layer - 1)
-            weights = {
-                n: t for n, t in base.checkpoint.tensors.items() if n.startswith(prefix) and "rotary_emb" not in n
-            }
-            params = {
-                "model": str(base.checkpoint.path.resolve()),
-                "layer": layer - 1,
-                "groups": groups,
-                "weights": [name.removeprefix(prefix) for name in weights],
-            }
-            stream = Opaque(
-                "decoder_layer",
-                json.dumps(params),
-                (stream, *weights.values()),
-                DType.F32,
-                stream_shape,
-                workspace,
-            )
+            stream = _decoder_layer(request, layer - 1, stream, groups, workspace)
         result.append(Opaque("hidden", router_params, (stream,), DType.F32, router_shape, 2 * stream.nbytes))
     return result
+
+
+def _check_bitsandbytes(bits: int) -> None:
+    """Raises OptionError where it cannot quantise here. It is not imported: that would import torch."""
+    option = f"--load-in-{bits}bit"
+    package = find_spec("bitsandbytes")
+    if package is None or package.origin is None:
+        raise OptionError(f"{option}: bitsandbytes is not installed; pip install bitsandbytes, or leave the option out")
+    if not any(Path(package.origin).parent.glob("libbitsandbytes_cpu.*")):
+        raise OptionError(
+            f"{option}: the installed bitsandbytes {version('bitsandbytes')} has no library for this machine's "
+            "processor; install another build, or leave the option out"
+        )
+
+
+def _decoder_layer(
+    request: GateRequest, layer: int, stream: Opaque, groups: Sequence[Sequence[int]], workspace_nbytes: int
+) -> Opaque:
+    """The residual stream after layer `layer`, from that before it."""
+    base, bits = request.base, request.bits
+    prefix = LAYER.format(layer=layer)
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in base.checkpoint.tensors.items()
+        if name.startswith(prefix) and "rotary_emb" not in name
+    }
+    matrices = {name: tensor for name, tensor in weights.items() if len(tensor.shape) == 2}
+    tensors = {name: tensor for name, tensor in weights.items() if name not in matrices}
+    params = {
+        "model": str(base.checkpoint.path.resolve()),
+        "layer": layer,
+        "groups": groups,
+        "tensors": list(tensors),
+        "matrices": list(matrices),
+        **({"bits": bits} if bits else {}),
+    }
+    most_tokens = max(len(group) * max(group) for group in groups)
+    return Opaque(
+        "decoder_layer",
+        json.dumps(params),
+        (stream, *tensors.values()),
+        DType.F32,
+        stream.shape,
+        workspace_nbytes + sum(_quantised_nbytes(matrix, bits) for matrix in matrices.values()),
+        weights=tuple(matrices.values()),
+        block_nbytes=max(_block_nbytes(matrix, most_tokens) for matrix in matrices.values()) + QUANTISING_NBYTES * bits,
+        passes=1 if bits else len(groups),
+    )
+
+
+def _quantised_nbytes(matrix: Read, bits: int) -> int:
+    """What `matrix` takes in so many bits, its scales included: see `moeplan.gates.quantised`."""
+    return {0: 0, 8: matrix.numel + 4 * matrix.shape[0], 4: matrix.numel // 2 + matrix.numel // 16 + 8}[bits]
+
+
+def _block_nbytes(matrix: Read, num_tokens: int) -> int:
+    """What it takes to multiply so many tokens by a block of `matrix`: the block and the product."""
+    rows = min(block_rows(matrix.shape[1]), matrix.shape[0])
+    return block_nbytes(rows, matrix.shape[1], matrix.dtype) + 4 * rows * num_tokens
 
 
 def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
@@ -111,12 +172,18 @@ def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) ->
         output[expert] = normalized(direction)
 
 
-def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """The residual stream after one decoder layer, whose weights are `inputs[1:]`, in the order of `weights`."""
+def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
+    """The residual stream after one decoder layer, from that before it, the layer's vectors and its matrices."""
     from moeplan.gates.skeleton import skeleton
 
-    stream, weights = inputs[0], dict(zip(params["weights"], inputs[1:], strict=True))
-    _evaluate(skeleton(params["model"]).layer(params["layer"], weights), params["groups"], stream, output)
+    stream, tensors = inputs[0], dict(zip(params["tensors"], inputs[1:], strict=True))
+    matrices = dict(zip(params["matrices"], weights.matrices, strict=True))
+    if bits := params.get("bits"):
+        from moeplan.gates.quantised import quantise
+
+        matrices = {name: quantise(matrix, weights, bits) for name, matrix in matrices.items()}
+    with skeleton(params["model"]).layer(params["layer"], tensors, matrices, weights) as layer:
+        _evaluate(layer, params["groups"], stream, output)
 
 
 def _evaluate(
@@ -146,11 +213,11 @@ def _evaluate(
             begin += size
 
 
-def _groups(lengths: Sequence[int], switch: int | None) -> list[list[int]]:
+def _groups(lengths: Sequence[int], most_tokens: int, switch: int | None) -> list[list[int]]:
     """Consecutive prompts, shortest first, that are evaluated together; none across `rope_switch`."""
     groups: list[list[int]] = [[]]
     for length in lengths:
-        is_full = (len(groups[-1]) + 1) * length > GROUP_TOKENS
+        is_full = (len(groups[-1]) + 1) * length > most_tokens
         is_across = switch is not None and groups[-1] and groups[-1][-1] <= switch < length
         if groups[-1] and (is_full or is_across):
             groups.append([])
@@ -158,18 +225,27 @@ def _groups(lengths: Sequence[int], switch: int | None) -> list[list[int]]:
     return groups
 
 
-def _workspace_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
-    """The most memory that a layer's evaluation takes beside its weights and the residual stream, in float32."""
-    tokens = max(len(group) * max(group) for group in groups)
-    longest = max(max(group) for group in groups)
+def _token_nbytes(base: DenseModel) -> int:
+    """The most memory that a token's activations take in a layer, in float32: in its attention or in its MLP."""
     sizes = base.sizes
-    wide = 6 * sizes["hidden_size"] + 4 * sizes["intermediate_size"] + 4 * sizes["q_size"] + 4 * sizes["kv_size"]
-    mask = longest * longest * math.ceil(tokens / longest)
-    return 4 * (tokens * wide + mask) + 2 * BLOCK_NBYTES
+    attention = 4 * sizes["q_size"] + 4 * sizes["kv_size"]
+    return 4 * (6 * sizes["hidden_size"] + max(attention, 4 * sizes["intermediate_size"]))
+
+
+def _workspace_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
+    """The most memory that a layer's evaluation takes beside its weights and the residual stream."""
+    windows = [window for window in base.windows() if window is not None]
+    return max(len(group) * (max(group) * _token_nbytes(base) + _mask_nbytes(max(group), windows)) for group in groups)
+
+
+def _mask_nbytes(length: int, windows: Sequence[int]) -> int:
+    """A prompt's mask, as booleans and as float32. There is one where attention sees less than all tokens before."""
+    return 5 * length * length if any(window <= length for window in windows) else 0
 
 
 MODE = GateMode(
     routers,
     {"embed": embed, "decoder_layer": decoder_layer, "hidden": hidden},
     imports=("torch", "moeplan.gates.skeleton"),
+    evaluates=True,
 )

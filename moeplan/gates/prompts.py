@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, CheckpointError, opened, read_json
 from moeplan.config import Expert
+from moeplan.errors import MoeplanWarning
 from moeplan.output import TOKENIZER_FILES
 from moeplan.untrusted_json import show
 from planner.expr import Concat, Read
@@ -92,6 +94,8 @@ def tokenize(experts: Sequence[Expert], base: DenseModel) -> Prompts:
         wrong = _what_is_wrong(text, tokens, base)
         if wrong:
             raise PromptError(places[text], wrong)
+    if "" in ids:
+        warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
     ordered = sorted(set(ids.values()), key=lambda tokens: (len(tokens), tokens))
     index = {tokens: i for i, tokens in enumerate(ordered)}
 

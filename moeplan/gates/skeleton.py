@@ -9,7 +9,8 @@ transformers can model can be evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,38 +20,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from executor.weights import Matrix, Weights
 from moeplan.architectures import DENSE_FAMILIES
 from moeplan.architectures.attention import ORIGINAL_CONTEXT
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, CheckpointError, read_json
-from moeplan.gates.hidden import BLOCK_NBYTES
+from moeplan.gates.linear import BlockedLinear
 from moeplan.untrusted_json import show
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call beside the first."""
-
-
-class BlockedLinear(nn.Module):
-    """A linear layer in float32 whose weight, `[out_features, in_features]`, may be of any dtype.
-
-    Blocks of rows are turned into float32 as they are multiplied, so no whole matrix is ever held twice.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out_features, in_features = self.weight.shape
-        bias = None if self.bias is None else self.bias.float()
-        if self.weight.dtype is torch.float32:
-            return nn.functional.linear(x, self.weight, bias)
-        result = x.new_empty(*x.shape[:-1], out_features)
-        rows = max(1, BLOCK_NBYTES // (4 * in_features))
-        for begin in range(0, out_features, rows):
-            block = self.weight[begin : begin + rows].float()
-            result[..., begin : begin + rows] = x @ block.T
-        return result if bias is None else result.add_(bias)
 
 
 @dataclass
@@ -104,11 +82,7 @@ class Skeleton:
             if module is not self._model.layers and any(buffer.is_meta for buffer in module.buffers()):
                 # Position embeddings are computed when built, so on the meta device they are not there.
                 setattr(self._model, name, type(module)(config=config))
-        for layer in self._layers:
-            for name, module in list(layer.named_modules()):
-                if isinstance(module, nn.Linear):
-                    parent, _, child = name.rpartition(".")
-                    setattr(layer.get_submodule(parent), child, BlockedLinear(module))
+        self._linears = [_serve_linears(layer) for layer in self._layers]
 
     def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The hidden states that the first layer gets for these embeddings, both `[batch, tokens, hidden]`."""
@@ -116,18 +90,23 @@ class Skeleton:
         assert entering is not None  # there is at least one layer
         return entering
 
-    def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Layer `index` with `weights`, by their names in it, as a function of hidden states `[batch, tokens, hidden]`.
+    @contextmanager
+    def layer(
+        self, index: int, tensors: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], weights: Weights
+    ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Layer `index` as a function of hidden states `[batch, tokens, hidden]`.
 
-        The weights are used where they are, not copied; vectors (norms, biases) are turned into float32.
+        `tensors` (norms, biases) and `matrices` are its weights, by their names in it. `weights` goes through the
+        matrices.
         """
-        layer = self._layers[index]
-        different = sorted({name for name, _ in layer.named_parameters()} ^ set(weights))
+        layer, linears = self._layers[index], self._linears[index]
+        expected = {name for name, _ in layer.named_parameters()} | set(linears)
+        different = sorted(expected ^ {*tensors, *matrices}) or sorted(set(linears) ^ set(matrices))
         if different:
             raise CheckpointError(
                 f"layer {index} of the base has other weights than transformers' model of it: {', '.join(different)}"
             )
-        given = {name: weight.float() if weight.ndim == 1 else weight for name, weight in weights.items()}
+        given = {name: tensor.float() for name, tensor in tensors.items()}
 
         def run(hidden_states: torch.Tensor) -> torch.Tensor:
             shape = (hidden_states.shape[0], hidden_states.shape[1])
@@ -138,7 +117,10 @@ class Skeleton:
             tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
             return tensor
 
-        return run
+        with ExitStack() as served:
+            for name, matrix in matrices.items():
+                served.enter_context(linears[name].serving(matrix, weights))
+            yield run
 
     def _run(self, embeddings: torch.Tensor) -> _Notes:
         """The model's forward pass on embeddings `[batch, tokens, hidden]`, with layers that take notes."""
@@ -154,6 +136,17 @@ def _config(path: Path) -> PretrainedConfig:
     known = {*DENSE_FAMILIES[given["model_type"]].defaults, "rope_scaling", "rope_parameters", ORIGINAL_CONTEXT}
     settings = {key: value for key, value in given.items() if key in known and key != "use_cache"}
     return AutoConfig.for_model(given["model_type"], **settings, use_cache=False)
+
+
+def _serve_linears(layer: nn.Module) -> dict[str, BlockedLinear]:
+    """Put a `BlockedLinear` in the place of each linear layer; returns them by the names of their weights."""
+    linears = {}
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            linears[f"{name}.weight"] = BlockedLinear(module)
+            setattr(layer.get_submodule(parent), child, linears[f"{name}.weight"])
+    return linears
 
 
 @lru_cache(maxsize=1)

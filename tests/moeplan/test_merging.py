@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from commands import Outcome, moeplan, snapshot, write_config
 from safetensors.torch import load_file, save_file
 
 import moeplan as api
+from executor.engine import Progress
 from executor.errors import RunError
 from moeplan import merging
+from moeplan.gates import hidden
 
 
 def edit_config(path: Path, **changes: Any) -> None:
@@ -265,6 +268,23 @@ def test_a_prompt_without_any_token_is_refused(models, refused):
     assert message == f"{where}: the prompt '' has no tokens, and the tokenizer of base has no BOS token"
 
 
+@pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
+def test_an_empty_prompt_is_warned_about(models, tmp_path, mode):
+    experts = [models[0], {"source_model": models[1], "positive_prompts": ["", "a prompt"]}]
+    config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode=mode)
+    assert warned(moeplan(config, "--plan")) == ["an empty prompt is the BOS token alone, which tells nothing"]
+
+
+@pytest.mark.parametrize("option", ["--load-in-8bit", "--load-in-4bit"])
+def test_a_base_cannot_be_quantised_without_bitsandbytes(refused, monkeypatch, tmp_path, option):
+    monkeypatch.setattr(hidden, "find_spec", lambda name: None)
+    message = refused(option, gate_mode="hidden")
+    assert message == f"{option}: bitsandbytes is not installed; pip install bitsandbytes, or leave the option out"
+    elsewhere = ModuleSpec("bitsandbytes", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(hidden, "find_spec", lambda name: elsewhere)
+    assert "has no library for this machine's processor" in refused(option, gate_mode="hidden")
+
+
 def test_a_tokenizer_of_another_model_is_refused(models, refused):
     def shrink(tensors: dict[str, torch.Tensor]) -> None:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -368,8 +388,9 @@ def test_a_source_that_does_not_stay_as_it_was_planned_fails_the_run(models, tmp
 def test_what_an_interrupted_progress_display_raises_is_raised_with_a_note(models, tmp_path):
     config = api.load_config(write_config(tmp_path / "config.yml", models[0], models))
 
-    def interrupt(state: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(state: Progress) -> None:
+        if not state.doing:  # something is copied then
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as raised:
         api.merge(config, tmp_path / "new" / "out", on_progress=interrupt)

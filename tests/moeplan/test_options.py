@@ -1,5 +1,7 @@
 """The sizes that people write, and options that cannot be meant."""
 
+import os
+
 import pytest
 
 from moeplan.errors import UserError
@@ -87,3 +89,18 @@ def test_a_seed_below_zero_is_refused():
 def test_wrong_options_are_the_user_s_to_mend():
     assert issubclass(OptionError, UserError)
     assert OptionError.exit_status == 2
+
+
+def test_a_base_is_quantised_to_one_number_of_bits():
+    assert [Options().bits, Options(load_in_8bit=True).bits, Options(load_in_4bit=True).bits] == [0, 8, 4]
+    with pytest.raises(OptionError, match="--load-in-8bit and --load-in-4bit: only one"):
+        Options(load_in_8bit=True, load_in_4bit=True)
+
+
+def test_as_many_threads_compute_as_there_are_cores_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= Options().threads <= os.cpu_count()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [Options().threads, Options(num_threads=5).threads] == [3, 5]
+    with pytest.raises(OptionError, match="--num-threads: 0 is not above zero"):
+        Options(num_threads=0)

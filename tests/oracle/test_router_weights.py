@@ -3,7 +3,10 @@
 The gate of a shared expert is made of its prompts as a router's row is.
 """
 
+from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,12 @@ from families import CASES, NUM_LAYERS, OUTPUTS, Case
 from models import RECIPES, read_tensors
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from moeplan import merging
+from moeplan.gates import hidden
+from moeplan.memory import CapError, MemoryCap
+from planner.plan import KernelStep
 
 PROMPTS = [
     {"positive_prompts": ["Where does it hurt, and since when?"], "negative_prompts": ["a sword"]},
@@ -48,9 +56,12 @@ def router_weights(out, case: Case) -> Tensor:
 
 
 @torch.inference_mode()
-def computed_by_transformers(source, mode, prompts=PROMPTS) -> Tensor:
+def computed_by_transformers(source, mode, prompts=PROMPTS, **loading: Any) -> Tensor:
     """`[num_layers, len(prompts), hidden_size]`, float32."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **loading)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' kernel for rows that are whole groups of 64 alone
     tokenizer = AutoTokenizer.from_pretrained(source)
 
     def tokens(prompt: str) -> Tensor:
@@ -101,6 +112,104 @@ def test_hidden_gates_are_the_hidden_states_of_the_base_model(recipe, checkpoint
     source, case = checkpoint(recipe), case_of(recipe)
     weights = merged_router(merge, source, case, "hidden", dtype="float32")
     assert_same_directions(weights, expected_router(source, case, "hidden"))
+
+
+MANY = [" ".join(["go"] * length) for length in range(1, 61)] + ["", "x", "Guten Tag", "yes, " * 40]
+
+
+@pytest.fixture
+def within(monkeypatch, plan, merge) -> Callable[..., Path]:
+    """`within(budget, form, ...)`: a merge with so many bytes for buffers, where layers are in that form.
+
+    None: the least budget that works.
+    """
+
+    def run(budget: int | None, form: str, base: Path, experts: list[dict[str, Any]], **settings: Any) -> Path:
+        def cap(*_: Any) -> MemoryCap:
+            return MemoryCap(budget, 0)
+
+        monkeypatch.setattr(merging, "memory_cap", cap)
+        if budget is None:
+            budget = 1
+            with pytest.raises(CapError) as refused:
+                plan(base, experts, **settings)
+            budget = refused.value.__cause__.needed_nbytes
+        kernels = [step for step in plan(base, experts, **settings).plan.steps if isinstance(step, KernelStep)]
+        assert {bool(step.streamed) for step in kernels if step.weights} == {form == "streamed"}
+        return merge(base, experts, **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("prompts", [[["Where does it hurt?"]], [MANY[::2], MANY[1::2]]], ids=["one", "64"])
+@pytest.mark.parametrize("recipe", ["llama-plain", "mistral-bf16", "qwen2-f16", "qwen3-plain", "llama-rope-longrope"])
+def test_router_weights_are_right_and_the_same_to_the_bit_in_both_forms_with_any_budget_and_threads(
+    recipe, prompts, checkpoint, within
+):
+    source, case = checkpoint(recipe), case_of(recipe)
+    if not RECIPES[recipe].bos:
+        prompts = [[prompt for prompt in each if prompt] for each in prompts]
+    expected = [{"positive_prompts": each} for each in prompts]
+    experts = [{"source_model": source, **each} for each in expected]
+    if has_gate(case):
+        expected.append(SHARED_PROMPTS)
+    shared = SHARED_PROMPTS if has_gate(case) else {}
+    settings = {"gate_mode": "hidden", "dtype": "float32", **case.settings(source, **shared)}
+    if len(experts) == 1:
+        settings["experts_per_token"] = 1
+    results = [
+        router_weights(within(budget, form, source, experts, num_threads=threads, **settings), case)
+        for budget, form, threads in (
+            (None, "streamed", 1),
+            (None, "streamed", 3),
+            (256 << 20, "resident", 1),
+            (256 << 20, "resident", 4),
+        )
+    ]
+    assert all(torch.equal(results[0], result) for result in results)
+    assert_same_directions(results[0], computed_by_transformers(source, "hidden", expected))
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+@pytest.mark.parametrize("recipe", ["llama-bf16", "mistral-plain", "qwen2-off-page", "qwen3-f16"])
+def test_a_quantised_base_gives_the_routers_of_transformers_and_bitsandbytes(recipe, bits, checkpoint, within):
+    source, case = checkpoint(recipe), case_of(recipe)
+    experts = [{"source_model": source, **prompts} for prompts in PROMPTS]
+    shared = SHARED_PROMPTS if has_gate(case) else {}
+    settings = {"gate_mode": "hidden", "dtype": "float32", bits: True, **case.settings(source, **shared)}
+    resident, streamed = (
+        router_weights(within(budget, form, source, experts, **settings), case)
+        for budget, form in ((256 << 20, "resident"), (None, "streamed"))
+    )
+    assert torch.equal(resident, streamed)
+    prompts = [*PROMPTS, *([SHARED_PROMPTS] if has_gate(case) else [])]
+    quantised = computed_by_transformers(
+        source, "hidden", prompts, quantization_config=BitsAndBytesConfig(**{bits: True})
+    )
+    assert torch.cosine_similarity(resident, quantised, dim=-1).min() >= 0.999
+
+
+def test_quantising_changes_the_routers_and_nothing_else(checkpoint, merge):
+    source = checkpoint("llama-bf16")
+    experts = [{"source_model": source, **prompts} for prompts in PROMPTS]
+    plain, *quantised = (
+        read_tensors(merge(source, experts, gate_mode="hidden", **options))
+        for options in ({}, {"load_in_8bit": True}, {"load_in_4bit": True})
+    )
+    for tensors in quantised:
+        changed = {name for name in plain if not torch.equal(plain[name], tensors[name])}
+        assert changed == {f"model.layers.{layer}.{MIXTRAL.names.router}" for layer in range(1, NUM_LAYERS)}
+
+
+def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
+    source = checkpoint("mistral-plain")
+    experts = [{"source_model": source, "positive_prompts": each} for each in (MANY[::2], MANY[1::2])]
+    results = []
+    for nbytes in (64 << 20, 64 << 10):
+        monkeypatch.setattr(hidden, "GROUP_NBYTES", nbytes)
+        out = within(256 << 20, "resident", source, experts, gate_mode="hidden", dtype="float32")
+        results.append(router_weights(out, MIXTRAL))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])

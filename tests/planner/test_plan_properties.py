@@ -27,8 +27,8 @@ from planner.expr import (
 )
 from planner.graph import TensorGraph
 from planner.layout import PAGE
-from planner.plan import BufferRoot, BufferSink, FileRoot, FileSink, KernelStep, Plan, StreamStep
-from planner.schedule import MIN_SLAB_NBYTES, compile
+from planner.plan import BufferRoot, BufferSink, BufferView, FileRoot, FileSink, FileView, KernelStep, Plan, StreamStep
+from planner.schedule import MIN_SLAB_NBYTES, READ_AHEAD, compile
 
 FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
 FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
@@ -60,7 +60,7 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
     state: Expr | None = None
     for number in range(draw(st.integers(1, 12))):
         x: Expr = draw(st.sampled_from(reads))
-        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain", "low rank"])):
+        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain", "low rank", "layer"])):
             case "adjust":
                 x = scale(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from([0.5, 1.0])))
                 x = cast(x, draw(st.sampled_from(DType)))
@@ -74,6 +74,10 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
                 x = cast(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from(DType)))
                 if draw(st.booleans()):
                     x = Opaque("sum", json.dumps(number), (x,), DType.F32, (8, 16))
+            case "layer":
+                weights = tuple(draw(st.lists(st.sampled_from(reads), max_size=2)))
+                blocks = {"weights": weights, "block_nbytes": 1 << 20, "passes": 2}
+                x = Opaque("layer", json.dumps(number), (x,), DType.F32, (64,), 1000, **blocks)
             case "chain":
                 state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
                 x = state
@@ -154,7 +158,8 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
     freed: set[int] = set()
     for step in plan.steps:
         if isinstance(step, KernelStep):
-            needed, made = {view.buffer for view in step.inputs}, step.output.buffer
+            views = (*step.inputs, *step.weights)
+            needed, made = {v.buffer for v in views if isinstance(v, BufferView)}, step.output.buffer
             filled[made] = plan.buffer_nbytes[made]
             used = needed | {made}
         else:
@@ -180,8 +185,9 @@ def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace
     alive: set[int] = set()
     for step, forecast in zip(plan.steps, plan.memory_nbytes, strict=True):
         if isinstance(step, KernelStep):
-            alive |= {view.buffer for view in (*step.inputs, step.output)}
-            workspace = step.workspace_nbytes
+            views = (*step.inputs, *step.weights, step.output)
+            alive |= {view.buffer for view in views if isinstance(view, BufferView)}
+            workspace = step.workspace_nbytes + step.workers * step.block_nbytes
         else:
             sinks = [sink for branch in step.branches for sink in branch.sinks]
             alive |= step.factors() | {sink.buffer for sink in sinks if isinstance(sink, BufferSink)}
@@ -303,3 +309,68 @@ def test_factors_that_do_not_make_a_matrix_of_the_shape_are_refused(b: Shape, a:
     x = Read(FILES[0], 8, DType.F32, (8, 4))
     with pytest.raises(ValueError, match=r"is not|cannot be multiplied"):
         add_low_rank(x, Read(FACTORS, 8, DType.F32, b), Read(FACTORS, 8, DType.F32, a), 1.0)
+
+
+def layer_graph(num_layers: int, nbytes: int) -> TensorGraph:
+    """A chain of kernels, each with a weight of so many bytes that is copied, too."""
+    graph = TensorGraph()
+    state: tuple[Expr, ...] = ()
+    for number in range(num_layers):
+        weight = Read(FILES[0], 8 + number * nbytes, DType.F32, (nbytes // 64, 16))
+        layer = Opaque("layer", str(number), state, DType.F32, (16,), 0, (weight,), block_nbytes=1 << 20, passes=3)
+        state = (layer,)
+        graph.add(f"weight {number}", weight)
+        graph.add(f"gate {number}", layer)
+    return graph
+
+
+def test_weights_that_fit_the_budget_are_held_and_read_once_and_others_are_read_as_they_are_used() -> None:
+    nbytes = 20 << 20
+    graph = layer_graph(3, nbytes)
+    resident = compile(graph, budget_nbytes=64 << 20, shard_nbytes=1 << 40)
+    streamed = compile(graph, budget_nbytes=nbytes, shard_nbytes=1 << 40)
+    for plan, form in ((resident, BufferView), (streamed, FileView)):
+        kernels = [step for step in plan.steps if isinstance(step, KernelStep)]
+        assert [type(weight) for step in kernels for weight in step.weights] == [form] * 3
+    assert (resident.read_nbytes, resident.reread_nbytes) == (3 * nbytes, 0)
+    assert (streamed.read_nbytes, streamed.reread_nbytes) == (3 * nbytes * (1 + 3), 3 * nbytes * 3)
+    assert streamed.peak_nbytes <= nbytes
+    assert resident.fingerprint == streamed.fingerprint
+
+
+def test_only_the_kernels_whose_weights_do_not_fit_are_streamed() -> None:
+    graph = layer_graph(1, 4 << 20)
+    large = Read(FILES[1], 8, DType.F32, (1 << 20, 16))
+    graph.add("large", Opaque("large", "", (), DType.F32, (16,), 0, (large,), block_nbytes=1 << 20))
+    plan = compile(graph, budget_nbytes=16 << 20, shard_nbytes=1 << 40)
+    assert {step.kernel: len(step.streamed) for step in plan.steps if isinstance(step, KernelStep)} == {
+        "layer": 0,
+        "large": 1,
+    }
+
+
+def test_as_many_blocks_are_under_way_as_threads_and_budget_allow() -> None:
+    def workers(budget: int, threads: int) -> int:
+        plan = compile(layer_graph(1, 64 << 20), budget_nbytes=budget, shard_nbytes=1 << 40, threads=threads)
+        (step,) = (step for step in plan.steps if isinstance(step, KernelStep))
+        return step.workers
+
+    assert workers(200 << 20, 8) == 8
+    assert workers(50 << 20, 8) == 8 + READ_AHEAD  # streamed: some blocks are being read
+    assert workers(36 << 20, 8) < 8
+    assert workers(3 << 20, 8) == 1
+
+
+def test_a_fingerprint_tells_what_is_computed_of_what() -> None:
+    def fingerprint(**changes: object) -> str:
+        fields = {"file": FILES[0], "offset": 8, "dtype": DType.BF16, "shape": (64, 64), "factor": 0.5, "name": "x"}
+        fields |= changes
+        graph = TensorGraph()
+        read = Read(fields["file"], fields["offset"], fields["dtype"], fields["shape"])
+        graph.add(fields["name"], cast(scale(read, fields["factor"]), DType.F32))
+        return compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40).fingerprint
+
+    changes = {"file": FILES[1], "offset": 16, "dtype": DType.F16, "shape": (32, 128), "factor": 0.25, "name": "y"}
+    fingerprints = {fingerprint(), *(fingerprint(**{name: value}) for name, value in changes.items())}
+    assert len(fingerprints) == 1 + len(changes)
+    assert fingerprint() == fingerprint()

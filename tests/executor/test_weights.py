@@ -1,0 +1,109 @@
+"""Kernels that go through their weights block by block: the same numbers, wherever the weights are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import DTYPES, load, source
+
+from executor.engine import run
+from executor.errors import RunError
+from executor.weights import Weights
+from planner.expr import DType, Expr, Opaque
+from planner.graph import TensorGraph
+from planner.plan import KernelStep, Plan
+from planner.schedule import block_nbytes, compile
+
+SHAPE = (1000, 48)
+ROWS = 64
+
+
+def product(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
+    """The sum of what each matrix makes of a vector."""
+    output.zero_()
+    for matrix in weights.matrices * params:
+
+        def multiply(begin: int, block: torch.Tensor) -> None:
+            output[begin : begin + len(block)] += block @ inputs[0].float()
+
+        weights.for_each_block(matrix, ROWS, multiply)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def tensors(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"first": SHAPE, "second": SHAPE, "vector": SHAPE[1:]}
+    return {name: torch.randn(shape, generator=generator).to(request.param) for name, shape in shapes.items()}
+
+
+def planned(path: Path, tensors: dict[str, torch.Tensor], budget: int, threads: int = 1) -> Plan:
+    reads = source(path, tensors)
+    graph = TensorGraph()
+    graph.add("copy", reads["first"])
+    matrices = (reads["first"], reads["second"])
+    block = block_nbytes(ROWS, SHAPE[1], matrices[0].dtype)
+    graph.add(
+        "y",
+        Opaque("product", "2", (reads["vector"],), DType.F32, SHAPE[:1], 0, matrices, block_nbytes=block, passes=2),
+    )
+    return compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40, threads=threads)
+
+
+def streamed(plan: Plan) -> bool:
+    return any(step.streamed for step in plan.steps if isinstance(step, KernelStep))
+
+
+def test_blocks_are_the_same_for_any_budget_and_number_of_threads(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    results, forms = [], []
+    for budget, threads in ((2 << 20, 1), (2 << 20, 3), (64 << 20, 1), (64 << 20, 4)):
+        plan = planned(tmp_path / "source.safetensors", tensors, budget, threads)
+        out = tmp_path / f"{budget}-{threads}"
+        out.mkdir()
+        result = run(plan, out, {"product": product}, threads=threads)
+        assert result.read_nbytes == plan.read_nbytes
+        assert result.peak_buffer_nbytes <= plan.peak_nbytes <= budget
+        results.append(load(plan, out)["y"])
+        forms.append(streamed(plan))
+    assert forms == [True, True, False, False]
+    assert all(torch.equal(results[0], result) for result in results)
+    expected = 2 * (tensors["first"].float() + tensors["second"].float()) @ tensors["vector"].float()
+    torch.testing.assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("budget", [2 << 20, 64 << 20])
+def test_work_that_fails_ends_the_run_with_its_own_error(tmp_path: Path, budget: int) -> None:
+    def broken(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
+        weights.for_each_block(weights.matrices[0], ROWS, lambda begin, block: 1 // (begin - 3 * ROWS))
+
+    tensors = {"first": torch.ones(SHAPE), "second": torch.zeros(SHAPE), "vector": torch.arange(48.0)}
+    plan = planned(tmp_path / "source.safetensors", tensors, budget)
+    with pytest.raises(ZeroDivisionError):
+        run(plan, tmp_path, {"product": broken})
+
+
+def test_a_copy_that_fails_beside_a_kernel_ends_the_run_with_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = source(tmp_path / "a.safetensors", {"weight": torch.ones(SHAPE)})
+    others = source(tmp_path / "b.safetensors", {"copied": torch.arange(48.0)})
+    outputs: dict[str, Expr] = {
+        "copied": others["copied"],
+        "y": Opaque("slow", "{}", (), DType.F32, (1,), 0, (reads["weight"],), block_nbytes=1 << 20),
+    }
+    plan = compile(TensorGraph(outputs), budget_nbytes=4 << 20, shard_nbytes=1 << 40)
+
+    def endless(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
+        while True:
+            weights.for_each_block(weights.matrices[0], ROWS, lambda begin, block: None)
+
+    def failing(self: Any, source: int, *_: Any) -> None:
+        if plan.sources[source].path.endswith("b.safetensors"):
+            raise RunError("the disk is broken")
+
+    monkeypatch.setattr("executor.reader.SourceReader.read_into", failing)
+    with pytest.raises(RunError, match="the disk is broken"):
+        run(plan, tmp_path, {"slow": endless})
