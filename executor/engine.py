@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -63,6 +64,10 @@ kernel step's JSON, parsed. Where the step works on blocks, a fourth argument is
 
 SYNC_SECONDS = 10.0
 """How often what is written is put on the disk for good: the most work that a machine that goes down can lose."""
+
+SWITCH_SECONDS = 0.0002
+"""How long an import in the background may keep the interpreter from a worker whose chunk the disk waits for. Python's
+own 5 ms are longer than what it takes to write a chunk."""
 
 _Chunks = deque[Future[tuple[int, int]]]
 """Chunks under way, in order. Each comes to the bytes read from and written to files."""
@@ -122,6 +127,7 @@ def run(
     if any(isinstance(step, KernelStep) and step.workspace_nbytes for step in plan.steps):
         give_back_what_is_freed()
     with (
+        _switching_every(SWITCH_SECONDS),
         closing(SourceReader(plan.sources, headers)) as reader,
         closing(_shards(directory, plan, journal)) as writer,
         ThreadPoolExecutor(1) as syncer,
@@ -161,6 +167,16 @@ def run(
             peak_buffer_nbytes=engine.peak_buffer_nbytes,
             peak_resident_nbytes=peak_resident_nbytes(),
         )
+
+
+@contextmanager
+def _switching_every(seconds: float) -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _shards(directory: Path, plan: Plan, journal: Journal) -> ShardWriter:

@@ -1,4 +1,4 @@
-"""Reading ranges of a local file, past the page cache where that is possible.
+"""Reading ranges of a local file: from the page cache what is there, the rest past it where that is possible.
 
 Direct I/O reads whole pages, into memory aligned to pages, straight from the disk. It spares a copy of every byte, and
 what else a laptop holds in its page cache stays there. What does not fit (small ranges, memory that lies otherwise in
@@ -16,6 +16,12 @@ from planner.layout import PAGE
 MIN_DIRECT_NBYTES = 64 << 10
 """Smaller ranges are not worth a trip to the disk each."""
 
+NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+"""Asks, where the system takes it, for what is in the page cache and no more."""
+
+RANDOM = getattr(os, "POSIX_FADV_RANDOM", None)
+"""Advice, where the system takes it, to read what is asked for and nothing ahead of it: that comes by direct I/O."""
+
 DONTNEED = getattr(os, "POSIX_FADV_DONTNEED", None)
 """Advice, where the system takes it, to forget what was read: nothing is read twice, and others need the page cache."""
 
@@ -29,16 +35,18 @@ class LocalFile:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise RunError(f"{path}: cannot be opened any more: {error.strerror}") from error
+        self._advise(0, 0, RANDOM)
         self._direct_fd: int | None = None
         with suppress(OSError, AttributeError):  # a file system, or a system, without it
             self._direct_fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
-    def read_into(self, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
-        """Fill `slab[begin : begin + nbytes]` from byte `offset` of the file.
+    def read_into(self, offset: int, slab: memoryview, begin: int, nbytes: int, *, cached: bool = True) -> None:
+        """Fill `slab[begin : begin + nbytes]` from byte `offset` of the file; from the disk, if not `cached`.
 
         Up to a page before and after that may be overwritten. `slab` begins at a page of memory.
         """
-        done = self._read_directly(offset, slab, begin, nbytes)
+        done = self._read_cached(offset, slab[begin : begin + nbytes]) if cached else 0
+        done += self._read_directly(offset + done, slab, begin + done, nbytes - done)
         while done < nbytes:
             try:
                 count = os.preadv(self.fd, [slab[begin + done : begin + nbytes]], offset + done)
@@ -48,10 +56,19 @@ class LocalFile:
                 raise RunError(
                     f"{self.path}: the file ends at byte {offset + done}; it was changed during the run. Start again"
                 )
-            if DONTNEED is not None:
-                with suppress(OSError):
-                    os.posix_fadvise(self.fd, offset + done, count, DONTNEED)
+            self._advise(offset + done, count, DONTNEED)
             done += count
+
+    def _read_cached(self, offset: int, memory: memoryview) -> int:
+        """Returns how many bytes the page cache had, from the first on."""
+        if NOWAIT is None:
+            return 0
+        try:
+            # One page to begin with: what the system has not, it starts to read, though nobody waits for it.
+            count = os.preadv(self.fd, [memory[:PAGE]], offset, NOWAIT)
+            return count + os.preadv(self.fd, [memory[count:]], offset + count, NOWAIT)
+        except OSError:  # nothing is there, or the file system cannot say
+            return 0
 
     def _read_directly(self, offset: int, slab: memoryview, begin: int, nbytes: int) -> int:
         """Returns how many bytes were read: none where direct I/O does not fit, all but the last where a file ends."""
@@ -64,6 +81,11 @@ class LocalFile:
         except OSError:  # whatever it is, reading through the page cache works or says what is wrong
             return 0
         return min(max(count - before, 0), nbytes)
+
+    def _advise(self, offset: int, nbytes: int, advice: int | None) -> None:
+        if advice is not None:
+            with suppress(OSError):
+                os.posix_fadvise(self.fd, offset, nbytes, advice)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -43,8 +43,10 @@ class SourceReader:
         """The open file of a source; None for one that is not on this machine."""
         return self._files[source].fd if source in self._files else None
 
-    def read_into(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
-        """Fill `slab[begin : begin + nbytes]` from byte `offset` of a source.
+    def read_into(
+        self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int, *, cached: bool = True
+    ) -> None:
+        """Fill `slab[begin : begin + nbytes]` from byte `offset` of a source; from the disk, if not `cached`.
 
         Up to a page before and after that may be overwritten. `slab` begins at a page of memory. Raises RunError where
         the file ends too early or fails.
@@ -54,12 +56,12 @@ class SourceReader:
             assert self._remote is not None
             self._remote.read_into(file, offset, slab[begin : begin + nbytes])
         else:
-            self._files[source].read_into(offset, slab, begin, nbytes)
+            self._files[source].read_into(offset, slab, begin, nbytes, cached=cached)
 
     def check_again(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
         """Read once more what `read_into` read, over it. Raises RunError where it differs."""
         before = xxh3_64_intdigest(slab[begin : begin + nbytes])
-        self.read_into(source, offset, slab, begin, nbytes)
+        self.read_into(source, offset, slab, begin, nbytes, cached=False)
         if xxh3_64_intdigest(slab[begin : begin + nbytes]) != before:
             raise RunError(
                 f"{name_of(self._sources[source])}: the {nbytes:,} bytes from byte {offset:,} on were other ones when "

@@ -266,7 +266,7 @@ def test_short_reads_and_writes_are_continued(
     (tmp_path / "short").mkdir()
     run(plan, tmp_path / "whole", {"column_sums": column_sums})
     preadv, pwrite = os.preadv, os.pwrite
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:100_001]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, *place: preadv(fd, [views[0][:100_001]], *place))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:70_003], offset))
     run(plan, tmp_path / "short", {"column_sums": column_sums})
     assert digest(tmp_path / "whole") == digest(tmp_path / "short")

@@ -2,12 +2,16 @@
 
 import errno
 import fcntl
+import mmap
 import os
+import random
 import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from test_engine import digest, planned, source
 
 from executor import shortcuts
 from executor.engine import RunResult, run
+from executor.local import LocalFile
 from executor.routing import physical_nbytes
 from planner.expr import DType, Expr, cast, scale, stack
 from planner.layout import PAGE
@@ -248,9 +253,41 @@ def test_the_kind_of_file_system_is_known() -> None:
         assert shortcuts.file_system(file.fileno()) == "tmpfs"
 
 
-def test_large_copies_go_to_the_disk_directly_and_sources_leave_the_page_cache(tmp_path: Path) -> None:
+def test_large_copies_go_to_the_disk_directly(tmp_path: Path) -> None:
     plan = planned(outputs(tmp_path), shard=20 * MIB)
     result = merged(plan, tmp_path / "out")
     if "direct" not in result.nbytes_by_path:
         pytest.skip("needs a file system with direct I/O")
     assert result.nbytes_by_path["direct"] > 0.99 * plan.written_nbytes
+
+
+def cached_nbytes(file: BinaryIO, offset: int) -> int:
+    """How much of the MiB at `offset` the page cache has, up to the first page that it has not."""
+    try:
+        return os.preadv(file.fileno(), [bytearray(MIB)], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+
+
+def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_stays_out_of_it(tmp_path: Path) -> None:
+    path, memory = tmp_path / "source", memoryview(mmap.mmap(-1, 4 * MIB))
+    content = random.Random(1).randbytes(4 * MIB)
+    path.write_bytes(content)
+    with open(path, "rb") as file, closing(LocalFile(str(path))) as source:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 2 * MIB, 0, os.POSIX_FADV_DONTNEED)
+        if cached_nbytes(file, 0) != MIB or shortcuts.file_system(file.fileno()) == "tmpfs":
+            pytest.skip("needs a file system with direct I/O and a page cache")
+        read = disk_read_nbytes()
+        source.read_into(0, memory, 0, 2 * MIB)
+        assert disk_read_nbytes() == read
+        source.read_into(2 * MIB, memory, 2 * MIB, 2 * MIB)
+        assert memory == content
+        assert 2 * MIB <= disk_read_nbytes() - read <= 2 * MIB + PAGE
+        assert (cached_nbytes(file, MIB), cached_nbytes(file, 3 * MIB)) == (MIB, 0)
+
+
+def disk_read_nbytes() -> int:
+    """What this process has had the disk read."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])

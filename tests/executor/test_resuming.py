@@ -275,8 +275,8 @@ def test_a_second_reading_that_differs_is_told(
     assert digest(tmp_path / "checked") == whole[0]
     preadv, calls = os.preadv, itertools.count()
 
-    def flipping(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        number, count = next(calls), preadv(fd, views, offset)
+    def flipping(fd: int, views: Sequence[memoryview], *place: int) -> int:
+        number, count = next(calls), preadv(fd, views, *place)
         if number == 4:
             views[0][5000] ^= 4
         return count
