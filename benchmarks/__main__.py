@@ -33,7 +33,6 @@ def command(
         Path, typer.Option("--dir", help="A directory on the disk to measure. All that is put there is removed.")
     ] = DEFAULT_DIRECTORY,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = DEFAULT_DIRECTORY / "report",
-    warm: Annotated[bool, typer.Option("--warm", help="Begin with the sources in the page cache.")] = False,
     large: Annotated[bool, typer.Option("--large", help="Run 8 × 7B of real data, too: 310 GB of disk.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="One round of everything on tiny models.")] = False,
     mergekit: Annotated[
@@ -50,7 +49,7 @@ def command(
     directory.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     with tempfile.TemporaryDirectory(prefix="moeplan-bench-", dir=directory) as work:
-        settings = Settings(Path(work).resolve(), rounds, warm, programs)
+        settings = Settings(Path(work).resolve(), rounds, programs)
         measured = _measured(cases, settings, console, tiny=smoke)
     _write(measured, out, console)
     failures = [
@@ -96,7 +95,6 @@ def _measured(cases: list[Case], settings: Settings, console: Console, *, tiny: 
         seconds=time.monotonic() - started,
         rounds=settings.rounds,
         tiny=tiny,
-        warm=settings.warm,
         machine=machine(settings.directory, load_before),
         cases=tuple(results),
     )

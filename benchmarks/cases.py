@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from benchmarks.contenders import (
     CAP,
     COPY_CAPPED,
+    COPY_FLOOR,
     CP,
     CP_COPYING,
     HIDDEN_7B_CAPPED,
@@ -31,8 +32,9 @@ class Case:
     """Contenders that are run in turn, round by round, on the same models.
 
     `experts` are numbers of models; the base is model 0. The first contender that is moeplan is the reference: its
-    output is what `cp` copies. `volume` is a file system to make for the case, on a loop device. `check_bytes` has the
-    outputs of all moeplan contenders digested. `smoke`: part of the run on tiny models.
+    output is what `cp` copies. `warm`: what a program reads is in the page cache when it starts; else it is not.
+    `volume` is a file system to make for the case, on a loop device. `check_bytes` has the outputs of all moeplan
+    contenders digested. `smoke`: part of the run on tiny models.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     models: Models
     experts: tuple[int, ...]
     contenders: tuple[Contender, ...]
+    warm: bool = False
     volume: str | None = None
     check_bytes: bool = False
     smoke: bool = True
@@ -153,26 +156,37 @@ CASES: tuple[Case, ...] = (
     Case(
         "random",
         "clown-car",
-        "4 × 1.1B bf16, random gates: the copy path",
+        "4 × 1.1B bf16, random gates: the copy path, warm",
         CLOWN_CAR,
         (0, 1, 2, 3),
-        (WRITE_FLOOR, READ_FLOOR, moeplan(), CP, mergekit()),
+        (WRITE_FLOOR, moeplan(), CP, mergekit()),
+        warm=True,
+    ),
+    Case(
+        "cold",
+        "clown-car",
+        "the same, cold",
+        CLOWN_CAR,
+        (0, 1, 2, 3),
+        (WRITE_FLOOR, READ_FLOOR, COPY_FLOOR, moeplan(), CP, mergekit()),
     ),
     Case(
         "cheap_embed",
         "clown-car",
-        "4 × 1.1B bf16, cheap_embed gates, 8 prompts",
+        "4 × 1.1B bf16, cheap_embed gates, 8 prompts, warm",
         CLOWN_CAR,
         (0, 1, 2, 3),
-        (WRITE_FLOOR, READ_FLOOR, moeplan(gate_mode="cheap_embed"), mergekit("cheap_embed")),
+        (WRITE_FLOOR, moeplan(gate_mode="cheap_embed"), mergekit("cheap_embed")),
+        warm=True,
     ),
     Case(
         "hidden",
         "clown-car",
-        "4 × 1.1B bf16, hidden gates, 8 prompts",
+        "4 × 1.1B bf16, hidden gates, 8 prompts, warm",
         CLOWN_CAR,
         (0, 1, 2, 3),
         (WRITE_FLOOR, READ_BASE, MATMUL, moeplan(), moeplan(gate_mode="hidden"), mergekit("hidden")),
+        warm=True,
     ),
     Case(
         "memory",

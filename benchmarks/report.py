@@ -23,14 +23,13 @@ HOLDS = {True: "yes", False: "NO", None: "–"}
 def facts(report: Report) -> list[str]:
     """What one has to know to read the numbers."""
     machine = report.machine
-    cache = "in the page cache" if report.warm else "not in the page cache"
     lines = [
         f"{report.started}, {report.seconds / 60:.0f} minutes; {machine.cpu}, {machine.num_cpus} CPUs, "
         f"{machine.memory_nbytes / (1 << 30):.0f} GiB of memory, {machine.kernel}, {machine.file_system}; "
         f"load {machine.load_before:.1f} before, {machine.load_after:.1f} after (the suite's own included)",
         f"Medians of {report.rounds} interleaved rounds, with the least and the most. Time includes the start of the "
-        f"process and waiting for the disk. Sources are {cache} when a program starts; programs are. Peaks are of all "
-        "rounds.",
+        f"process and waiting for the disk. Programs are in the page cache when they start; sources are where the case "
+        "is called warm. Peaks are of all rounds.",
     ]
     if report.tiny:
         lines.append("The models are tiny: this shows that everything runs, and nothing else. No target is judged.")

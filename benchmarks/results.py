@@ -106,7 +106,6 @@ class Report:
     seconds: float
     rounds: int
     tiny: bool
-    warm: bool
     machine: Machine
     cases: tuple[CaseResult, ...]
 

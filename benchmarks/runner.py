@@ -26,12 +26,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How cases are run. `directory` is on the disk to measure; everything in it is removed. `warm`: the sources are in
-    the page cache when a program starts; otherwise they are not."""
+    """How cases are run. `directory` is on the disk to measure; everything in it is removed."""
 
     directory: Path
     rounds: int
-    warm: bool
     programs: Programs
 
 
@@ -140,7 +138,7 @@ class _Run:
         if contender.program is Program.CP and not self._task.reference.exists():
             return not_run("there is no output to copy, because moeplan failed")
         out = self._task.out(contender)
-        if contender.program in (Program.WRITE_FLOOR, Program.CP):
+        if contender.program in (Program.WRITE_FLOOR, Program.COPY_FLOOR, Program.CP):
             out.mkdir()
         self._set_page_cache(contender)
         before = _used_nbytes(self._task.directory)
@@ -164,10 +162,10 @@ class _Run:
 
     def _set_page_cache(self, contender: Contender) -> None:
         os.sync()  # what earlier runs left unwritten is not to be written during this one
+        warm = self._task.inputs(contender) if self._case.warm else []
         for directory in (*self._task.sources, self._task.reference):
-            page_cache.evict(page_cache.files_below(directory))
-        if self._settings.warm:
-            page_cache.warm(self._task.inputs(contender))
+            page_cache.evict(file for file in page_cache.files_below(directory) if file not in warm)
+        page_cache.warm(warm)
 
 
 def _used_nbytes(directory: Path) -> int:
