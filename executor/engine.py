@@ -263,24 +263,28 @@ class _Run:
         self._finish(under_way)
 
     def _run_part(self, indices: range) -> None:
-        """Run these steps in order. When they fail, the other part is stopped."""
+        """Run these steps in order, kernels beside the streams that may. When they fail, the other part is stopped."""
         under_way = _Chunks()
-        try:
-            for index in indices:
-                step = self._plan.steps[index]
-                forecast = self._plan.memory_nbytes[index] if _needs_whole_tensors(step) else self._plan.peak_nbytes
-                if isinstance(step, KernelStep):
-                    self._finish(under_way)
-                    self._run_kernel(index, step, forecast)
-                else:
-                    self._run_stream(under_way, step, self._work.pieces.get(index, ()), forecast)
-                if step.frees:
-                    self._finish(under_way)
-                    self._free(step.frees)
-            self._finish(under_way)
-        except BaseException:
-            self._stopping.set()
-            raise
+        kernel, last = None, -1
+        with ThreadPoolExecutor(1) as kernels:
+            try:
+                for index in indices:
+                    step = self._plan.steps[index]
+                    forecast = self._plan.memory_nbytes[index] if _needs_whole_tensors(step) else self._plan.peak_nbytes
+                    if isinstance(step, KernelStep):
+                        self._finish(under_way)
+                        kernel, last = kernels.submit(self._run_kernel, index, step, forecast), index + step.beside
+                    else:
+                        self._run_stream(under_way, step, self._work.pieces.get(index, ()), forecast)
+                    if kernel is not None and index == last:
+                        kernel.result()
+                    if step.frees:
+                        self._finish(under_way)
+                        self._free(step.frees)
+                self._finish(under_way)
+            except BaseException:
+                self._stopping.set()
+                raise
 
     def report(self, doing: str = "") -> None:
         if self._on_progress is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -27,13 +29,19 @@ class TorchThreads:
             Thread(target=self._load, name="import torch", daemon=True).start()
 
     def _load(self) -> None:
-        with suppress(ImportError):  # what cannot be imported says so where it is used
-            try:
-                import_module("torch")
-            finally:
-                self._loaded.set()
-            for module in self._imports:
-                import_module(module)
+        # Threads that wait for each other's part of a sum are not to keep a core from those that copy.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        gc.disable()  # importing makes a great many objects and no garbage; looking for it took a fifth of the time
+        try:
+            with suppress(ImportError):  # what cannot be imported says so where it is used
+                try:
+                    import_module("torch")
+                finally:
+                    self._loaded.set()
+                for module in self._imports:
+                    import_module(module)
+        finally:
+            gc.enable()
 
     def use_all(self) -> None:
         """Called in a thread that runs kernels."""

@@ -20,7 +20,7 @@ from planner.errors import UserError
 from planner.expr import DType, Op, Shape, Source
 from planner.layout import Shard
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,8 @@ class KernelStep:
     """Run the kernel named `kernel`. `frees` are the buffers that nothing needs afterwards.
 
     `inputs` are whole in memory; of `weights`, all of which are whole or none, it takes blocks of rows, `workers` at a
-    time with `block_nbytes` of memory each. Those that are in a file are read `passes` times.
+    time with `block_nbytes` of memory each. Those that are in a file are read `passes` times. The `beside` steps that
+    follow are streams, and run while it does.
     """
 
     kernel: str
@@ -151,6 +152,7 @@ class KernelStep:
     block_nbytes: int
     workers: int
     passes: int
+    beside: int
     frees: tuple[int, ...]
 
     @property

@@ -11,7 +11,11 @@ The factors of a low-rank product are whole tensors, too, each filled right befo
 
 Order: first every stream that has nothing to do with kernels, copies before what is computed, in the order of the
 output files, so that bytes move from the first moment on, while the libraries that compute are still being loaded; then
-the kernels, each right after the streams that fill its inputs, so that whole tensors live for the shortest time.
+the kernels, each right after the streams that fill its inputs, so that whole tensors live for the shortest time. Where
+the budget allows it, the streams that fill the weights of the next kernel run beside one, not after it::
+
+    streams  ├ layer 0 ┤├ layer 1 ┤├ layer 2 ┤
+    kernels             ├ layer 0 ┤├ layer 1 ┤├ layer 2 ┤
 
 A kernel's weights have two physical forms. *Resident*: whole in buffers, filled by the same step that copies them into
 the output, so each byte is read once. *Streamed*: they stay in their file, and the kernel reads them again, a block of
@@ -24,9 +28,10 @@ Memory is the pool of chunk buffers, plus the buffers alive, plus the workspace 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 from planner.errors import BudgetError
 from planner.expr import (
@@ -116,22 +121,24 @@ def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int, thread
     """
     shards = lay_out(graph.outputs, shard_nbytes)
     kernels = opaque_in_order(graph.outputs)
-    draft = _draft(graph, shards, kernels, budget_nbytes - WORKERS * MIN_SLAB_NBYTES)
+    draft = _draft(graph, shards, kernels, budget_nbytes)
     pool = _pool(budget_nbytes - max(draft.held, default=0), budget_nbytes)
     sources = sorted({read.file for read in _reads(draft)}, key=_by_name)
     index = {file: i for i, file in enumerate(sources)}
     steps: list[Step] = []
     memory: list[int] = []
-    for node, held, freed in zip(draft.order, draft.held, draft.frees, strict=True):
+    blocks = 0
+    runs = Counter(draft.running)
+    for node, running, held, freed in zip(draft.order, draft.running, draft.held, draft.frees, strict=True):
         if isinstance(node, Opaque):
             more = _more_workers(
                 node, threads + READ_AHEAD * draft.is_streamed(node), budget_nbytes - pool.nbytes - held
             )
-            steps.append(_kernel_step(node, index, draft.buffers, 1 + more, freed))
-            memory.append(pool.nbytes + held + more * node.block_nbytes)
+            blocks = more * node.block_nbytes
+            steps.append(_kernel_step(node, index, draft.buffers, 1 + more, runs[node] - 1, freed))
         else:
             steps.append(_stream_step(node, index, draft.buffers, pool.slab_nbytes, freed))
-            memory.append(pool.nbytes + held)
+        memory.append(pool.nbytes + held + (blocks if running else 0))
     return Plan(
         format=FORMAT,
         sources=tuple(sources),
@@ -146,9 +153,13 @@ def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int, thread
 
 @dataclass(frozen=True)
 class _Draft:
-    """An order of streams and kernel runs, with the whole tensors that it needs and what they take during each step."""
+    """An order of streams and kernel runs, with the whole tensors that it needs and what they take during each step.
+
+    `running` has, for each step, the kernel that runs during it: its own, or one that it runs beside.
+    """
 
     order: list[_Stream | Opaque]
+    running: list[Opaque | None]
     buffers: Mapping[Expr, int]
     frees: list[tuple[int, ...]]
     held: list[int]
@@ -157,28 +168,39 @@ class _Draft:
         return any(weight not in self.buffers for weight in kernel.weights)
 
 
-def _draft(graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque], limit_nbytes: int) -> _Draft:
-    """The draft that streams the weights of as few kernels as keep it within `limit_nbytes`, or of all."""
+def _draft(graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque], budget_nbytes: int) -> _Draft:
+    """The draft that fills weights beside kernels, if it and a pool as large as helps keep within the budget; else the
+    one that streams the weights of as few kernels as keep it within the budget, or of all."""
     products = [expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank)]
     factors = {factor for product in products for factor in (product.b, product.a)}
-    streamed: set[Opaque] = set()
-    while True:
+
+    def draft(streamed: Collection[Opaque], *, beside: bool) -> _Draft:
         buffers = _whole_tensors(kernels, streamed, products)
         streams = _streams(graph, shards, buffers, factors)
-        order = list(_in_order(streams, kernels, buffers))
-        uses = [_uses(node, buffers) for node in order]
+        steps = list(_in_order(streams, kernels, buffers, beside))
+        order, running = [node for node, _ in steps], [kernel for _, kernel in steps]
+        uses = list(_uses(order, running, buffers))
         frees = _last_uses(uses)
-        held = list(_held(order, uses, frees, [expr.nbytes for expr in buffers]))
+        held = list(_held(running, uses, frees, [expr.nbytes for expr in buffers]))
+        return _Draft(order, running, buffers, frees, held)
+
+    ahead = draft((), beside=True)
+    if max(ahead.held, default=0) <= budget_nbytes - WORKERS * MAX_SLAB_NBYTES:
+        return ahead
+    limit_nbytes = budget_nbytes - WORKERS * MIN_SLAB_NBYTES
+    streamed: set[Opaque] = set()
+    while True:
+        one_by_one = draft(streamed, beside=False)
         resident = {kernel for kernel in kernels if kernel.weights} - streamed
-        if max(held, default=0) <= limit_nbytes or not resident:
-            return _Draft(order, buffers, frees, held)
-        streamed |= set(_too_large(order, held, limit_nbytes)) & resident or resident
+        if max(one_by_one.held, default=0) <= limit_nbytes or not resident:
+            return one_by_one
+        streamed |= set(_too_large(one_by_one, limit_nbytes)) & resident or resident
 
 
-def _too_large(order: Sequence[_Stream | Opaque], held: Sequence[int], limit_nbytes: int) -> Iterator[Opaque]:
+def _too_large(draft: _Draft, limit_nbytes: int) -> Iterator[Opaque]:
     """The kernels that too much is held for: what is streamed into buffers is for the next one."""
     exceeded = False
-    for node, nbytes in zip(order, held, strict=True):
+    for node, nbytes in zip(draft.order, draft.held, strict=True):
         exceeded = exceeded or nbytes > limit_nbytes
         if isinstance(node, Opaque):
             if exceeded:
@@ -268,9 +290,12 @@ def _leaves(expr: Expr, offset: int, buffers: Mapping[Expr, int]) -> Iterator[tu
 
 
 def _in_order(
-    streams: Sequence[_Stream], kernels: Sequence[Opaque], buffers: Mapping[Expr, int]
-) -> Iterator[_Stream | Opaque]:
-    """Streams and kernel runs, each after what it depends on."""
+    streams: Sequence[_Stream], kernels: Sequence[Opaque], buffers: Mapping[Expr, int], beside: bool
+) -> Iterator[tuple[_Stream | Opaque, Opaque | None]]:
+    """Streams and kernel runs, each after what it depends on, and with the kernel that runs during it.
+
+    `beside`: kernels run beside streams that fill the weights of the next one.
+    """
     of_result: dict[Opaque, list[_Stream]] = defaultdict(list)
     for stream in streams:
         if (result := _result(stream.root)) is not None:
@@ -288,19 +313,44 @@ def _in_order(
                 yield needed
 
     independent = [s for s in streams if not s.buffers() and _result(s.root) is None]
-    for stream in sorted(independent, key=lambda stream: (stream.computes(), stream.position())):
-        yield from with_factors(stream)
+
+    def after(*streams: _Stream) -> Iterator[tuple[_Stream, None]]:
+        for stream in streams:
+            for each in with_factors(stream):
+                yield each, None
+
+    yield from after(*sorted(independent, key=lambda stream: (stream.computes(), stream.position())))
+    following = _next_with_weights(kernels) if beside else {}
     for kernel in kernels:
         for whole in kernel.inputs:
-            for stream in feeding[buffers[whole]] if whole in buffers else ():
-                yield from with_factors(stream)
-        yield kernel
-        for stream in of_result[kernel]:
-            yield from with_factors(stream)
+            yield from after(*(feeding[buffers[whole]] if whole in buffers else ()))
+        yield kernel, kernel
+        for weight in following[kernel].weights if kernel in following else ():
+            for stream in feeding[buffers[weight]]:
+                if not stream.factors():
+                    yield from ((each, kernel) for each in with_factors(stream))
+        yield from after(*of_result[kernel])
 
 
-def _uses(node: _Stream | Opaque, buffers: Mapping[Expr, int]) -> set[int]:
-    """The buffers that must be there while `node` runs."""
+def _next_with_weights(kernels: Sequence[Opaque]) -> dict[Opaque, Opaque]:
+    """For each kernel, the first one after it that has weights, if there is one."""
+    following: dict[Opaque, Opaque] = {}
+    for kernel, after in reversed(list(pairwise(kernels))):
+        if after.weights or after in following:
+            following[kernel] = after if after.weights else following[after]
+    return following
+
+
+def _uses(
+    order: Sequence[_Stream | Opaque], running: Sequence[Opaque | None], buffers: Mapping[Expr, int]
+) -> Iterator[set[int]]:
+    """The buffers that must be there during each step. What runs beside each other counts as one."""
+    for kernel, nodes in groupby(zip(order, running, strict=True), key=lambda pair: pair[1]):
+        used = [_used(node, buffers) for node, _ in nodes]
+        yield from used if kernel is None else [set().union(*used)] * len(used)
+
+
+def _used(node: _Stream | Opaque, buffers: Mapping[Expr, int]) -> set[int]:
     if isinstance(node, Opaque):
         return {buffers[expr] for expr in (*node.inputs, node) if expr in buffers}
     result = _result(node.root)
@@ -323,7 +373,7 @@ def _last_uses(uses: Sequence[set[int]]) -> list[tuple[int, ...]]:
 
 
 def _held(
-    order: Sequence[_Stream | Opaque],
+    running: Sequence[Opaque | None],
     uses: Sequence[set[int]],
     frees: Sequence[tuple[int, ...]],
     buffer_nbytes: Sequence[int],
@@ -331,10 +381,10 @@ def _held(
     """Bytes of whole tensors, workspace and one block during each step."""
     alive: set[int] = set()
     nbytes = 0
-    for node, used, freed in zip(order, uses, frees, strict=True):
+    for kernel, used, freed in zip(running, uses, frees, strict=True):
         nbytes += sum(buffer_nbytes[buffer] for buffer in used - alive)
         alive |= used
-        yield nbytes + (node.workspace_nbytes + node.block_nbytes if isinstance(node, Opaque) else 0)
+        yield nbytes + (0 if kernel is None else kernel.workspace_nbytes + kernel.block_nbytes)
         alive -= set(freed)
         nbytes -= sum(buffer_nbytes[buffer] for buffer in freed)
 
@@ -411,7 +461,12 @@ def _head_numel(branches: Sequence[tuple[Chain, list[Sink]]]) -> int:
 
 
 def _kernel_step(
-    kernel: Opaque, sources: dict[Source, int], buffers: Mapping[Expr, int], workers: int, frees: tuple[int, ...]
+    kernel: Opaque,
+    sources: dict[Source, int],
+    buffers: Mapping[Expr, int],
+    workers: int,
+    beside: int,
+    frees: tuple[int, ...],
 ) -> KernelStep:
     def view(expr: Expr) -> BufferView:
         return BufferView(buffers[expr], expr.dtype, expr.shape)
@@ -429,5 +484,6 @@ def _kernel_step(
         block_nbytes=kernel.block_nbytes,
         workers=workers,
         passes=kernel.passes,
+        beside=beside,
         frees=frees,
     )

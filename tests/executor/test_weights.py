@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from test_engine import DTYPES, load, source
 
-from executor.engine import run
+from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.weights import Weights
 from planner.expr import DType, Expr, Opaque
@@ -107,3 +108,23 @@ def test_a_copy_that_fails_beside_a_kernel_ends_the_run_with_its_own_error(
     monkeypatch.setattr("executor.reader.SourceReader.read_into", failing)
     with pytest.raises(RunError, match="the disk is broken"):
         run(plan, tmp_path, {"slow": endless})
+
+
+def test_a_kernel_runs_while_the_weights_of_the_next_are_read(tmp_path: Path) -> None:
+    reads = source(tmp_path / "source.safetensors", {"first": torch.ones(SHAPE), "second": torch.ones(SHAPE)})
+    state: tuple[Expr, ...] = ()
+    for name, read in reads.items():
+        state = (Opaque("layer", f'"{name}"', state, DType.F32, (1,), 0, (read,), block_nbytes=1 << 20),)
+    plan = compile(TensorGraph({"y": state[0]}), budget_nbytes=64 << 20, shard_nbytes=1 << 40)
+    all_read = Event()
+
+    def layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
+        assert all_read.wait(timeout=30)
+        output.fill_(1.0)
+
+    def watch(progress: Progress) -> None:
+        if progress.read_nbytes == plan.read_nbytes:
+            all_read.set()
+
+    run(plan, tmp_path, {"layer": layer}, watch)
+    assert load(plan, tmp_path)["y"] == 1.0

@@ -27,7 +27,18 @@ from planner.expr import (
 )
 from planner.graph import TensorGraph
 from planner.layout import PAGE
-from planner.plan import BufferRoot, BufferSink, BufferView, FileRoot, FileSink, FileView, KernelStep, Plan, StreamStep
+from planner.plan import (
+    BufferRoot,
+    BufferSink,
+    BufferView,
+    FileRoot,
+    FileSink,
+    FileView,
+    KernelStep,
+    Plan,
+    Step,
+    StreamStep,
+)
 from planner.schedule import MIN_SLAB_NBYTES, READ_AHEAD, compile
 
 FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
@@ -156,12 +167,17 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
     filled: Counter[int] = Counter()
     freed: set[int] = set()
-    for step in plan.steps:
+    together: set[int] = set()
+    kernel_buffers: set[int] = set()
+    last = -1
+    for index, step in enumerate(plan.steps):
         if isinstance(step, KernelStep):
+            assert index > last
+            last = index + step.beside
             views = (*step.inputs, *step.weights)
             needed, made = {v.buffer for v in views if isinstance(v, BufferView)}, step.output.buffer
             filled[made] = plan.buffer_nbytes[made]
-            used = needed | {made}
+            used = together = needed | {made}
         else:
             needed = step.factors() | ({step.root.buffer} if isinstance(step.root, BufferRoot) else set())
             used = set(needed)
@@ -170,9 +186,15 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
                     if isinstance(sink, BufferSink):
                         filled[sink.buffer] += step.numel * branch.dtype.itemsize
                         used.add(sink.buffer)
+            if index <= last:  # beside a kernel, with which it has nothing to do
+                assert not needed
+                assert not used & kernel_buffers
+            together = used | (together if index <= last else set())
+        kernel_buffers = used if isinstance(step, KernelStep) else kernel_buffers
         assert all(filled[buffer] == plan.buffer_nbytes[buffer] for buffer in needed)
         assert not used & freed
-        assert set(step.frees) <= used
+        assert set(step.frees) <= together
+        assert not step.frees or index >= last
         freed |= set(step.frees)
     assert freed == set(range(len(plan.buffer_nbytes)))
 
@@ -182,16 +204,22 @@ def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace
     graph: TensorGraph, budget: int
 ) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
-    alive: set[int] = set()
-    for step, forecast in zip(plan.steps, plan.memory_nbytes, strict=True):
+
+    def buffers(step: Step) -> set[int]:
         if isinstance(step, KernelStep):
             views = (*step.inputs, *step.weights, step.output)
-            alive |= {view.buffer for view in views if isinstance(view, BufferView)}
-            workspace = step.workspace_nbytes + step.workers * step.block_nbytes
-        else:
-            sinks = [sink for branch in step.branches for sink in branch.sinks]
-            alive |= step.factors() | {sink.buffer for sink in sinks if isinstance(sink, BufferSink)}
-            workspace = 0
+            return {view.buffer for view in views if isinstance(view, BufferView)}
+        sinks = [sink for branch in step.branches for sink in branch.sinks]
+        return step.factors() | {sink.buffer for sink in sinks if isinstance(sink, BufferSink)}
+
+    alive: set[int] = set()
+    workspace, last = 0, -1
+    for index, (step, forecast) in enumerate(zip(plan.steps, plan.memory_nbytes, strict=True)):
+        if isinstance(step, KernelStep):
+            workspace, last = step.workspace_nbytes + step.workers * step.block_nbytes, index + step.beside
+        for beside in plan.steps[index : max(last, index) + 1]:
+            alive |= buffers(beside)
+        workspace = workspace if index <= last else 0
         assert forecast == plan.pool.nbytes + sum(plan.buffer_nbytes[b] for b in alive) + workspace
         alive -= set(step.frees)
 
@@ -336,6 +364,17 @@ def test_weights_that_fit_the_budget_are_held_and_read_once_and_others_are_read_
     assert (streamed.read_nbytes, streamed.reread_nbytes) == (3 * nbytes * (1 + 3), 3 * nbytes * 3)
     assert streamed.peak_nbytes <= nbytes
     assert resident.fingerprint == streamed.fingerprint
+
+
+def test_the_next_weights_are_read_beside_a_kernel_where_two_layers_fit() -> None:
+    nbytes = 20 << 20
+    wide, narrow = (
+        compile(layer_graph(3, nbytes), budget_nbytes=budget << 20, shard_nbytes=1 << 40) for budget in (80, 70)
+    )
+    for plan, beside in ((wide, [1, 1, 0]), (narrow, [0, 0, 0])):
+        assert [step.beside for step in plan.steps if isinstance(step, KernelStep)] == beside
+        assert plan.reread_nbytes == 0
+    assert wide.peak_nbytes - wide.pool.nbytes > 2 * nbytes > narrow.peak_nbytes - narrow.pool.nbytes > nbytes
 
 
 def test_only_the_kernels_whose_weights_do_not_fit_are_streamed() -> None:
