@@ -34,7 +34,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests to `server` that have `part` in their path."""
+    """What happens to requests to `server` that have `part` in their path: after `spared` of them, to `times`."""
 
     server: str
     part: str
@@ -42,6 +42,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int | None = None
     times: int = 1
+    spared: int = 0
 
 
 @dataclass
@@ -102,10 +103,18 @@ class Hub:
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
-                if fault.times and fault.server == request.server and fault.part in request.path:
+                if not fault.times or fault.server != request.server or fault.part not in request.path:
+                    continue
+                if fault.spared:
+                    fault.spared -= 1
+                else:
                     fault.times -= 1
                     return fault
         return None
+
+    def asked(self, server: str) -> int:
+        """How many requests came to a server."""
+        return sum(request.server == server for request in self.requests)
 
     def count(self, name: str, nbytes: int) -> None:
         with self._lock:
@@ -170,8 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
             stream.seek(begin)
             while left:
                 piece = stream.read(min(left, 1 << 18))
+                self.hub.count(file.name, len(piece))  # before whoever receives it can ask
                 self.wfile.write(piece)
-                self.hub.count(file.name, len(piece))
                 left -= len(piece)
         if self._cut_after is not None:
             self.close_connection = True
