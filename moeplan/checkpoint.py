@@ -46,7 +46,7 @@ MERGE_ADAPTER = (
 )
 """What to do with an adapter that moeplan does not take."""
 
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 _READS = "moeplan reads local directories"
 _INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
@@ -245,7 +245,7 @@ def _read_shards(place: Place, index: str) -> dict[str, Read]:
     Of a tensor that a shard holds and the index does not map there, transformers 4 takes no notice, and transformers 5
     loads it; so neither reading is safe.
     """
-    path = place.path
+    path, where = place.path, Path(place.label)
     weight_map = _read_weight_map(path, index)
     mapped: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
@@ -260,12 +260,12 @@ def _read_shards(place: Place, index: str) -> dict[str, Read]:
         headers_nbytes += header_nbytes
         for name in names:
             if name not in held:
-                raise CheckpointError(f"{path / shard}: tensor {show(name)} is not there; {index} says that it is")
+                raise CheckpointError(f"{where / shard}: tensor {show(name)} is not there; {index} says that it is")
         if len(held) > len(names):
             name = next(name for name in held if weight_map.get(name) != shard)
             elsewhere = f"maps to {weight_map[name]}" if name in weight_map else "does not list"
             raise CheckpointError(
-                f"{path / shard}: holds tensor {show(name)}, which {index} {elsewhere}; index and shards are not of "
+                f"{where / shard}: holds tensor {show(name)}, which {index} {elsewhere}; index and shards are not of "
                 "one model. Download them again"
             )
         tensors |= held
@@ -300,9 +300,9 @@ def _read_weight_map(path: Path, index: str) -> dict[str, str]:
 
 def read_tensors(place: Place, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
     """The tensors of one file of weights, and the size of its header. Raises CheckpointError."""
-    where = place.path / name
+    where = Path(place.label) / name
     with place.opened(name) as (file, source):
-        _refuse_lfs_pointer(where, file.read(len(_LFS_POINTER)))
+        refuse_lfs_pointer(where, file.read(len(LFS_POINTER)))
         locate = _located_in_archive if name.endswith(".bin") else _located_by_header
         places, header_nbytes = locate(where, file, source.nbytes, max_header_nbytes)
     return {tensor: Read(source, *at) for tensor, at in places.items()}, header_nbytes
@@ -370,7 +370,7 @@ def read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:
     where = path / name
     with opened(path, name) as file:
         text = file.read(max_nbytes + 1)
-    _refuse_lfs_pointer(where, text)
+    refuse_lfs_pointer(where, text)
     if len(text) > max_nbytes:
         raise CheckpointError(f"{where}: is larger than {max_nbytes:,} bytes; a real one is not")
     try:
@@ -379,8 +379,9 @@ def read_json(path: Path, name: str, max_nbytes: int) -> dict[str, Any]:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _refuse_lfs_pointer(where: Path, start: bytes) -> None:
-    if start.startswith(_LFS_POINTER):
+def refuse_lfs_pointer(where: Path, start: bytes) -> None:
+    """Raises CheckpointError where a file begins with `start` as what stands in for large files in git does."""
+    if start.startswith(LFS_POINTER):
         raise CheckpointError(
             f"{where}: is a git-LFS pointer, not the file itself; run `git lfs pull` in {where.parent}"
         )

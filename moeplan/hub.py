@@ -111,7 +111,7 @@ class Snapshot:
             return
         try:
             head = self.hub.head(first)
-            with io.BufferedReader(_RangeStream(self.hub, first, head)) as stream:
+            with _RemoteStream(self.hub, first, head) as stream:
                 yield stream, first
         except RunError as error:
             raise CheckpointError(str(error)) from None
@@ -212,8 +212,10 @@ class Hub:
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
             is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in _BUSY
             cached = None if is_answer else self._cached(reference, repository, revision, config)
-            why = self._why(error, reference, repository, revision)
+            why = self._why(error, repository, revision)
             if cached is None:
+                if not is_answer and reference.count("/") == 1:
+                    why += "; if this is meant as a directory, there is none"
                 raise CheckpointError(f"{reference}: {why}") from None
             warnings.warn(f"{reference}: {why}; what is in the cache is taken", MoeplanWarning, stacklevel=2)
             return cached
@@ -270,7 +272,7 @@ class Hub:
         except _StoppedError:
             raise
         except Exception as error:
-            why = self._why(error, snapshot.label, snapshot.repository, snapshot.commit)
+            why = self._why(error, snapshot.repository, snapshot.commit)
             raise CheckpointError(f"{snapshot.label}/{name}: {why}") from None
 
     def download(self, files: Collection[RemoteFile], workers: int, on_progress: Callable[[int], None]) -> None:
@@ -325,7 +327,7 @@ class Hub:
             self._heads[file] = self.read(file, 0, min(file.nbytes, HEAD_NBYTES))
         return self._heads[file]
 
-    def _why(self, error: Exception, reference: str, repository: str, revision: str) -> str:
+    def _why(self, error: Exception, repository: str, revision: str) -> str:
         """What went wrong, and what to do about it: a predicate to the name of a model or file."""
         from huggingface_hub import errors, get_token
 
@@ -341,7 +343,7 @@ class Hub:
                     f"{self._instead_of_name(repository)}; if it is private, {login}"
                 )
             case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
-                return self._why(error.__cause__, reference, repository, revision)
+                return self._why(error.__cause__, repository, revision)
             case errors.EntryNotFoundError():
                 return "is not there"
             case errors.HFValidationError():
@@ -356,9 +358,7 @@ class Hub:
                 return f"{error.filename} cannot be written: {error.strerror}"
             case _:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                return f"{self.endpoint} cannot be reached ({show(reason)})" + (
-                    "" if reference.count("/") != 1 else "; if this is meant as a directory, there is none"
-                )
+                return f"{self.endpoint} cannot be reached ({show(reason)})"
 
     def _instead_of_name(self, repository: str) -> str:
         from huggingface_hub import HfApi
@@ -433,6 +433,20 @@ class _RangeStream(io.RawIOBase):
         memory[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+class _RemoteStream(io.BufferedReader):
+    """The same, for reading as much as is asked for; of a file that takes many small reads, several at once."""
+
+    def __init__(self, hub: Hub, file: RemoteFile, head: bytes) -> None:
+        super().__init__(_RangeStream(hub, file, head), 1)  # a larger buffer would be filled each time
+        self._hub = hub
+        self._file = file
+
+    def read_each(self, offsets: Collection[int], nbytes: int) -> list[bytes]:
+        """`nbytes` bytes from each offset. Raises RunError."""
+        with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
+            return list(workers.map(lambda offset: self._hub.read(self._file, offset, nbytes), offsets))
 
 
 @contextmanager

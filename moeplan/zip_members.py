@@ -7,6 +7,7 @@ where their bytes begin. Format: APPNOTE.TXT 6.3.10 (PKWARE), whose sections are
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -52,8 +53,7 @@ def stored_members(file: BinaryIO, file_nbytes: int, max_directory_nbytes: int) 
             raise ZipError(f"lists its members in {nbytes:,} bytes; at most {max_directory_nbytes:,} are read")
         if offset + nbytes > file_nbytes:
             raise _truncated()
-        entries = _entries(_read(file, offset, nbytes))
-        return {name: _located(file, name, place, offset) for name, place in entries.items()}, nbytes
+        return _located(file, _entries(_read(file, offset, nbytes)), offset), nbytes
     except struct.error:
         raise ZipError("is a broken zip archive: a record ends too early. Download it again") from None
 
@@ -145,14 +145,25 @@ def _widen(sizes: list[int], extra: bytes) -> None:
         at += nbytes
 
 
-def _located(file: BinaryIO, name: str, entry: Member, directory_offset: int) -> Member:
-    """Where a member's own bytes lie: behind its local header, which may be padded."""
-    if entry.offset > directory_offset:
-        raise ZipError(f"is a broken zip archive: {show(name)} does not lie before the list of members")
-    signature, *_, name_nbytes, extra_nbytes = _LOCAL.unpack(_read(file, entry.offset, _LOCAL.size))
-    if signature != _LOCAL_SIGNATURE:
-        raise ZipError(f"is a broken zip archive: {show(name)} is not where it is listed. Download it again")
-    begin = entry.offset + _LOCAL.size + name_nbytes + extra_nbytes
-    if begin + entry.nbytes > directory_offset:
-        raise ZipError(f"is a broken zip archive: {show(name)} does not lie before the list of members")
-    return Member(begin, entry.nbytes)
+def _located(file: BinaryIO, entries: Mapping[str, Member], directory_offset: int) -> dict[str, Member]:
+    """Where members' own bytes lie: behind their local headers, which may be padded."""
+    for name, entry in entries.items():
+        if entry.offset > directory_offset:
+            raise ZipError(f"is a broken zip archive: {show(name)} does not lie before the list of members")
+    members = {}
+    headers = _read_each(file, [entry.offset for entry in entries.values()], _LOCAL.size)
+    for (name, entry), header in zip(entries.items(), headers, strict=True):
+        signature, *_, name_nbytes, extra_nbytes = _LOCAL.unpack(header)
+        if signature != _LOCAL_SIGNATURE:
+            raise ZipError(f"is a broken zip archive: {show(name)} is not where it is listed. Download it again")
+        begin = entry.offset + _LOCAL.size + name_nbytes + extra_nbytes
+        if begin + entry.nbytes > directory_offset:
+            raise ZipError(f"is a broken zip archive: {show(name)} does not lie before the list of members")
+        members[name] = Member(begin, entry.nbytes)
+    return members
+
+
+def _read_each(file: BinaryIO, offsets: Sequence[int], nbytes: int) -> Iterable[bytes]:
+    """`nbytes` bytes from each offset; all at once of a file that has a way to, since each takes it a round trip."""
+    at_once = getattr(file, "read_each", None)
+    return at_once(offsets, nbytes) if at_once is not None else (_read(file, offset, nbytes) for offset in offsets)

@@ -121,11 +121,12 @@ class Hub:
             self.moved[name] += nbytes
 
     def weights_moved(self) -> int:
-        return sum(nbytes for name, nbytes in self.moved.items() if name.endswith(".safetensors"))
+        return sum(nbytes for name, nbytes in self.moved.items() if name.endswith((".safetensors", ".bin")))
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which keeps small answers back for 40 ms
     hub: Hub
     server_name: str
 

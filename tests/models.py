@@ -4,7 +4,9 @@ A recipe is data: the family, what its config says otherwise than `SIZES`, how i
 times every variant, and what is awkward in one family alone, so that a new family is one entry in `FAMILIES`.
 """
 
+import io
 import json
+import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_models import VOCAB_SIZE, save_tokenizer
+from make_models import TEXT, VOCAB_SIZE, save_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -219,3 +221,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint at `path`, by name."""
     files = sorted(path.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def as_bin(source: Path, path: Path, num_shards: int = 1) -> Path:
+    """A copy of the checkpoint `source` as transformers 4 saved it without safetensors.
+
+    What is tied is named twice, and shares its storage; buffers that old files hold are there, too.
+    """
+    shutil.copytree(source, path, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, Tensor] = dict(AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict())
+    tensors |= {name: tensor for name, tensor in read_tensors(source).items() if name not in tensors}
+    if num_shards == 1:
+        torch.save(tensors, path / "pytorch_model.bin")
+        return path
+    storages = list(dict.fromkeys(tensor.data_ptr() for tensor in tensors.values()))  # one of two tensors stays whole
+    shard_of = {storage: n % num_shards + 1 for n, storage in enumerate(storages)}
+    weight_map = {
+        name: f"pytorch_model-{shard_of[tensor.data_ptr()]:05}-of-{num_shards:05}.bin"
+        for name, tensor in tensors.items()
+    }
+    for shard in set(weight_map.values()):
+        torch.save({name: tensors[name] for name, s in weight_map.items() if s == shard}, path / shard)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def use_sentencepiece(path: Path) -> None:
+    """Give the checkpoint at `path` a tokenizer such as Llama 2's, as a sentencepiece model and nothing else."""
+    from sentencepiece import SentencePieceTrainer
+
+    trained = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.model").write_bytes(trained.getvalue())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

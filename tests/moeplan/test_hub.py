@@ -15,11 +15,13 @@ from huggingface_hub import constants
 import moeplan as api
 from executor import remote
 from executor.engine import Progress
+from moeplan.checkpoint import open_checkpoint
 from moeplan.staging import PARTIAL
 
 MIB = 1 << 20
 ABOUT = ("README.md", "moeplan.json", "moeplan_config.yml")
 BASE, EXPERT, OTHER = "org/base", "org/expert", "org/other"
+WEIGHTS = (".safetensors", ".bin")
 FOREVER = 10**9
 MEASURED = """
 import atexit, sys
@@ -110,7 +112,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 def large_files(cache: Path) -> list[Path]:
-    return [file for file in cache.rglob("*") if file.is_file() and file.suffix == ".safetensors"]
+    return [file for file in cache.rglob("*") if file.is_file() and file.suffix in WEIGHTS]
 
 
 def test_streaming_gives_what_local_directories_give_moves_what_is_planned_and_stores_no_weights(
@@ -140,22 +142,43 @@ def test_downloading_gives_the_same_and_fills_the_cache(
     assert written(tmp_path / "again") == local
 
 
-def test_planning_four_models_of_a_billion_parameters_moves_less_than_a_megabyte(
-    hub: Hub, tmp_path: Path, cache: Path
+def large_tokenizer(path: Path) -> int:
+    """Put a tokenizer.json of as many tokens as Llama 3's there; returns its size."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {"prompt": 0, "?": 1, **{f"a-word-{n:06}-{n * 7919 % 128_000:x}": n for n in range(2, 128_256)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return (path / "tokenizer.json").stat().st_size
+
+
+@pytest.mark.parametrize("gate_mode", ["random", "hidden"])
+def test_planning_four_models_of_a_billion_parameters_moves_less_than_a_megabyte_and_prompts_need_the_tokenizer_once(
+    hub: Hub, tmp_path: Path, cache: Path, gate_mode: str
 ) -> None:
     for number in range(4):
-        sizes = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
-        path = sparse_llama(tmp_path / f"model-{number}", **sizes, num_attention_heads=32, num_key_value_heads=4)
+        sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        path = sparse_llama(tmp_path / f"model-{number}", **sizes, num_attention_heads=32, num_key_value_heads=8)
         with (path / "model.safetensors").open("r+b") as file:
             file.seek(MIB)
             file.write(bytes([number]))
+        tokenizer_nbytes = large_tokenizer(path)
         hub.add(f"org/model-{number}", path)
-    config = write_config(tmp_path / "config.yml", "org/model-0", [f"org/model-{n}" for n in range(4)])
+    names = [f"org/model-{n}" for n in range(4)]
+    config = write_config(tmp_path / "config.yml", names[0], names, gate_mode=gate_mode)
     planned = data(config, "--plan")["plan"]
-    assert planned["hub"]["nbytes"] > 4 * 2_200_000_000
+    assert planned["hub"]["nbytes"] > 4 * 2_400_000_000
     assert planned["hub"]["needed_nbytes"] == planned["read"]["nbytes"] < planned["hub"]["nbytes"]
+    assert hub.moved.pop("tokenizer.json", 0) == (tokenizer_nbytes if gate_mode == "hidden" else 0)
     assert sum(hub.moved.values()) < 1_000_000
-    assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 1_000_000
+    cached = sum(file.lstat().st_size for file in cache.rglob("*") if file.is_file())
+    assert cached < 1_000_000 + (tokenizer_nbytes if gate_mode == "hidden" else 0)
+    data(config, "--plan")
+    assert "tokenizer.json" not in hub.moved
+    assert sum(hub.moved.values()) < 2_000_000
 
 
 def test_the_plan_says_what_would_be_downloaded_from_where_and_how_much_of_it_is_needed(
@@ -241,6 +264,73 @@ def test_an_adapter_on_the_hub_is_added_to_a_model_on_the_hub(
         assert ran.status == 0, ran.stderr
     assert written(tmp_path / "a") == written(tmp_path / "b")
     assert f"{BASE}+org/lora" in moeplan(config, "--plan").stdout
+
+
+@pytest.mark.parametrize("num_shards", [1, 3], ids=["single", "sharded"])
+def test_bin_files_on_the_hub_are_read_range_by_range_and_give_what_local_ones_give(
+    hub: Hub, checkpoint: Callable[..., Path], tmp_path: Path, cache: Path, num_shards: int
+) -> None:
+    from models import as_bin
+
+    directories = [as_bin(checkpoint("llama-bf16", n), tmp_path / f"bin-{n}", num_shards) for n in range(2)]
+    names = [BASE, EXPERT]
+    for name, directory in zip(names, directories, strict=True):
+        hub.add(name, directory)
+    config = write_config(tmp_path / "local.yml", directories[0], directories, gate_mode="hidden")
+    assert moeplan(config, tmp_path / "local").status == 0
+    config = write_config(tmp_path / "hub.yml", BASE, names, gate_mode="hidden")
+    planned = data(config, "--plan")["plan"]
+    heads = hub.weights_moved()
+    data(config, tmp_path / "streamed", "--stream")
+    assert hub.weights_moved() - 2 * heads == planned["read"]["nbytes"] < planned["hub"]["nbytes"]
+    assert large_files(cache) == []
+    data(config, tmp_path / "downloaded")
+    assert written(tmp_path / "streamed") == written(tmp_path / "downloaded") == written(tmp_path / "local")
+
+
+def test_planning_with_bin_files_moves_what_says_where_tensors_lie_and_no_more(hub: Hub, tmp_path: Path) -> None:
+    import torch
+
+    model = sparse_llama(tmp_path / "model", num_hidden_layers=22)
+    shapes = {name: read.shape for name, read in open_checkpoint(model).tensors.items()}
+    (model / "model.safetensors").unlink()
+    torch.save({name: torch.ones(shape).bfloat16() for name, shape in shapes.items()}, model / "pytorch_model.bin")
+    hub.add(BASE, model)
+    flag = "--i-understand-this-is-not-useful-without-training"
+    data(write_config(tmp_path / "config.yml", BASE, [BASE, BASE]), "--plan", flag)
+    assert hub.moved["pytorch_model.bin"] < 100_000 + 300 * len(shapes)
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self._path), "w")
+
+
+def test_a_malicious_pickle_on_the_hub_is_refused_and_does_not_run(
+    hub: Hub, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    import torch
+
+    evil, victim = tmp_path / "evil", tmp_path / "victim"
+    evil.mkdir()
+    (evil / "config.json").write_bytes((models[BASE] / "config.json").read_bytes())
+    torch.save({"model.norm.weight": Malicious(victim)}, evil / "pytorch_model.bin")
+    hub.add("org/evil", evil)
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, "org/evil"])
+    for args in (["--plan"], [tmp_path / "out", "--stream"], [tmp_path / "out"]):
+        message = refused(config, *args)
+        assert "experts[1].source_model: " in message
+        assert "org/evil/pytorch_model.bin: has a pickle that would call or use " in message
+        assert "nothing of it was executed" in message
+    assert not victim.exists()
+    assert not (tmp_path / "out").exists()
+    torch.load(evil / "pytorch_model.bin", weights_only=False)
+    assert victim.exists()
 
 
 def test_the_cache_may_be_anywhere(hub: Hub, config: Path, tmp_path: Path, cache: Path) -> None:

@@ -1,37 +1,10 @@
 """A merge of legacy `.bin` files holds what a merge of the same models in safetensors holds, bit for bit."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from models import read_tensors
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
-
-def as_bin(source: Path, path: Path, num_shards: int = 1) -> Path:
-    """A copy of the checkpoint `source` as transformers 4 saved it without safetensors.
-
-    What is tied is named twice, and shares its storage; buffers that old files hold are there, too.
-    """
-    shutil.copytree(source, path, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors: dict[str, Tensor] = dict(AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict())
-    tensors |= {name: tensor for name, tensor in read_tensors(source).items() if name not in tensors}
-    if num_shards == 1:
-        torch.save(tensors, path / "pytorch_model.bin")
-        return path
-    storages = list(dict.fromkeys(tensor.data_ptr() for tensor in tensors.values()))  # one of two tensors stays whole
-    shard_of = {storage: n % num_shards + 1 for n, storage in enumerate(storages)}
-    weight_map = {
-        name: f"pytorch_model-{shard_of[tensor.data_ptr()]:05}-of-{num_shards:05}.bin"
-        for name, tensor in tensors.items()
-    }
-    for shard in set(weight_map.values()):
-        torch.save({name: tensors[name] for name, s in weight_map.items() if s == shard}, path / shard)
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return path
+from models import as_bin, read_tensors
 
 
 def assert_same(out: Path, expected: Path) -> None:
