@@ -80,9 +80,11 @@ class LowRankDelta:
 class Adapter:
     """An opened adapter: what it adds to a model's MLP matrices and which of them it replaces, by their names.
 
-    `label` is what the user calls it. What it does to anything else is left out, since an expert gives its MLPs alone.
+    `path` is the directory of its small files, `label` what the user calls it. What it does to anything else is left
+    out, since an expert gives its MLPs alone.
     """
 
+    path: Path
     label: str
     added: Mapping[str, LowRankDelta]
     replaced: Mapping[str, Read]
@@ -149,7 +151,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
     twice = added.keys() & replaced.keys()
     if twice:
         raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
-    return Adapter(place.label, added, replaced)
+    return Adapter(path, place.label, added, replaced)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,21 @@ from moeplan.model_card import CARD, CONFIG_COPY, Source, model_card, sources_of
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
 from moeplan.model_ref import ModelRef, parse_model_ref
 from moeplan.options import OptionError, Options, shard_nbytes
-from moeplan.output import CONFIG, INDEX, OutputError, existing, free_nbytes, to_json, tokenizer_files, write_beside
+from moeplan.output import (
+    CONFIG,
+    INDEX,
+    OutputError,
+    existing,
+    free_nbytes,
+    missing_code,
+    to_json,
+    tokenizer_files,
+    write_beside,
+)
 from moeplan.record import RECORD, identity, record
 from moeplan.routing import degenerate_layers
 from moeplan.staging import Identity, check_output, staged, unfinished_nbytes
+from moeplan.untrusted_json import show
 from planner.errors import BudgetError
 from planner.expr import DType, Opaque, RemoteFile
 from planner.graph import TensorGraph
@@ -58,7 +69,7 @@ class MergePlan:
 
     sources: Sources
     merged: tuple[Source, ...]
-    """The models, as the model card names them."""
+    """The models and adapters, as the model card names them."""
 
     dtype: DType
     model_config: dict[str, Any]
@@ -161,7 +172,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
     ).graph()
-    merged = sources_of(config, [model.checkpoint.path for _, model in sources.named()])
+    merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:
         warn_of_licences(merged)
     cap = memory_cap(options.max_memory, mode.modules(options.bits))
@@ -244,6 +255,7 @@ def merge(
             )
             _warn_degenerate(merge_plan, stage.directory)
             _write_beside(merge_plan, made_from, result, stage.directory)
+            _warn_of_missing_code(merge_plan, stage.directory)
     return MergeResult(directory, result, time.monotonic() - started)
 
 
@@ -380,6 +392,17 @@ def _warn_degenerate(merge_plan: MergePlan, directory: Path) -> None:
         warnings.warn(
             f"routing is degenerate in {'all layers' if len(layers) == len(names) else _layers(layers)}: the router "
             f"cannot tell some experts apart{advice}",
+            MoeplanWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_missing_code(merge_plan: MergePlan, directory: Path) -> None:
+    missing = missing_code(directory)
+    if missing:
+        warnings.warn(
+            f"{merge_plan.config.base_model}: its tokenizer_config.json names code, {', '.join(map(show, missing))}, "
+            "that is not copied; if you trust it, put it beside the model",
             MoeplanWarning,
             stacklevel=3,
         )

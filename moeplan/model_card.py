@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from moeplan.checkpoint import CheckpointError, opened
 from moeplan.config import ALLOW_ALL_SAME_FLAG, MergeConfig, is_useless_without_training
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import PROMPTLESS
+from moeplan.model_ref import parse_model_ref
 
 if TYPE_CHECKING:
     from moeplan.merging import MergePlan
@@ -64,7 +65,7 @@ class Licence:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model that was merged: how the YAML calls it, what of, its name on the Hub and its licence, where known."""
+    """A model or adapter that was merged: how the YAML calls it, what of, its Hub name and licence, where known."""
 
     reference: str
     roles: tuple[str, ...]
@@ -72,18 +73,23 @@ class Source:
     licence: Licence | None
 
 
-def sources_of(config: MergeConfig, directories: Sequence[Path]) -> tuple[Source, ...]:
-    """The models that `config` names, each once. `directories` are theirs: the base's, experts', shared experts'."""
+def sources_of(config: MergeConfig, directories: Sequence[Sequence[Path]]) -> tuple[Source, ...]:
+    """The models and adapters that `config` names, each once.
+
+    `directories` are those of the base, the experts, the shared experts: of each the model's, and its adapter's.
+    """
     named = [("base", config.base_model)]
     named += [(f"expert {number}", expert.source_model) for number, expert in enumerate(config.experts)]
     named += [("shared expert", expert.source_model) for expert in config.shared_experts]
     found: dict[str, Source] = {}
-    for (role, reference), directory in zip(named, directories, strict=True):
-        if reference in found:
-            known = found[reference]
-            found[reference] = Source(reference, (*known.roles, role), known.hub_name, known.licence)
-        else:
-            found[reference] = Source(reference, (role,), hub_name(reference), read_licence(directory))
+    for (role, reference), paths in zip(named, directories, strict=True):
+        ref = parse_model_ref(reference)
+        parts = [(role, ref.model), *([] if ref.adapter is None else [(f"adapter of {role}", ref.adapter)])]
+        for (use, name), path in zip(parts, paths, strict=True):
+            if name in found:
+                found[name] = replace(found[name], roles=(*found[name].roles, use))
+            else:
+                found[name] = Source(name, (use,), hub_name(name), read_licence(path))
     return tuple(found.values())
 
 
@@ -212,6 +218,7 @@ def _options(plan: MergePlan) -> list[str]:
 
 def _how_to_load_it(plan: MergePlan) -> list[str]:
     remote = ", trust_remote_code=True" if "auto_map" in plan.model_config else ""
+    of_tokenizer = remote or (", trust_remote_code=True" if any(file.suffix == ".py" for file in plan.copied) else "")
     lines = [
         "## How to load it",
         "",
@@ -220,7 +227,7 @@ def _how_to_load_it(plan: MergePlan) -> list[str]:
         "",
         'path = "."  # this directory, or the model\'s name on the Hub',
         f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{remote})',
-        f"tokenizer = AutoTokenizer.from_pretrained(path{remote})",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{of_tokenizer})",
         "```",
     ]
     if plan.config.gate_mode in PROMPTLESS:

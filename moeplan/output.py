@@ -12,12 +12,13 @@ from typing import Any
 
 from executor.errors import RunError
 from executor.files import sync, write_file
-from moeplan.checkpoint import CheckpointError, opened
+from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.errors import UserError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -27,7 +28,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "spm.model",
     "sentencepiece.bpe.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -37,6 +38,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+TEMPLATE = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
+CODE = re.compile(r"tokenization_\w+\.py")
+"""Code that belongs to a tokenizer: copied, and never run."""
+
+MAX_TOKENIZER_CONFIG_NBYTES = 8 << 20
 MAX_TOKENIZER_NBYTES = 256 << 20
 MAX_TOKENIZER_FILES = 256
 WITHOUT = "use --no-copy-tokenizer to go without"
@@ -48,13 +54,13 @@ class OutputError(UserError):
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model on the Hub, by its path there, is one that `tokenizer_files` would take."""
-    return name in TOKENIZER_FILES or re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", name) is not None
+    return name in TOKENIZER_FILES or any(pattern.fullmatch(name) for pattern in (TEMPLATE, CODE))
 
 
 def is_of_a_model(name: str) -> bool:
     """Whether a file of this name in a model's directory belongs to the model."""
     suffixes = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
-    return name in (CONFIG, "moeplan.json", *TOKENIZER_FILES) or name.endswith(suffixes)
+    return name in (CONFIG, "moeplan.json") or is_tokenizer_file(name) or name.endswith(suffixes)
 
 
 def existing(directory: Path) -> Path:
@@ -73,9 +79,11 @@ def free_nbytes(directory: Path) -> int:
 def tokenizer_files(source: Path) -> list[Path]:
     """The files of a checkpoint that a merged model takes over as they are.
 
-    Raises CheckpointError for one that is really a file of another place, or not a plain file of sane size.
+    Raises CheckpointError for one that is really a file of another place, or a git-LFS pointer, or not a plain file of
+    sane size.
     """
     names = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    names += sorted(file.name for file in source.glob("tokenization_*.py") if CODE.fullmatch(file.name))
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         names += sorted(str(file.relative_to(source)) for file in templates.glob("*.jinja"))
@@ -85,11 +93,27 @@ def tokenizer_files(source: Path) -> list[Path]:
         try:
             with opened(source, name) as file:
                 nbytes = os.fstat(file.fileno()).st_size
+                refuse_lfs_pointer(source / name, file.read(len(LFS_POINTER)))
         except CheckpointError as error:
             raise CheckpointError(f"{error} ({WITHOUT})") from None
         if nbytes > MAX_TOKENIZER_NBYTES:
             raise CheckpointError(f"{source / name}: is larger than {MAX_TOKENIZER_NBYTES:,} bytes ({WITHOUT})")
     return [source / name for name in names]
+
+
+def missing_code(directory: Path) -> list[str]:
+    """The files of code that the tokenizer in `directory` names, and that are not there."""
+    try:
+        named = read_json(directory, TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG_NBYTES).get("auto_map")
+    except CheckpointError:  # it is copied as it is, whatever is in it
+        return []
+    classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    modules = {
+        name.rpartition(".")[0]
+        for name in (classes if isinstance(classes, list) else [classes])
+        if isinstance(name, str) and "--" not in name
+    }
+    return sorted(f"{module}.py" for module in modules if module and not (directory / f"{module}.py").exists())
 
 
 def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Path], source: Path) -> None:

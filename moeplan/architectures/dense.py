@@ -110,6 +110,11 @@ class DenseModel:
         return self.checkpoint.label + ("" if self.adapter is None else f"+{self.adapter.label}")
 
     @property
+    def directories(self) -> list[Path]:
+        """Where its small files are, and its adapter's."""
+        return [self.checkpoint.path, *([] if self.adapter is None else [self.adapter.path])]
+
+    @property
     def reads(self) -> list[Read]:
         """Every tensor that there is, the adapter's included."""
         return [*self.checkpoint.tensors.values(), *([] if self.adapter is None else self.adapter.reads)]

@@ -13,11 +13,12 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CONFIG, CheckpointError, opened, read_json
+from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
 from moeplan.output import TOKENIZER_FILES
@@ -29,6 +30,9 @@ EMBEDDING = "model.embed_tokens.weight"
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
 SENTENCEPIECE = b"\n"
 """The first byte of a sentencepiece model: the tag of its first piece, in a protocol buffer."""
+READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+"""What transformers reads one with: packages by their names, and a module of each."""
+
 BOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 MAX_NBYTES = 64 << 20
@@ -144,9 +148,15 @@ def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str]) -> list
         for name in (*TOKENIZER_FILES, CONFIG):  # transformers opens what it finds
             if os.path.lexists(path / name):
                 with opened(path, name) as file:
-                    _check_size(path / name, file)
+                    _check_file(path / name, file)
                     if name == SLOW and file.read(1) != SENTENCEPIECE:
                         raise CheckpointError(f"{path / name}: is not a sentencepiece model; download it again")
+        missing = [package for package, module in READERS.items() if not _is_installed(module)]
+        if missing:
+            raise CheckpointError(
+                f"{path / SLOW}: is a sentencepiece model, and what reads it is not installed: "
+                f"`pip install {' '.join(missing)}`, or put the tokenizer's {FAST} beside it"
+            )
         limits = {"seconds": TRANSFORMERS_SECONDS, "data_nbytes": TRANSFORMERS_NBYTES}
         answer = _ask(path / SLOW, {**request, **limits, "directory": str(path)})
     else:
@@ -158,12 +168,19 @@ def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str]) -> list
     return [(*start, *ids) for ids in answer["tokens"]]
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
 def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], text_nbytes: int) -> dict[str, Any]:
     """A tokenizer_config.json that names no BOS token means none; without that file config.json decides."""
     named = next((name for name in BOS_FILES if os.path.lexists(path / name)), None)
     bos = bos_token(path, named) if named else None
     with opened(path, FAST) as file:
-        work_nbytes = _check_size(path / FAST, file) + TEXT_WEIGHT * text_nbytes
+        work_nbytes = _check_file(path / FAST, file) + TEXT_WEIGHT * text_nbytes
         limits = {
             "seconds": SECONDS + work_nbytes / NBYTES_PER_SECOND,
             "data_nbytes": DATA_NBYTES + DATA_NBYTES_PER_BYTE * work_nbytes,
@@ -186,8 +203,9 @@ def bos_token(path: Path, name: str) -> str | None:
     return bos
 
 
-def _check_size(where: Path, file: BinaryIO) -> int:
+def _check_file(where: Path, file: BinaryIO) -> int:
     nbytes = os.fstat(file.fileno()).st_size
+    refuse_lfs_pointer(where, os.pread(file.fileno(), len(LFS_POINTER), 0))  # the descriptor's position is another's
     if nbytes > MAX_NBYTES:
         raise CheckpointError(f"{where}: is larger than {MAX_NBYTES:,} bytes; a real one is not")
     return nbytes

@@ -24,6 +24,10 @@ import sys
 from typing import Any
 
 
+class _TakesCodeError(Exception):
+    """transformers has no class for the tokenizer, but the model's directory has code."""
+
+
 def main() -> None:
     request = json.load(sys.stdin.buffer)
     # At the end of its time the process is killed, wherever it is; Python's own handlers would wait for the library.
@@ -32,6 +36,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         answer = _answer(request)
+    except _TakesCodeError:
+        answer = {
+            "error": "only code that comes with it can read it, which is never run here; if you trust that code, load "
+            "it once with transformers, and save it: that makes a tokenizer.json"
+        }
     except BaseException as error:  # a panic of the library is no Exception
         answer = {"error": f"{type(error).__name__}: {error}"[:500]}
     sys.stdout.write(json.dumps(answer))
@@ -65,7 +74,12 @@ def _fast(request: dict[str, Any]) -> tuple[Any, int | None]:
 def _with_transformers(request: dict[str, Any]) -> tuple[Any, int | None]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise _TakesCodeError from None
+        raise
     return tokenizer.backend_tokenizer, tokenizer.bos_token_id
 
 

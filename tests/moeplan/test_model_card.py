@@ -6,12 +6,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import moeplan, snapshot, write_config
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import moeplan as api
 from moeplan.model_card import MAX_NBYTES, Licence, Source, hub_name, metadata, read_licence, warn_of_licences
@@ -60,6 +62,35 @@ def test_the_hub_s_own_reader_finds_models_licence_and_tags(linked):
     assert loaded.data.library_name == "transformers"
     assert {"moe", "merge", "moeplan"} <= {*loaded.data.tags}
     assert "[some-org/model-1](https://huggingface.co/some-org/model-1) | apache-2.0 |" in loaded.text
+
+
+def put_adapter(place: str, licence: str) -> str:
+    """A LoRA adapter for the models that `linked` makes, at a place in the working directory."""
+    Path(place).mkdir(parents=True)
+    Path(place, "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    Path(place, "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    module = "base_model.model.model.layers.0.mlp.up_proj"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 64), f"{module}.lora_B.weight": torch.ones(96, 2)}
+    save_file(factors, Path(place, "adapter_model.safetensors"))
+    return place
+
+
+def test_adapters_are_listed_beside_their_models_and_their_licences_count(linked):
+    model = linked("hub/models--some-org--model/snapshots/0123")
+    Path(model, "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    loras = [put_adapter(f"hub/models--some-org--lora-{n}/snapshots/0123", "apache-2.0") for n in range(2)]
+    config = write_config(Path("config.yml"), model, [model, *(f"{model}+{lora}" for lora in loras)])
+    assert "licences" not in moeplan(config, "out").stderr
+    loaded = ModelCard.load("out/README.md")
+    assert loaded.data.base_model == ["some-org/model", "some-org/lora-0", "some-org/lora-1"]
+    assert loaded.data.license == "apache-2.0"
+    rows = [line.partition(" | [")[0] for line in loaded.text.splitlines() if "](https://huggingface.co/" in line]
+    assert rows == ["| base, experts 0-2", "| adapter of expert 1", "| adapter of expert 2"]
+
+    Path(loras[1], "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    ran = moeplan(config, "differs")
+    assert f"have different licences: apache-2.0 ({loras[0]}), cc-by-nc-4.0 ({loras[1]})" in ran.stderr
+    assert ModelCard.load("differs/README.md").data.license is None
 
 
 def test_the_yaml_is_beside_the_weights_byte_for_byte_and_in_the_card(linked):

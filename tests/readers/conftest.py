@@ -1,7 +1,5 @@
 """The programs that read merged models, and checkpoints with tokenizers that llama.cpp's converter knows."""
 
-import io
-import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from make_models import TEXT
-from models import RECIPES, save_checkpoint
+from models import RECIPES, save_checkpoint, use_sentencepiece
 from reading import HERE, Reader, reader_python
 
 
@@ -53,27 +50,13 @@ def gpt2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 @pytest.fixture(scope="session")
 def sentencepiece_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`sentencepiece_checkpoint(recipe)`: the recipe's checkpoint, but with a tokenizer such as Llama 2's."""
-    from sentencepiece import SentencePieceTrainer
-
     root = tmp_path_factory.mktemp("sentencepiece")
-    trained = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines()),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=320,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
     def make(recipe: str) -> Path:
         path = root / recipe
         if not path.exists():
             save_checkpoint(RECIPES[recipe], path, seed=0)
-            (path / "tokenizer.json").unlink()
-            (path / "tokenizer.model").write_bytes(trained.getvalue())
-            (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+            use_sentencepiece(path)
         return path
 
     return make

@@ -1,0 +1,111 @@
+"""Tokenizers that are no tokenizer.json: sentencepiece models, and strangers' code, which is copied and never run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import moeplan, write_config
+from models import use_sentencepiece
+from sentencepiece import SentencePieceProcessor
+
+from moeplan.architectures import as_dense_model
+from moeplan.checkpoint import open_checkpoint
+from moeplan.config import Expert
+from moeplan.gates import prompts
+
+TEXTS = ["Ein Brötchen für den Doktor", "def main(): pass", "two  spaces", "雪"]
+CODE = "open({!r}, 'w')\nclass Tokenizer: pass\n"
+
+
+@pytest.fixture
+def model(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint that may be changed."""
+    return shutil.copytree(checkpoint("llama-plain"), tmp_path / "model")
+
+
+def change_tokenizer_config(model: Path, **settings: object) -> None:
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives(model: Path) -> None:
+    use_sentencepiece(model)
+    expert = Expert(source_model="model", positive_prompts=TEXTS)
+    tokenized = prompts.tokenize([expert], as_dense_model(open_checkpoint(model)))
+    oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
+        (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
+    ]
+
+
+@pytest.mark.parametrize("absent", [("sentencepiece",), ("sentencepiece", "protobuf"), ("protobuf",)])
+def test_where_nothing_reads_sentencepiece_models_one_message_says_what_to_install(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...]
+) -> None:
+    use_sentencepiece(model)
+    for package in absent:
+        monkeypatch.setitem(prompts.READERS, package, f"{package}_that_is_not_there.of_it")
+    config = write_config(tmp_path / "config.yml", model, [model, model], gate_mode="cheap_embed")
+    ran = moeplan(config, "--plan", "--i-understand-this-is-not-useful-without-training")
+    assert ran.status == 2
+    assert ran.error.startswith(
+        f"{model}/tokenizer.model: is a sentencepiece model, and what reads it is not installed"
+    )
+    assert f"`pip install {' '.join(absent)}`, or put the tokenizer's tokenizer.json beside it" in ran.error
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_a_tokenizer_s_own_code_is_copied_byte_for_byte_and_never_run(
+    model: Path, checkpoint: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    if kind == "tokenizer.model":
+        use_sentencepiece(model)
+    victim = tmp_path / "victim"
+    (model / "tokenization_own.py").write_text(CODE.format(str(victim)))
+    change_tokenizer_config(model, auto_map={"AutoTokenizer": ["tokenization_own.Tokenizer", None]})
+    config = write_config(tmp_path / "c.yml", model, [model, checkpoint("llama-plain", 1)], gate_mode="cheap_embed")
+    ran = moeplan(config, tmp_path / "out")
+    assert (ran.status, ran.stderr.count("warning")) == (0, 0), ran.stderr
+    assert not victim.exists()
+    for name in ("tokenization_own.py", "tokenizer_config.json", kind):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoTokenizer.from_pretrained(path, trust_remote_code=True)" in card
+    assert 'AutoModelForCausalLM.from_pretrained(path, dtype="auto")' in card
+
+
+def test_a_tokenizer_that_its_own_code_alone_can_read_is_refused_and_its_code_not_run(
+    model: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    use_sentencepiece(model)
+    (model / "tokenization_own.py").write_text(CODE.format(str(tmp_path / "victim")))
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_own.Tokenizer", None]}}
+    change_tokenizer_config(model, tokenizer_class="OwnTokenizer", **own)
+    config = write_config(tmp_path / "c.yml", model, [model, checkpoint("llama-plain", 1)], gate_mode="cheap_embed")
+    ran = moeplan(config, tmp_path / "out")
+    assert ran.status == 2
+    assert f"{model}/tokenizer.model: is not a tokenizer that can be used: only code that comes with it" in ran.error
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("gate_mode", ["random", "cheap_embed"])
+def test_a_tokenizer_that_is_a_git_lfs_pointer_is_neither_read_nor_copied(
+    model: Path, checkpoint: Callable[..., Path], tmp_path: Path, gate_mode: str
+) -> None:
+    (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9085657\n")
+    config = write_config(tmp_path / "c.yml", model, [model, checkpoint("llama-plain", 1)], gate_mode=gate_mode)
+    ran = moeplan(config, tmp_path / "out")
+    assert ran.status == 2
+    assert f"{model}/tokenizer.json: is a git-LFS pointer, not the file itself; run `git lfs pull`" in ran.error
+
+
+def test_code_that_is_not_copied_is_warned_of(model: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    change_tokenizer_config(model, auto_map={"AutoTokenizer": ["own.Tokenizer", "org/other--tokenization_x.Y"]})
+    (model / "own.py").write_text(CODE.format(str(tmp_path / "victim")))
+    ran = moeplan(write_config(tmp_path / "c.yml", model, [model, checkpoint("llama-plain", 1)]), tmp_path / "out")
+    assert ran.status == 0
+    assert f"{model}: its tokenizer_config.json names code, 'own.py', that is not copied" in ran.stderr
+    assert not (tmp_path / "out" / "own.py").exists()
+    assert not (tmp_path / "victim").exists()
