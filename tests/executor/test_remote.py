@@ -172,6 +172,7 @@ def test_a_source_of_another_size_is_refused(file: RemoteFile) -> None:
         (Fault("hub", "model", status=404), "no longer there"),
         (Fault("hub", "model", status=200), "answers a request for a range with HTTP 200"),
         (Fault("cdn", "model", status=206), "another range than it was asked for"),
+        (Fault("hub", "model", status=206, headers={"Content-Range": "bytes 0-9/*"}), "gives no ETag, so a change"),
         (Fault("cdn", "model", status=200), "answers a request for a range with HTTP 200"),
         (Fault("cdn", "model", status=206, headers={"Content-Encoding": "gzip"}), "compressed"),
         (Fault("hub", "model", status=302, headers={"Location": "file:///etc/passwd"}), "nothing is read from"),

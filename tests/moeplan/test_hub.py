@@ -442,6 +442,17 @@ def test_a_busy_hub_is_asked_again_when_planning(hub: Hub, config: Path, part: s
     assert moeplan(config, "--plan").status == 0
 
 
+def test_a_busy_hub_is_waited_for_as_long_as_it_says_or_longer_each_time(
+    hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers={"Retry-After": "7"}))
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=503, times=2))
+    assert moeplan(config, "--plan").status == 0
+    assert pauses == [7, 2, 4]
+
+
 def test_a_hub_that_stays_busy_is_one_message(hub: Hub, config: Path) -> None:
     hub.faults.append(Fault("hub", "/api/models", status=503, headers={"Retry-After": "0"}, times=99))
     assert f"{hub.url} answers with HTTP 503: it is busy, try again later" in refused(config)
