@@ -10,10 +10,31 @@ What is wrong with the input is a `UserError` whose message says what to do; wha
 `MoeplanWarning`.
 """
 
-from moeplan.config import Expert, MergeConfig, load_config
-from moeplan.errors import MoeplanWarning, UserError
-from moeplan.merging import MergePlan, MergeResult, merge, plan
-from moeplan.options import Options
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeplan.config import Expert, MergeConfig, load_config
+    from moeplan.errors import MoeplanWarning, UserError
+    from moeplan.merging import MergePlan, MergeResult, merge, plan
+    from moeplan.options import Options
+else:
+    _MODULES = {
+        "moeplan.config": ("Expert", "MergeConfig", "load_config"),
+        "moeplan.errors": ("MoeplanWarning", "UserError"),
+        "moeplan.merging": ("MergePlan", "MergeResult", "merge", "plan"),
+        "moeplan.options": ("Options",),
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Imports what is used, when it is: the command has to heed Ctrl-C before it imports all that."""
+        from importlib import import_module
+
+        for module, names in _MODULES.items():
+            if name in names:
+                globals()[name] = getattr(import_module(module), name)
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Expert",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import os
 import sys
@@ -21,15 +19,18 @@ from rich.text import Text
 
 import moeplan
 from executor.errors import RunError
-from moeplan import mergekit_flags, report
+from moeplan import interruption, mergekit_flags, report
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.help import GroupedHelp
 from moeplan.options import Options
 from moeplan.progress import ProgressBar, ProgressLines, progress_on
+from moeplan.staging import GOES_ON
 
 if TYPE_CHECKING:
     from executor.engine import Progress
     from moeplan.verification import Verification
+
+INTERRUPTED = "interrupted"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 verify_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -176,7 +177,7 @@ def command(
     if out is None and not plan:
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
     teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
-    with _told(teller, verbose):
+    with _told(teller, verbose, INTERRUPTED if plan else f"{INTERRUPTED}; {GOES_ON}"):
         for note in mergekit_flags.notes(context.params):
             teller.note(note)
         options = Options(
@@ -332,10 +333,13 @@ def _writing_to_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def _told(teller: _Teller, verbose: bool) -> Iterator[None]:
-    """Turn what is raised within into a message and an exit status."""
+def _told(teller: _Teller, verbose: bool, interrupted: str = INTERRUPTED) -> Iterator[None]:
+    """Turn what is raised within into a message and an exit status.
+
+    `interrupted` is the message where Ctrl-C ends the process before what is within can say more.
+    """
     try:
-        with warnings.catch_warnings():
+        with interruption.in_order(interrupted), warnings.catch_warnings():
             warnings.simplefilter("always", MoeplanWarning)
             warnings.showwarning = teller.warning
             yield
@@ -357,7 +361,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case UserError():
             return str(error), error.exit_status
         case KeyboardInterrupt():
-            return "interrupted", 130
+            return INTERRUPTED, interruption.STATUS
         case MemoryError():
             return "the machine has no memory left; give a smaller --max-memory", 1
         case OSError():
@@ -372,9 +376,3 @@ def run(args: list[str]) -> None:
         verify_app(args[1:], prog_name="moeplan verify")
     else:
         app(args, prog_name="moeplan")
-
-
-def main() -> None:
-    """The `moeplan` command."""
-    atexit.register(gc.freeze)  # else Python goes through all of torch once more before it ends: a third of a second
-    run(sys.argv[1:])

@@ -36,6 +36,8 @@ REPLACED = "replaced"
 LAST = (INDEX, CONFIG)
 """What loaders look for, moved to its place after everything else, and out of it before."""
 
+GOES_ON = "what is finished is kept: run the same command again to go on"
+
 Identity = Mapping[str, Mapping[str, Any]]
 """What makes a merge that merge: its config, sources, options ..., each a mapping from names to what they are."""
 
@@ -109,7 +111,7 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
             if journal is None or journal.is_empty:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
-                error.add_note("what is finished is kept: run the same command again to go on")
+                error.add_note(GOES_ON)
             raise
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -38,7 +38,10 @@ def moeplan(*args: object) -> Outcome:
     return Outcome(stdout.getvalue(), stderr.getvalue(), int(ended.value.code or 0))
 
 
-def start(*args: object, code: str = "from moeplan.cli import main; main()", **options: Any) -> subprocess.Popen[str]:
+MAIN = "from moeplan.__main__ import main; main()"
+
+
+def start(*args: object, code: str = MAIN, **options: Any) -> subprocess.Popen[str]:
     """Start the command in a process of its own, which runs `code`."""
     command = [sys.executable, "-c", code, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options

@@ -10,9 +10,10 @@ import os
 import sys
 import tempfile
 
+import moeplan.cli
 import moeplan.gates.cheap_embed
 import moeplan.gates.random  # noqa: F401
-from moeplan.cli import main
+from moeplan.__main__ import main
 
 
 def run(args: list[str], directory: str) -> dict[str, object]:

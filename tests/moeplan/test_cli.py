@@ -156,7 +156,7 @@ def test_writing_that_fails_is_status_1_and_leaves_nothing(config, tmp_path):
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     before = snapshot(tmp_path)
-    result = outcome(start(config, tmp_path / "out", code=limit + "from moeplan.cli import main; main()"))
+    result = outcome(start(config, tmp_path / "out", code=limit + "from moeplan.__main__ import main; main()"))
     assert result.status == 1
     file = tmp_path / "out" / ".moeplan-partial" / "model" / "model.safetensors"
     assert result.error == f"{file}: writing failed: File too large"
@@ -366,7 +366,7 @@ def test_a_plan_imports_nothing_heavy(eight_7b_models):
         "import atexit, sys\n"
         "heavy = 'torch', 'transformers', 'networkx', 'numpy', 'safetensors', 'rich.progress'\n"
         "atexit.register(lambda: print(*[name for name in heavy if name in sys.modules], file=sys.stderr))\n"
-        "from moeplan.cli import main; main()"
+        "from moeplan.__main__ import main; main()"
     )
     result = outcome(start(eight_7b_models, "--plan", code=code))
     assert result.status == 0, result.stderr
@@ -377,7 +377,7 @@ def test_a_plan_of_eight_7b_models_takes_a_second_of_processor_time(eight_7b_mod
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
-            [sys.executable, "-c", "from moeplan.cli import main; main()", eight_7b_models, "--plan"],
+            [sys.executable, "-c", "from moeplan.__main__ import main; main()", eight_7b_models, "--plan"],
             check=True,
             stdout=subprocess.DEVNULL,
         )

@@ -26,7 +26,7 @@ FOREVER = 10**9
 MEASURED = """
 import atexit, sys
 atexit.register(lambda: sys.stderr.write(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))))
-from moeplan.cli import main
+from moeplan.__main__ import main
 main()
 """
 """The command, which says at last how much memory it had resident at most."""

@@ -95,7 +95,7 @@ MEASURED = (
     "from pathlib import Path\n"
     "status = Path('/proc/self/status')\n"
     "atexit.register(lambda: print('peak', re.search('VmHWM:\\\\s+(\\\\d+)', status.read_text())[1], 'KiB'))\n"
-    "from moeplan.cli import main; main()"
+    "from moeplan.__main__ import main; main()"
 )
 
 # Stands in for a build of torch that takes more memory than the one that the numbers in `moeplan.memory` are of.

@@ -1,0 +1,94 @@
+"""Ctrl-C: the process ends within a second, wherever it is, with status 130 and a word on how to go on.
+
+Python raises KeyboardInterrupt in the main thread, when that comes to its next bytecode. That is the orderly end, and
+not enough: the main thread may wait for a kernel, a server or a library that is being loaded, and an exception in the
+middle of an import is a traceback. So before there is anything to put in order, and when Ctrl-C is pressed again, the
+process ends at once; and a thread that the system's own signal handler wakes ends it when an orderly end takes long.
+Ending at once loses nothing, since a merge can be killed anywhere and gone on with.
+
+This imports nothing that takes time: it has to be there first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+GRACE_SECONDS = 0.5
+"""How long an orderly end may take."""
+
+STATUS = 130
+"""128 + SIGINT, as shells have it."""
+
+STDERR = 2
+SHOW_CURSOR = "\x1b[?25h"
+"""Progress bars hide it."""
+
+_is_orderly = False
+_message = "interrupted"
+
+
+def watch() -> None:
+    """From now on, Ctrl-C ends this process: at once, but for what runs `in_order`."""
+    awaited, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _unraisable
+    Thread(target=_end_in_time, args=(awaited,), name="Ctrl-C", daemon=True).start()
+
+
+def unwatch() -> None:
+    """Everything is done: Ctrl-C changes nothing any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def in_order(message: str) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt within; `message` is what is said if that does not end the process in time."""
+    global _is_orderly, _message
+    _is_orderly, _message = True, message
+    try:
+        yield
+    except KeyboardInterrupt:
+        _message = ""  # the caller says it
+        raise
+    finally:
+        _is_orderly = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _is_orderly
+    if not _is_orderly:
+        _end()
+    _is_orderly = False  # who presses it again does not want to wait
+    raise KeyboardInterrupt
+
+
+def _unraisable(what: Any) -> None:
+    """Stands in for `sys.unraisablehook`: in destructors and callbacks Python reports what is raised, and goes on."""
+    if what.exc_type is KeyboardInterrupt:
+        _end()
+    sys.__unraisablehook__(what)
+
+
+def _end_in_time(awaited: int) -> None:
+    while os.read(awaited, 1)[0] != signal.SIGINT:
+        pass
+    time.sleep(GRACE_SECONDS)
+    _end()
+
+
+def _end() -> None:
+    """End the process, whatever its other threads are at."""
+    start = f"{SHOW_CURSOR}\n" if os.isatty(STDERR) else ""
+    with suppress(OSError):
+        os.write(STDERR, f"{start}error: {_message}\n".encode() if _message else b"")
+    os._exit(STATUS)
