@@ -15,6 +15,7 @@ from benchmarks.contenders import (
     MATMUL,
     READ_BASE,
     READ_FLOOR,
+    UNCHECKED,
     WRITE_FLOOR,
     Contender,
     Program,
@@ -159,7 +160,7 @@ CASES: tuple[Case, ...] = (
         "4 × 1.1B bf16, random gates: the copy path, warm",
         CLOWN_CAR,
         (0, 1, 2, 3),
-        (WRITE_FLOOR, moeplan(), CP, mergekit()),
+        (WRITE_FLOOR, moeplan(), UNCHECKED, CP, mergekit()),
         warm=True,
     ),
     Case(

@@ -17,6 +17,7 @@ class Program(Enum):
     CP = "cp"
     MERGEKIT = "mergekit-moe"
     MOEPLAN = "moeplan"
+    UNCHECKED = "moeplan without checksums and journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ LIMITS = (WRITE_FLOOR, READ_FLOOR, COPY_FLOOR, READ_BASE, MATMUL)
 
 CP = Contender("cp", Program.CP)
 CP_COPYING = Contender("cp --reflink=never", Program.CP, options=("--reflink=never",))
+
+UNCHECKED = Contender("unchecked", Program.UNCHECKED)
 
 CAP = "384MiB"
 

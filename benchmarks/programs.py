@@ -123,6 +123,11 @@ def _moeplan(contender: Contender, task: Task, programs: Programs) -> list[str]:
     return [str(programs.moeplan), str(config), str(task.out(contender)), "--json", "--quiet", *contender.options]
 
 
+def _unchecked(contender: Contender, task: Task, programs: Programs) -> list[str]:
+    script = [sys.executable, "-I", str(HERE / "unchecked.py")]
+    return script + _moeplan(contender, task, programs)[1:]
+
+
 def _weights(*directories: Path) -> list[Path]:
     return [file for directory in directories for file in sorted(directory.glob("*.safetensors"))]
 
@@ -136,4 +141,5 @@ _COMMANDS: dict[Program, Callable[[Contender, Task, Programs], list[str]]] = {
     Program.CP: _cp,
     Program.MERGEKIT: _mergekit,
     Program.MOEPLAN: _moeplan,
+    Program.UNCHECKED: _unchecked,
 }
