@@ -4,6 +4,7 @@ Nothing half-made loads, and the merge can be gone on with, to the same bytes.
 """
 
 import errno
+import json
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import snapshot, write_config
+from commands import outcome, snapshot, sparse_llama, start, write_config
 
 import moeplan as api
 from executor.errors import RunError
@@ -122,3 +123,47 @@ def test_a_process_that_is_killed_anywhere_leaves_a_merge_that_goes_on_to_the_sa
             merge(out)
         assert snapshot(out) == whole
     assert killed > 25
+
+
+PLANNED = """
+import json, sys, moeplan
+config, memory = sys.argv[1:]
+plan = moeplan.plan(moeplan.load_config(config), options=moeplan.Options(max_memory=memory)).plan
+print(json.dumps([plan.read_nbytes, plan.written_nbytes, plan.pool.workers * plan.pool.slab_nbytes]))
+"""
+"""Prints what a merge reads and writes, and has under way at most, in a process as small as the one that merges."""
+
+
+def test_what_a_kill_costs_is_at_most_the_chunks_that_were_under_way(tmp_path):
+    """By the system's own count of what the processes wrote. Each byte of this output is written to one place."""
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
+    base, other = (sparse_llama(tmp_path / name, **sizes) for name in ("base", "other"))
+    experts = [{"source_model": source, "noise_scale": 0.1} for source in (base, other)]  # noise takes its time
+    config, memory = write_config(tmp_path / "config.yml", base, experts), ("--max-memory", "360MiB")
+    ran = outcome(start(config, *memory[1:], code=PLANNED))
+    assert ran.status == 0, ran.stderr
+    planned_read, written, under_way = json.loads(ran.stdout)
+    out, chance = tmp_path / "out", random.Random(0)
+    journal = out / PARTIAL / "journal"
+    kills = counted = finished = 0
+    while kills < 5:
+        process = start(config, out, *memory, "--quiet")
+        wanted = finished + chance.randrange(1, 4)
+        while process.poll() is None and finished < wanted:
+            finished = max(finished, journal.read_bytes().count(b"checksum") if journal.exists() else 0)
+        if process.poll() is not None:
+            break
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        io = Path(f"/proc/{process.pid}/io").read_text()
+        counted += int(io.partition("wchar: ")[2].split()[0])
+        process.communicate()
+        kills += 1
+    assert kills > 1
+    result = json.loads(outcome(start(config, out, *memory, "--json")).stdout)["result"]
+    resumed = result["nbytes_by_path"]["resumed"]
+    assert resumed > 0
+    assert result["read_nbytes"] <= planned_read - (resumed - (written - planned_read))
+    beside_the_weights = 1 << 20  # journals, headers, config.json ..., of each process
+    assert under_way < written / 10
+    assert counted - resumed <= kills * (under_way + beside_the_weights)
