@@ -110,6 +110,7 @@ def sparse_llama(path: Path, **sizes: int) -> Path:
         begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
+    text = text.ljust(len(text) + -len(text) % 8)  # as safetensors does
     path.mkdir(parents=True)
     with (path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_NBYTES, "little") + text)

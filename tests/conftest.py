@@ -1,8 +1,10 @@
-"""Fixtures that make checkpoints, and that merge as a user does: from a YAML file, through the Python API."""
+"""Fixtures that make checkpoints and file systems, and that merge as a user does: from YAML, through the Python API."""
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,21 @@ def plan(configure: Callable[..., Any]) -> Callable[..., Any]:
         return moeplan.plan(config, options=options)
 
     return run
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def reflinking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory on a real file system with reflinks, in a file behind a loop device."""
+    mkfs = shutil.which(f"mkfs.{request.param}")
+    if os.geteuid() != 0 or mkfs is None:
+        pytest.skip(f"needs root and mkfs.{request.param}")
+    place = tmp_path_factory.mktemp(request.param)
+    image, mount = place / "image", place / "mount"
+    mount.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run([mkfs, "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a loop device here")
+    yield mount
+    subprocess.run(["umount", mount], check=True)

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import struct
-import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
@@ -28,24 +26,6 @@ from planner.plan import Plan
 MIB = 1 << 20
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_FLAG_SYNC = 1
-
-
-@pytest.fixture(scope="module", params=["xfs", "btrfs"])
-def reflinking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory on a real file system with reflinks, in a file behind a loop device."""
-    mkfs = shutil.which(f"mkfs.{request.param}")
-    if os.geteuid() != 0 or mkfs is None:
-        pytest.skip(f"needs root and mkfs.{request.param}")
-    place = tmp_path_factory.mktemp(request.param)
-    image, mount = place / "image", place / "mount"
-    mount.mkdir()
-    with open(image, "wb") as file:
-        file.truncate(512 * MIB)
-    subprocess.run([mkfs, "-q", image], check=True, capture_output=True)
-    if subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount a loop device here")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
 
 
 def outputs(directory: Path) -> dict[str, Expr]:

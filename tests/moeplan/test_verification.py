@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import moeplan, write_config
+from commands import moeplan, snapshot, sparse_llama, write_config
+from safetensors import safe_open
 
 from moeplan.checkpoint import open_checkpoint
 
@@ -75,6 +76,54 @@ def test_what_was_shared_with_a_source_is_compared_with_it_as_long_as_it_is_the_
         assert result.status == 1
         assert result.stderr.startswith(f"unknown: {name}: was shared with {read.file.path}, which ")
         assert "1 that cannot be checked" in result.stdout
+
+
+def flip(file: Path, place: int) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        (byte,) = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([byte ^ 4]))
+
+
+def test_a_model_that_shares_extents_is_checked_by_its_sources_and_does_not_change_with_them(reflinking):
+    chance = random.Random(0)
+    sources = [
+        sparse_llama(reflinking / name, hidden_size=256, intermediate_size=1024) / "model.safetensors"
+        for name in ("base", "expert")
+    ]
+    for source in sources:
+        begin = 8 + int.from_bytes(source.read_bytes()[:8], "little")
+        with source.open("r+b") as file:
+            file.seek(begin)
+            file.write(chance.randbytes(source.stat().st_size - begin))
+    os.sync()
+    base, expert = (source.parent for source in sources)
+    config, out = write_config(reflinking / "config.yml", base, [base, expert]), reflinking / "out"
+    merged = json.loads(moeplan(config, out, "--json").stdout)
+    assert merged["result"]["nbytes_by_path"]["reflinked"] > 3_000_000
+    assert moeplan("verify", out).status == 0
+
+    shard, before = out / "model.safetensors", snapshot(out)
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    with safe_open(shard, "pt") as opened:
+        assert name in opened.keys()  # noqa: SIM118
+    data = before["model.safetensors"]
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    place = 8 + int.from_bytes(data[:8], "little") + sum(header[name]["data_offsets"]) // 2
+    untouched = [source.read_bytes() for source in sources]
+    flip(shard, place)
+    assert f"wrong: {name} (model.safetensors, from byte " in moeplan("verify", out).stderr
+    assert [source.read_bytes() for source in sources] == untouched
+    flip(shard, place)
+    assert moeplan("verify", out).status == 0
+
+    flip(sources[1], sources[1].stat().st_size // 2)
+    assert snapshot(out) == before
+    result = moeplan("verify", out, "--quiet")
+    assert result.status == 1
+    assert {line.partition(":")[0] for line in result.stderr.splitlines()} == {"unknown"}
+    shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
