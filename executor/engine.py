@@ -381,12 +381,15 @@ class _Run:
         itemsize = part.branch.dtype.itemsize
         files = []
         for sink in part.branch.sinks:
-            offset = sink.offset + first * itemsize
             if isinstance(sink, FileSink):
-                self._writer.write(sink.shard, offset, data)
+                self._writer.write(sink.shard, sink.offset + first * itemsize, data)
                 files.append(sink)
-            else:
-                self._tensors.get(sink.buffer)[offset : offset + len(data)] = data
+                continue
+            begin, end = max(first, sink.first), min(first + numel, sink.first + sink.numel)
+            if begin < end:
+                offset, nbytes = sink.offset + (begin - sink.first) * itemsize, (end - begin) * itemsize
+                at = (begin - first) * itemsize
+                self._tensors.get(sink.buffer)[offset : offset + nbytes] = data[at : at + nbytes]
         if part.content is not None:
             self._journal.add_chunk(part.content, first, numel, checksum(data, itemsize, first, step.head_numel), files)
         return len(files) * len(data)

@@ -48,7 +48,7 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
                 needed |= {view.buffer for view in views if isinstance(view, BufferView)}
             continue
         routed = routes.pieces.get(index, [])
-        pieces = [left for piece in routed for left in _left(piece, needed, journal)]
+        pieces = [wanted for piece in routed for left in _left(piece, needed, journal) for wanted in _wanted(left)]
         work.finished_nbytes += _file_nbytes(routed) - _file_nbytes(pieces)
         if pieces:
             work.pieces[index] = pieces
@@ -84,6 +84,36 @@ def _left(piece: Piece, needed: set[int], journal: Journal) -> Iterator[Piece]:
             before = replace(before, numel=stop - before.first)
     if before is not None:
         yield before
+
+
+def _wanted(piece: Piece) -> Iterator[Piece]:
+    """`piece`; where nothing of it goes to a file, only those elements that buffers take."""
+    if any(isinstance(sink, FileSink) for part in piece.parts for sink in part.branch.sinks):
+        yield piece
+        return
+    end = piece.first + piece.numel
+    taken = [
+        (max(sink.first, piece.first), min(sink.first + sink.numel, end), part, sink)
+        for part in piece.parts
+        for sink in part.branch.sinks
+        if isinstance(sink, BufferSink)
+    ]
+    runs: list[list[tuple[int, int, Part, BufferSink]]] = []
+    reached = -1
+    for place in sorted(taken, key=lambda place: place[0]):
+        if place[0] >= place[1]:
+            continue
+        if place[0] > reached:
+            runs.append([])
+        runs[-1].append(place)
+        reached = max(reached, place[1])
+    for run in runs:
+        first, stop = run[0][0], max(place[1] for place in run)
+        parts = (
+            Part(replace(part.branch, sinks=tuple(sink for *_, of, sink in run if of is part)), None)
+            for part in piece.parts
+        )
+        yield Piece(first, stop - first, tuple(part for part in parts if part.branch.sinks))
 
 
 def _done(part: Part, journal: Journal) -> list[Interval]:

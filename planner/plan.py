@@ -61,10 +61,12 @@ class FileSink:
 
 @dataclass(frozen=True, slots=True)
 class BufferSink:
-    """A stream's results go to byte `offset` of buffer `buffer`."""
+    """`numel` of a stream's results, from element `first` on, go to byte `offset` of buffer `buffer`."""
 
     buffer: int
     offset: int
+    first: int
+    numel: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ one root, a source range or a kernel's result, make ONE step, which reads the ro
     Read(down_proj) ──┬─ (copy) ─────────────▶ expert 0 · expert 1 · a kernel's buffer
                       └─ scale 0.5 ─ cast ───▶ expert 2
 
-The factors of a low-rank product are whole tensors, too, each filled right before the stream that it is added to.
+What a kernel needs of a tensor that is read anyway, such as some rows of an embedding, is taken from that stream as it
+passes by. The factors of a low-rank product are whole tensors, too, each filled right before the stream that it is
+added to.
 
 Order: first every stream that has nothing to do with kernels, copies before what is computed, in the order of the
 output files, so that bytes move from the first moment on, while the libraries that compute are still being loaded; then
@@ -29,8 +31,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
 from planner.errors import BudgetError
@@ -252,21 +254,44 @@ def _streams(
     streams: dict[Leaf, _Stream] = {}
     feeders: dict[Leaf, _Stream] = {}
 
-    def fill(expr: Expr, sink: type[FileSink] | type[BufferSink], target: int, offset: int) -> None:
-        for root, chain, begin in _leaves(expr, offset, buffers):
-            stream = streams.setdefault(root, _Stream(root))
-            if expr in factors and stream.factors():
-                # What a stream waits for, it cannot fill itself: that takes a step of its own, which reads first.
-                stream = feeders.setdefault(root, _Stream(root))
-            stream.sinks[chain].append(sink(target, begin))
-
     for number, shard in enumerate(shards):
         for tensor in shard.tensors:
-            fill(graph.outputs[tensor.name], FileSink, number, tensor.offset)
-    for expr, buffer in sorted(buffers.items(), key=lambda item: item[0] in factors):
-        if not isinstance(expr, Opaque):
-            fill(expr, BufferSink, buffer, 0)
+            for root, chain, offset in _leaves(graph.outputs[tensor.name], tensor.offset, buffers):
+                streams.setdefault(root, _Stream(root)).sinks[chain].append(FileSink(number, offset))
+    filled = [
+        (expr in factors, root, chain, BufferSink(buffer, offset, 0, root.numel))
+        for expr, buffer in buffers.items()
+        if not isinstance(expr, Opaque)
+        for root, chain, offset in _leaves(expr, 0, buffers)
+    ]
+    widest = _widest(read for read in (*streams, *(root for _, root, _, _ in filled)) if isinstance(read, Read))
+    for is_factor, root, chain, sink in sorted(filled, key=lambda item: item[0]):
+        if isinstance(root, Read) and not is_factor and not chain[0]:
+            root, part = widest[root], root
+            sink = replace(sink, first=(part.offset - root.offset) // root.dtype.itemsize)
+        stream = streams.setdefault(root, _Stream(root))
+        if is_factor and stream.factors():
+            # What a stream waits for, it cannot fill itself: that takes a step of its own, which reads first.
+            stream = feeders.setdefault(root, _Stream(root))
+        stream.sinks[chain].append(sink)
     return [*streams.values(), *feeders.values()]
+
+
+def _widest(reads: Iterable[Read]) -> dict[Read, Read]:
+    """For each of `reads`, the one of them that it is a part of: the widest, itself where there is none."""
+
+    def end(read: Read) -> int:
+        return read.offset + read.nbytes
+
+    widest: dict[Read, Read] = {}
+    last: dict[tuple[Source, DType], Read] = {}
+    for read in sorted(reads, key=lambda read: (read.offset, -read.nbytes)):
+        kind = read.file, read.dtype
+        whole = last.setdefault(kind, read)
+        if end(read) > end(whole):
+            whole = last[kind] = read
+        widest[read] = read if (read.offset - whole.offset) % read.dtype.itemsize else whole
+    return widest
 
 
 def _leaves(expr: Expr, offset: int, buffers: Mapping[Expr, int]) -> Iterator[tuple[Leaf, Chain, int]]:

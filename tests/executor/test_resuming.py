@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_engine import column_sums, digest, planned, source
 
 from executor import engine, journal
@@ -16,7 +17,7 @@ from executor.engine import RunResult, run
 from executor.errors import RunError
 from executor.journal import Journal
 from executor.local import LocalFile
-from planner.expr import DType, Expr, Opaque, Read, add_low_rank, cast, scale
+from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, scale
 from planner.plan import Plan
 
 KERNELS = {"column_sums": column_sums}
@@ -284,3 +285,26 @@ def test_a_second_reading_that_differs_is_told(
     monkeypatch.setattr(LocalFile, "read_into", flipping)
     with pytest.raises(RunError, match=r"source\.safetensors: the [\d,]+ bytes from byte [\d,]+ on were other ones"):
         run(plan, tmp_path / "checked", KERNELS, check_sources=True)
+
+
+def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_nothing_else(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(3001, 1000, generator=generator)
+    reads = source(tmp_path / "source.safetensors", {"table": table})
+    taken = [3000, 7, 8, 0, 1500]
+    rows = tuple(Read(reads["table"].file, reads["table"].offset + 4000 * row, DType.F32, (1, 1000)) for row in taken)
+    sums = Opaque("column_sums", "1", (Concat(rows, (len(rows), 1000)),), DType.F32, (1000,))
+    outputs: dict[str, Expr] = {"table": reads["table"], "sums": sums}
+    plan = planned(outputs, 8 << 20)
+
+    def stopping(*_: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": stopping})
+    result = go_on(plan, tmp_path / "place")
+    assert result.read_nbytes == len(taken) * 4000
+    (shard,) = (tmp_path / "place" / "model").iterdir()
+    written = load_file(shard)
+    torch.testing.assert_close(written["sums"], table[taken].sum(dim=0))
+    assert torch.equal(written["table"], table)

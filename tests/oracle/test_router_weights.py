@@ -134,8 +134,10 @@ def within(monkeypatch, plan, merge) -> Callable[..., Path]:
             with pytest.raises(CapError) as refused:
                 plan(base, experts, **settings)
             budget = refused.value.__cause__.needed_nbytes
-        kernels = [step for step in plan(base, experts, **settings).plan.steps if isinstance(step, KernelStep)]
+        planned = plan(base, experts, **settings).plan
+        kernels = [step for step in planned.steps if isinstance(step, KernelStep)]
         assert {bool(step.streamed) for step in kernels if step.weights} == {form == "streamed"}
+        assert (planned.reread_nbytes == 0) is (form == "resident")
         return merge(base, experts, **settings)
 
     return run

@@ -71,7 +71,7 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
     state: Expr | None = None
     for number in range(draw(st.integers(1, 12))):
         x: Expr = draw(st.sampled_from(reads))
-        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain", "low rank", "layer"])):
+        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain", "low rank", "layer", "rows"])):
             case "adjust":
                 x = scale(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from([0.5, 1.0])))
                 x = cast(x, draw(st.sampled_from(DType)))
@@ -89,11 +89,21 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
                 weights = tuple(draw(st.lists(st.sampled_from(reads), max_size=2)))
                 blocks = {"weights": weights, "block_nbytes": 1 << 20, "passes": 2}
                 x = Opaque("layer", json.dumps(number), (x,), DType.F32, (64,), 1000, **blocks)
+            case "rows" if isinstance(x, Read) and len(x.shape) == 2 and x.numel:
+                taken = draw(st.lists(st.integers(0, x.shape[0] - 1), min_size=1, max_size=5, unique=True))
+                table = Concat(tuple(row_of(x, row) for row in taken), (len(taken), x.shape[1]))
+                x = Opaque("sum", json.dumps(number), (table,), DType.F32, (8, 16))
             case "chain":
                 state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
                 x = state
         graph.add(f"tensor {number}", x)
     return graph
+
+
+def row_of(x: Read, row: int) -> Read:
+    """`x[row : row + 1]`."""
+    width = x.shape[1]
+    return Read(x.file, x.offset + row * width * x.dtype.itemsize, x.dtype, (1, width))
 
 
 budgets = st.integers(24 << 20, 64 << 20)
@@ -132,6 +142,17 @@ def test_each_source_range_and_each_kernel_is_there_once(graph: TensorGraph, bud
     assert all(reads[root.source, root.offset, nbytes] <= 1 + (root in fed) for root, nbytes in plan.reads() if nbytes)
     kernels = Counter((step.kernel, step.params, step.inputs) for step in plan.steps if isinstance(step, KernelStep))
     assert set(kernels.values()) <= {1}
+
+
+@given(graphs(), budgets, shard_sizes)
+def test_no_byte_is_read_twice_where_the_weights_of_kernels_are_resident(
+    graph: TensorGraph, budget: int, shard_size: int
+) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
+    assert not any(step.streamed for step in plan.steps if isinstance(step, KernelStep))
+    fed = {step.root for step in plan.steps if isinstance(step, StreamStep) and step.factors()}
+    assert plan.reread_nbytes <= sum(nbytes for root, nbytes in {*plan.reads()} if root in fed)
+    assert plan.reread_nbytes == 0 or fed
 
 
 @given(graphs(), budgets, budgets, shard_sizes)
@@ -184,7 +205,7 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
             for branch in step.branches:
                 for sink in branch.sinks:
                     if isinstance(sink, BufferSink):
-                        filled[sink.buffer] += step.numel * branch.dtype.itemsize
+                        filled[sink.buffer] += sink.numel * branch.dtype.itemsize
                         used.add(sink.buffer)
             if index <= last:  # beside a kernel, with which it has nothing to do
                 assert not needed
@@ -274,12 +295,26 @@ def test_a_tensor_that_is_copied_scaled_and_needed_by_a_kernel_is_read_by_one_st
     assert sum(len(branch.sinks) for branch in step.branches) == 4
 
 
-def test_overlapping_reads_are_counted_as_read_again() -> None:
+def test_rows_that_a_kernel_needs_of_a_tensor_that_is_copied_are_taken_as_it_passes_by() -> None:
     table = Read(FILES[0], 8, DType.F32, (100, 4))
-    rows = tuple(Read(FILES[0], 8 + row * 16, DType.F32, (1, 4)) for row in (3, 97))
+    rows = Concat(tuple(row_of(table, row) for row in (97, 3)), (2, 4))
     graph = TensorGraph()
     graph.add("embeddings", table)
-    graph.add("rows", Concat(rows, (2, 4)))
+    graph.add("gate", Opaque("gate", "{}", (rows,), DType.F32, (4,)))
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    copy, *_ = plan.steps
+    assert isinstance(copy, StreamStep)
+    ((file, *buffers),) = [branch.sinks for branch in copy.branches]
+    assert isinstance(file, FileSink)
+    assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 16, 3 * 4, 4)]
+    assert (plan.read_nbytes, plan.reread_nbytes) == (1600, 0)
+
+
+def test_overlapping_reads_are_counted_as_read_again() -> None:
+    table = Read(FILES[0], 8, DType.F32, (100, 4))
+    graph = TensorGraph()
+    graph.add("embeddings", table)
+    graph.add("rows", Concat(tuple(row_of(table, row) for row in (3, 97)), (2, 4)))
     plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
     assert (plan.read_nbytes, plan.reread_nbytes) == (1632, 32)
 
