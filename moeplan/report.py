@@ -48,7 +48,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
         "router": {
             "gate_mode": config.gate_mode,
             "kernels": dict(Counter(step.kernel for step in plan.steps if isinstance(step, KernelStep))),
-            **_layers(plan),
+            "evaluations": _evaluations(plan),
         },
         "memory": {
             "cap_nbytes": merge_plan.memory.nbytes,
@@ -224,30 +224,49 @@ def _roles(used_as: list[str]) -> str:
     return ", ".join(others + (experts if len(experts) <= 4 else [f"{len(experts)} experts"]))
 
 
-def _layers(plan: Plan) -> dict[str, int]:
-    """The kernels that go through weights, and in which form: whole in memory, or read as they are used."""
-    layers = [step for step in plan.steps if isinstance(step, KernelStep) and step.weights]
-    nbytes = [sum(math.prod(view.shape) * view.dtype.itemsize for view in step.weights) for step in layers]
-    streamed = [(step, size) for step, size in zip(layers, nbytes, strict=True) if step.streamed]
-    return {
-        "resident_layers": len(layers) - len(streamed),
-        "streamed_layers": len(streamed),
-        "layer_nbytes": max(nbytes, default=0),
-        "streamed_nbytes": sum(size * step.passes for step, size in streamed),
-    }
+def _evaluations(plan: Plan) -> list[dict[str, Any]]:
+    """Each kernel that goes through weights, in order: which form they have, and what that costs.
+
+    `resident`: whole in memory, read once for the kernel and the copy. `streamed`, where they do not fit: read again as
+    they are used, so many times. `memory_nbytes` is all that is in buffers meanwhile, chunks of the copy included.
+    """
+    return [
+        {
+            "form": "streamed" if step.streamed else "resident",
+            "weights_nbytes": sum(math.prod(view.shape) * view.dtype.itemsize for view in step.weights),
+            "memory_nbytes": memory_nbytes,
+            "blocks_nbytes": step.workers * step.block_nbytes,
+            "read_again_nbytes": step.streamed_nbytes,
+            "times": step.passes if step.streamed else 0,
+        }
+        for step, memory_nbytes in zip(plan.steps, plan.memory_nbytes, strict=True)
+        if isinstance(step, KernelStep) and step.weights
+    ]
 
 
 def _router(router: dict[str, Any]) -> list[str]:
-    mode, resident, streamed = router["gate_mode"], router["resident_layers"], router["streamed_layers"]
-    if not resident + streamed:
+    mode, layers = router["gate_mode"], router["evaluations"]
+    if not layers:
         return [mode]
-    layer = decimal(router["layer_nbytes"])
-    lines = [f"{mode}: the prompts run through {_count(resident + streamed, 'layer')} of the base, one at a time"]
+    lines = [f"{mode}: the prompts run through {_count(len(layers), 'layer')} of the base, one at a time"]
+    resident, streamed = ([layer for layer in layers if layer["form"] == form] for form in ("resident", "streamed"))
     if resident:
-        lines.append(f"({_count(resident, 'layer')} resident: {layer} in memory, read once for this and the copy)")
+        largest = decimal(max(layer["weights_nbytes"] for layer in resident))
+        lines.append(f"({_count(len(resident), 'layer')} resident: {largest} fit; read once for this and the copy)")
     if streamed:
-        again = decimal(router["streamed_nbytes"])
-        lines.append(f"({_count(streamed, 'layer')} streamed: {layer} do not fit, so {again} are read for this alone)")
+        largest, blocks, again = (
+            decimal(number)
+            for number in (
+                max(layer["weights_nbytes"] for layer in streamed),
+                max(layer["blocks_nbytes"] for layer in streamed),
+                sum(layer["read_again_nbytes"] for layer in streamed),
+            )
+        )
+        times = max(layer["times"] for layer in streamed)
+        lines += [
+            f"({_count(len(streamed), 'layer')} streamed: {largest} do not fit, blocks of them take {blocks};",
+            f"{again} are read for this alone{f', each layer {times} times' if times > 1 else ''})",
+        ]
     return lines
 
 

@@ -162,6 +162,11 @@ class KernelStep:
         """The weights that are read as they are used."""
         return tuple(weight for weight in self.weights if isinstance(weight, FileView))
 
+    @property
+    def streamed_nbytes(self) -> int:
+        """The bytes that are read of them, all passes together."""
+        return self.passes * sum(math.prod(view.shape) * view.dtype.itemsize for view in self.streamed)
+
 
 Step = StreamStep | KernelStep
 

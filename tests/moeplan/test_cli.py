@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -386,3 +387,25 @@ def test_a_plan_of_eight_7b_models_takes_a_second_of_processor_time(eight_7b_mod
 
     # Other processes take caches and clock speed away, never add: the least of some runs is the truth.
     assert min(seconds() for _ in range(3)) < 1.0
+
+
+@pytest.mark.parametrize("form", ["resident", "streamed"])
+def test_the_plan_says_in_which_form_layers_are_evaluated_why_and_at_what_cost(form, checkpoint, tmp_path):
+    base = checkpoint("llama-off-page")
+    config = write_config(tmp_path / "config.yml", base, [base, checkpoint("llama-off-page", 1)], gate_mode="hidden")
+    cap = ["--max-memory", "2GiB"]
+    if form == "streamed":
+        refused = moeplan(config, "--plan", "--max-memory", "1MiB").stderr
+        cap = ["--max-memory", re.search(r"--max-memory (\d+MiB)", refused)[1]]
+    text, plan = (moeplan(config, "--plan", *cap, *more).stdout for more in ((), ("--json",)))
+    plan = json.loads(plan)["plan"]
+    evaluations = plan["router"]["evaluations"]
+    weights = 2 * 56 * 56 + 2 * 56 * 28 + 3 * 56 * 90
+    assert [each["form"] for each in evaluations] == [form] * 2
+    assert [each["weights_nbytes"] for each in evaluations] == [weights * 4] * 2
+    again = sum(each["read_again_nbytes"] for each in evaluations)
+    assert again == plan["read"]["more_than_once_nbytes"] == (2 * weights * 4 if form == "streamed" else 0)
+    assert all(0 < each["blocks_nbytes"] < each["memory_nbytes"] for each in evaluations)
+    assert max(each["memory_nbytes"] for each in evaluations) <= plan["memory"]["buffers_nbytes"]
+    assert f"(2 layers {form}: " in text
+    assert max(map(len, text[text.index("router") :].splitlines())) <= 80
