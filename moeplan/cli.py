@@ -96,6 +96,14 @@ def command(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Evaluate prompts with the base in 4 bits (bitsandbytes).")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code/--no-trust-remote-code",
+            help="Run the code that the base brings with it, to evaluate prompts (not by default).",
+            show_default=False,
+        ),
+    ] = False,
     copy_tokenizer: Annotated[
         bool,
         typer.Option(
@@ -152,7 +160,6 @@ def command(
     unsafe_truncate_embeddings: Annotated[
         bool | None, _unneeded("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings")
     ] = None,
-    trust_remote_code: Annotated[bool | None, _unneeded("--trust-remote-code/--no-trust-remote-code")] = None,
     lora_merge_cache: Annotated[str | None, _unneeded("--lora-merge-cache", "DIR")] = None,
     lora_merge_dtype: Annotated[str | None, _unneeded("--lora-merge-dtype", "DTYPE")] = None,
     cuda: Annotated[bool | None, _unneeded("--cuda/--no-cuda")] = None,
@@ -188,6 +195,7 @@ def command(
             num_threads=num_threads,
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
             copy_tokenizer=copy_tokenizer,
             write_model_card=write_model_card,
             clone_tensors=clone_tensors,

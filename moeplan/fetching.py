@@ -23,9 +23,11 @@ FAST_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map
 OnProgress = Callable[["Progress"], None]
 
 
-def fetch_tokenizer(base: Snapshot) -> None:
-    """Have in the cache what prompts need. Raises CheckpointError."""
-    wanted = FAST_TOKENIZER if base.has(FAST_TOKENIZER[0]) else [n for n in base.names() if is_tokenizer_file(n)]
+def fetch_tokenizer(base: Snapshot, *, with_code: bool) -> None:
+    """Have in the cache what prompts need, code that the model brings with it included. Raises CheckpointError."""
+    only_fast = base.has(FAST_TOKENIZER[0]) and not with_code
+    wanted = FAST_TOKENIZER if only_fast else [n for n in base.names() if is_tokenizer_file(n)]
+    wanted = [*wanted, *(n for n in base.names() if with_code and n.endswith(".py"))]
     base.fetch(wanted, MAX_TOKENIZER_NBYTES)
 
 

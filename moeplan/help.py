@@ -15,7 +15,7 @@ GROUPS = {
     "Output": ("out_shard_size", "expert_layout", "copy_tokenizer", "write_model_card", "clone_tensors"),
     "Interruptions": ("restart", "overwrite", "check_sources"),
     "Models on the Hub": ("stream", "transformers_cache"),
-    "Gates and experts": ("random_seed", "load_in_8bit", "load_in_4bit", "allow_all_same"),
+    "Gates and experts": ("random_seed", "load_in_8bit", "load_in_4bit", "trust_remote_code", "allow_all_same"),
 }
 """The parameters of the command, by name, that each group shows, in this order."""
 

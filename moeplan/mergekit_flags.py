@@ -54,8 +54,11 @@ FLAGS = (
     ),
     Flag(("--unsafe-truncate-embeddings",), Fate.UNNEEDED, "the embeddings are the base's alone, so all rows fit"),
     Flag(("--no-unsafe-truncate-embeddings",), Fate.WORKS, "never done"),
-    Flag(("--trust-remote-code",), Fate.UNNEEDED, "no model's code is needed, and none is run"),
-    Flag(("--no-trust-remote-code",), Fate.WORKS, "no model's code is run"),
+    Flag(
+        ("--trust-remote-code", "--no-trust-remote-code"),
+        Fate.WORKS,
+        "runs the base's own code to evaluate prompts, and nothing else; otherwise no model's code is run",
+    ),
     Flag(("--transformers-cache",), Fate.WORKS, "where models from the Hub are downloaded to; --stream stores none"),
     Flag(("--lora-merge-cache",), Fate.UNNEEDED, "no merged adapter is stored anywhere"),
     Flag(("--lora-merge-dtype",), Fate.UNNEEDED, "arithmetic is in float32, and rounded once"),

@@ -154,7 +154,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         )
     snapshot = hub.snapshot(sources.base.checkpoint.path)
     if snapshot is not None and config.gate_mode not in gates.PROMPTLESS:
-        fetch_tokenizer(snapshot)
+        fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
     mode = gates.gate_mode(config.gate_mode)
     gated = config.experts
     if family.shared is not None and family.shared.gate is not None:
@@ -166,7 +166,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         routers=_routers(
             config,
             mode,
-            gates.GateRequest(config.gate_mode, sources.base, gated, options.random_seed, options.bits),
+            gates.GateRequest(
+                config.gate_mode, sources.base, gated, options.random_seed, options.bits, options.trust_remote_code
+            ),
         ),
         dtype=dtype,
         layout=_layout(family, options.expert_layout),

@@ -23,8 +23,8 @@ class OptionError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to merge. The bytes of the output depend on `out_shard_size`, `expert_layout`, `random_seed`, `load_in_8bit`
-    and `load_in_4bit` alone."""
+    """How to merge. The bytes of the output depend on `out_shard_size`, `expert_layout`, `random_seed`, `load_in_8bit`,
+    `load_in_4bit` and `trust_remote_code` alone."""
 
     max_memory: str | int | None = None
     """The most memory that the process may have resident: bytes, `2GiB`, `512MB`, or a share of all memory, `50%`.
@@ -54,6 +54,9 @@ class Options:
 
     load_in_4bit: bool = False
     """The same with 4 bits."""
+
+    trust_remote_code: bool = False
+    """Run the modelling and tokenizer code that the base brings with it (`auto_map`), to evaluate prompts."""
 
     clone_tensors: bool = False
     """Give every tensor physical extents of its own, also where the file system could share them with the sources or

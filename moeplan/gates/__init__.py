@@ -36,7 +36,7 @@ class GateRequest:
     """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
 
     A shared expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
-    quantised, else 0.
+    quantised, else 0. With `trust_remote_code` code that the base brings with it is run.
     """
 
     mode: str
@@ -44,6 +44,7 @@ class GateRequest:
     experts: tuple[Expert, ...]
     seed: int
     bits: int = 0
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def routers(request: GateRequest) -> list[Opaque]:
     """One expression, as many times as there are layers."""
-    prompts = tokenize(request.experts, request.base)
+    prompts = tokenize(request.experts, request.base, request.trust_remote_code)
     vocabulary = prompts.vocabulary()
     row = {token: index for index, token in enumerate(vocabulary)}
 

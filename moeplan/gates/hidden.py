@@ -17,7 +17,8 @@ multiplied.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.attention import rope_switch
 from moeplan.architectures.dense import LAYER, DenseModel
+from moeplan.checkpoint import CONFIG
+from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.cheap_embed import normalized
 from moeplan.gates.prompts import embedding_rows, tokenize
@@ -59,7 +62,7 @@ def routers(request: GateRequest) -> list[Opaque]:
     base = request.base
     if request.bits:
         _check_bitsandbytes(request.bits)
-    prompts = tokenize(request.experts, base)
+    prompts = tokenize(request.experts, base, request.trust_remote_code)
     vocabulary = prompts.vocabulary()
     row = {token: index for index, token in enumerate(vocabulary)}
     stream_shape = (sum(prompts.lengths), base.hidden_size)
@@ -75,8 +78,9 @@ def routers(request: GateRequest) -> list[Opaque]:
     groups = _groups(prompts.lengths, GROUP_NBYTES // _token_nbytes(base), rope_switch(base))
     workspace = _workspace_nbytes(base, groups)
 
+    model = _model(request)
     embed_params = {
-        "model": str(base.checkpoint.path.resolve()),
+        **model,
         "groups": groups,
         "rows": [row[token] for ids in prompts.tokens for token in ids],
     }
@@ -85,9 +89,32 @@ def routers(request: GateRequest) -> list[Opaque]:
     result: list[Opaque] = []
     for layer in range(base.num_layers):
         if layer > 0:
-            stream = _decoder_layer(request, layer - 1, stream, groups, workspace)
+            stream = _decoder_layer(request, model, layer - 1, stream, groups, workspace)
         result.append(Opaque("hidden", router_params, (stream,), DType.F32, router_shape, 2 * stream.nbytes))
     return result
+
+
+def _model(request: GateRequest) -> dict[str, Any]:
+    """What the kernels know the base by. Code that it brings with it is run where the request says so, and warned
+    about where it does not: transformers has a model of the same type, which need not be the same model."""
+    checkpoint = request.base.checkpoint
+    own = own_model_class(checkpoint.config) is not None
+    if own and not request.trust_remote_code:
+        warnings.warn(
+            f"{checkpoint.label}/{CONFIG}: auto_map names code of the model's own, which is not run: prompts are "
+            f"evaluated with transformers' {checkpoint.model_type}; --trust-remote-code runs it",
+            MoeplanWarning,
+            stacklevel=2,
+        )
+    own_code = {"own_code": True} if own and request.trust_remote_code else {}
+    return {"model": str(checkpoint.path.resolve()), **own_code}
+
+
+def own_model_class(config: Mapping[str, Any]) -> str | None:
+    """The key of `auto_map` under which a config.json names modelling code of the model's own."""
+    named = config.get("auto_map")
+    keys = ("AutoModel", "AutoModelForCausalLM")
+    return next((key for key in keys if key in named), None) if isinstance(named, dict) else None
 
 
 def _check_bitsandbytes(bits: int) -> None:
@@ -104,7 +131,12 @@ def _check_bitsandbytes(bits: int) -> None:
 
 
 def _decoder_layer(
-    request: GateRequest, layer: int, stream: Opaque, groups: Sequence[Sequence[int]], workspace_nbytes: int
+    request: GateRequest,
+    model: Mapping[str, Any],
+    layer: int,
+    stream: Opaque,
+    groups: Sequence[Sequence[int]],
+    workspace_nbytes: int,
 ) -> Opaque:
     """The residual stream after layer `layer`, from that before it."""
     base, bits = request.base, request.bits
@@ -117,7 +149,7 @@ def _decoder_layer(
     matrices = {name: tensor for name, tensor in weights.items() if len(tensor.shape) == 2}
     tensors = {name: tensor for name, tensor in weights.items() if name not in matrices}
     params = {
-        "model": str(base.checkpoint.path.resolve()),
+        **model,
         "layer": layer,
         "groups": groups,
         "tensors": list(tensors),
@@ -156,7 +188,7 @@ def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> 
     from moeplan.gates.skeleton import skeleton
 
     torch.index_select(inputs[0].float(), 0, torch.tensor(params["rows"]), out=output)
-    _evaluate(skeleton(params["model"]).entering, params["groups"], output, output)
+    _evaluate(skeleton(params["model"], params.get("own_code", False)).entering, params["groups"], output, output)
 
 
 def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
@@ -182,7 +214,8 @@ def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Ten
         from moeplan.gates.quantised import quantise
 
         matrices = {name: quantise(matrix, weights, bits) for name, matrix in matrices.items()}
-    with skeleton(params["model"]).layer(params["layer"], tensors, matrices, weights) as layer:
+    model = skeleton(params["model"], params.get("own_code", False))
+    with model.layer(params["layer"], tensors, matrices, weights) as layer:
         _evaluate(layer, params["groups"], stream, output)
 
 

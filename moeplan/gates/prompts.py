@@ -45,8 +45,7 @@ NBYTES_PER_SECOND = 4 << 20
 DATA_NBYTES = 96 << 20
 DATA_NBYTES_PER_BYTE = 24
 TEXT_WEIGHT = 64
-TRANSFORMERS_SECONDS = 120.0
-TRANSFORMERS_NBYTES = 4 << 30
+TRANSFORMERS_LIMITS = {"seconds": 120.0, "data_nbytes": 4 << 30}
 
 
 PromptPlace = tuple[int, str, int]
@@ -82,8 +81,8 @@ class Prompts:
         return sorted({token for ids in self.tokens for token in ids})
 
 
-def tokenize(experts: Sequence[Expert], base: DenseModel) -> Prompts:
-    """The prompts of `experts`, tokenised with the base's tokenizer.
+def tokenize(experts: Sequence[Expert], base: DenseModel, trust_remote_code: bool) -> Prompts:
+    """The prompts of `experts`, tokenised with the base's tokenizer, by its own code where that is trusted.
 
     Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a prompt comes out empty,
     longer than the model's context, or with a token that the embedding has no row for.
@@ -93,7 +92,9 @@ def tokenize(experts: Sequence[Expert], base: DenseModel) -> Prompts:
         for key in ("positive_prompts", "negative_prompts"):
             for position, text in enumerate(getattr(expert, key)):
                 places.setdefault(text, (number, key, position))
-    ids = dict(zip(places, _encode(base.checkpoint.path, base.checkpoint.config, list(places)), strict=True))
+    path = base.checkpoint.path
+    own_code = trust_remote_code and has_own_tokenizer(path)
+    ids = dict(zip(places, _encode(path, base.checkpoint.config, list(places), own_code), strict=True))
     for text, tokens in ids.items():
         wrong = _what_is_wrong(text, tokens, base)
         if wrong:
@@ -138,11 +139,20 @@ def _what_is_wrong(text: str, tokens: tuple[int, ...], base: DenseModel) -> str 
     return None
 
 
-def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str]) -> list[tuple[int, ...]]:
+def has_own_tokenizer(path: Path) -> bool:
+    """Whether the model in `path` names tokenizer code of its own."""
+    name = BOS_FILES[0]
+    named = read_json(path, name, MAX_NBYTES).get("auto_map") if os.path.lexists(path / name) else None
+    return isinstance(named, dict) and "AutoTokenizer" in named
+
+
+def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str], own_code: bool) -> list[tuple[int, ...]]:
     """The token ids of `texts`, BOS first, by the tokenizer of the checkpoint in `path`."""
     text_nbytes = sum(len(text.encode()) for text in texts)
     request = {"texts": texts, "most_tokens": 16 * (text_nbytes + len(texts))}
-    if os.path.lexists(path / FAST):
+    if own_code:
+        answer = _ask(path / BOS_FILES[0], {**request, **TRANSFORMERS_LIMITS, "directory": str(path), "own_code": True})
+    elif os.path.lexists(path / FAST):
         answer = _ask_fast(path, config, request, text_nbytes)
     elif os.path.lexists(path / SLOW):
         for name in (*TOKENIZER_FILES, CONFIG):  # transformers opens what it finds
@@ -157,8 +167,7 @@ def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str]) -> list
                 f"{path / SLOW}: is a sentencepiece model, and what reads it is not installed: "
                 f"`pip install {' '.join(missing)}`, or put the tokenizer's {FAST} beside it"
             )
-        limits = {"seconds": TRANSFORMERS_SECONDS, "data_nbytes": TRANSFORMERS_NBYTES}
-        answer = _ask(path / SLOW, {**request, **limits, "directory": str(path)})
+        answer = _ask(path / SLOW, {**request, **TRANSFORMERS_LIMITS, "directory": str(path), "own_code": False})
     else:
         raise CheckpointError(
             f"{path}: there is no tokenizer ({FAST} or {SLOW}), and this gate mode reads prompts; "

@@ -4,7 +4,8 @@ The model is built on the meta device from its config.json, so it takes no memor
 decoder layer beside the hidden states (masks, position embeddings) does not depend on any weight: it is recorded once
 by running the model with layers that only take notes. What it makes of the embeddings before the first layer (Granite
 scales them) is what the first of them is given. So no family's forward pass is written down here, and whatever
-transformers can model can be evaluated.
+transformers can model can be evaluated. Nor does it matter whether the code is transformers' own or, where the user
+trusts it, the model's.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from executor.weights import Matrix, Weights
 from moeplan.architectures import DENSE_FAMILIES
 from moeplan.architectures.attention import ORIGINAL_CONTEXT
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, CheckpointError, read_json
+from moeplan.gates.hidden import own_model_class
 from moeplan.gates.linear import BlockedLinear
 from moeplan.untrusted_json import show
 
@@ -62,26 +64,24 @@ class _NoteTaker(nn.Module):
 
 
 class Skeleton:
-    """A model's decoder without weights."""
+    """A model's decoder without weights.
 
-    def __init__(self, path: str) -> None:
+    With `own_code` it is made by the code that the model brings with it, which is run.
+    """
+
+    def __init__(self, path: str, own_code: bool) -> None:
         try:
-            config = _config(Path(path))
             with torch.device("meta"):
-                self._model: PreTrainedModel = AutoModel.from_config(
-                    config, dtype=torch.float32, attn_implementation="sdpa"
-                ).eval()
+                self._model = _own_model(path) if own_code else _model(Path(path))
+            self._model.eval()
+            _make_position_embeddings(self._model)
         except Exception as error:  # whatever transformers may raise at the settings of strangers
             raise CheckpointError(
                 f"{path}/{CONFIG}: transformers cannot make this model: {type(error).__name__}: {show(str(error))}"
             ) from error
-        self._layers = list(self._model.layers)
+        self._layers = list(cast(nn.ModuleList, self._model.layers))
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._model.norm = nn.Identity()
-        for name, module in list(self._model.named_children()):
-            if module is not self._model.layers and any(buffer.is_meta for buffer in module.buffers()):
-                # Position embeddings are computed when built, so on the meta device they are not there.
-                setattr(self._model, name, type(module)(config=config))
         self._linears = [_serve_linears(layer) for layer in self._layers]
 
     def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -130,6 +130,29 @@ class Skeleton:
         return notes
 
 
+def _model(path: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModel.from_config(_config(path), dtype=torch.float32, attn_implementation="sdpa")
+    return model
+
+
+def _own_model(path: str) -> PreTrainedModel:
+    """The model by its own code, which is run. All its settings reach that code."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True, use_cache=False)
+    kind: Any = AutoModel if own_model_class(config.to_dict()) == "AutoModel" else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config, trust_remote_code=True, dtype=torch.float32).base_model
+    return model
+
+
+def _make_position_embeddings(model: PreTrainedModel) -> None:
+    """They are computed when built, so on the meta device they are not there. Raises ValueError for other buffers."""
+    for name, module in list(model.named_children()):
+        if module is not model.layers and any(buffer.is_meta for buffer in module.buffers()):
+            setattr(model, name, type(module)(config=model.config))
+    missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if missing:
+        raise ValueError(f"it computes {missing[0]} when it is built, where moeplan has no weights")
+
+
 def _config(path: Path) -> PretrainedConfig:
     """The model's configuration, from the settings that moeplan knows: others may be anything (a billion labels)."""
     given = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
@@ -150,6 +173,6 @@ def _serve_linears(layer: nn.Module) -> dict[str, BlockedLinear]:
 
 
 @lru_cache(maxsize=1)
-def skeleton(path: str) -> Skeleton:
-    """The skeleton of the model in directory `path`; the last one is kept."""
-    return Skeleton(path)
+def skeleton(path: str, own_code: bool) -> Skeleton:
+    """The skeleton of the model in directory `path`, by its own code or transformers'; the last one is kept."""
+    return Skeleton(path, own_code)

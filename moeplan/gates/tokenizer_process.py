@@ -8,6 +8,7 @@ the sentencepiece model alone), so it starts in 50 ms.
 A request is a JSON object on standard input:
 
     file                  a descriptor of tokenizer.json; without it, transformers reads `directory`
+    own_code              beside `directory`: whether to run the tokenizer code that is in it
     texts                 what to tokenise
     bos_token             beside `file`: the token whose id is wanted, or null
     seconds, data_nbytes  the most processor time and memory to take
@@ -21,7 +22,10 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
+
+Encode = Callable[[str], list[int]]
 
 
 class _TakesCodeError(Exception):
@@ -38,8 +42,8 @@ def main() -> None:
         answer = _answer(request)
     except _TakesCodeError:
         answer = {
-            "error": "only code that comes with it can read it, which is never run here; if you trust that code, load "
-            "it once with transformers, and save it: that makes a tokenizer.json"
+            "error": "only code that comes with it can read it; if you trust that code, --trust-remote-code runs it; "
+            "or load it once with transformers, and save it: that makes a tokenizer.json"
         }
     except BaseException as error:  # a panic of the library is no Exception
         answer = {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -49,38 +53,47 @@ def main() -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    tokenizer, bos_id = _fast(request) if "file" in request else _with_transformers(request)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    encode, bos_id = _fast(request) if "file" in request else _with_transformers(request)
     tokens: list[list[int]] = []
     room = request["most_tokens"]
     for text in request["texts"]:
-        tokens.append(tokenizer.encode(text, add_special_tokens=False).ids)
+        tokens.append(encode(text))
         room -= len(tokens[-1])
         if room < 0:
             raise ValueError(f"the prompts become more than {request['most_tokens']:,} tokens")
     return {"tokens": tokens, "bos_id": bos_id}
 
 
-def _fast(request: dict[str, Any]) -> tuple[Any, int | None]:
+def _fast(request: dict[str, Any]) -> tuple[Encode, int | None]:
     from tokenizers import Tokenizer
 
     with open(request["file"], "rb") as file:
         tokenizer = Tokenizer.from_buffer(file.read())
     bos = request["bos_token"]
-    return tokenizer, None if bos is None else tokenizer.token_to_id(bos)
+    return _whole(tokenizer), None if bos is None else tokenizer.token_to_id(bos)
 
 
-def _with_transformers(request: dict[str, Any]) -> tuple[Any, int | None]:
+def _with_transformers(request: dict[str, Any]) -> tuple[Encode, int | None]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            request["directory"], local_files_only=True, trust_remote_code=request["own_code"]
+        )
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise _TakesCodeError from None
         raise
-    return tokenizer.backend_tokenizer, tokenizer.bos_token_id
+    if request["own_code"]:  # which may go about it in a way of its own
+        return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id
+    return _whole(tokenizer.backend_tokenizer), tokenizer.bos_token_id
+
+
+def _whole(tokenizer: Any) -> Encode:
+    """`tokenizer` of the tokenizers library, without truncation and padding."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def computed_by_transformers(source, mode, prompts=PROMPTS, **loading: Any) -> T
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes' kernel for rows that are whole groups of 64 alone
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=loading.get("trust_remote_code"))
 
     def tokens(prompt: str) -> Tensor:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids

@@ -33,7 +33,7 @@ def change_tokenizer_config(model: Path, **settings: object) -> None:
 def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives(model: Path) -> None:
     use_sentencepiece(model)
     expert = Expert(source_model="model", positive_prompts=TEXTS)
-    tokenized = prompts.tokenize([expert], as_dense_model(open_checkpoint(model)))
+    tokenized = prompts.tokenize([expert], as_dense_model(open_checkpoint(model)), trust_remote_code=False)
     oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
     assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
         (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
