@@ -214,6 +214,24 @@ def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
+@pytest.mark.parametrize("recipe", ["llama-tied", "mistral-bf16", "granite-plain"])
+def test_many_positive_and_negative_prompts_in_several_groups_are_right_in_both_forms(
+    recipe, mode, checkpoint, within, monkeypatch
+):
+    monkeypatch.setattr(hidden, "GROUP_NBYTES", 256 << 10)
+    source, case = checkpoint(recipe), case_of(recipe)
+    prompts = [{"positive_prompts": MANY[first::4], "negative_prompts": MANY[first + 1 :: 4]} for first in (0, 2)]
+    experts = [{"source_model": source, **each} for each in prompts]
+    settings = {"gate_mode": mode, "dtype": "float32", **case.settings(source)}
+    streamed, resident = (
+        router_weights(within(budget, form, source, experts, **settings), case)
+        for budget, form in ((None, "streamed"), (256 << 20, "resident"))
+    )
+    assert torch.equal(streamed, resident)
+    assert_same_directions(streamed, computed_by_transformers(source, mode, prompts))
+
+
 @pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
 @pytest.mark.parametrize("case", [case for case in CASES if has_gate(case)], ids=str)
 def test_the_gate_of_a_shared_expert_is_made_of_its_prompts(case, mode, checkpoint, merge):
