@@ -20,7 +20,7 @@ from planner.errors import UserError
 from planner.expr import DType, Op, Shape, Source
 from planner.layout import Shard
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
