@@ -41,6 +41,7 @@ class TorchThreads:
                 for module in self._imports:
                     import_module(module)
         finally:
+            gc.freeze()  # nor is it to be looked for there ever after, beginning now
             gc.enable()
 
     def use_all(self) -> None:
