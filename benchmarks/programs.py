@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks import page_cache
@@ -28,6 +29,18 @@ class Programs:
         if program is Program.MERGEKIT and not self.mergekit.exists():
             return f"{self.mergekit} is not there; python -m benchmarks.peer installs it"
         return None
+
+    def code(self, program: Program) -> tuple[Path, ...]:
+        """The libraries and bytecode of the environment that a program runs in; none for one of the system's."""
+        if program is Program.CP:
+            return ()
+        return _code_below(self.mergekit.parent.parent if program is Program.MERGEKIT else Path(sys.prefix))
+
+
+@cache
+def _code_below(environment: Path) -> tuple[Path, ...]:
+    files = page_cache.files_below(environment / "lib")
+    return tuple(file for file in files if file.suffix == ".pyc" or ".so" in file.suffixes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class _Run:
         warm = self._task.inputs(contender) if self._case.warm else []
         for directory in (*self._task.sources, self._task.reference):
             page_cache.evict(file for file in page_cache.files_below(directory) if file not in warm)
-        page_cache.warm(warm)
+        page_cache.warm([*warm, *self._settings.programs.code(contender.program)])
 
 
 def _used_nbytes(directory: Path) -> int:
