@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moeplan.architectures.dense import DenseModel
-from moeplan.config import Expert
-from planner.expr import Opaque
-
 if TYPE_CHECKING:
     from executor.engine import Kernel
+    from moeplan.architectures.dense import DenseModel
+    from moeplan.config import Expert
+    from planner.expr import Opaque
 
 MODULES = {
     "hidden": "hidden",
