@@ -383,7 +383,7 @@ def refuse_lfs_pointer(where: Path, start: bytes) -> None:
     """Raises CheckpointError where a file begins with `start` as what stands in for large files in git does."""
     if start.startswith(LFS_POINTER):
         raise CheckpointError(
-            f"{where}: is a git-LFS pointer, not the file itself; run `git lfs pull` in {where.parent}"
+            f"{where}: is a git-LFS pointer, not the file itself; `git lfs pull`, in the clone it is from, fetches that"
         )
 
 

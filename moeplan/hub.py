@@ -296,7 +296,9 @@ class Hub:
             try:
                 list(pool.map(download, files))
             except CheckpointError as error:
-                raise RunError(str(error)) from None
+                raise RunError(
+                    f"{error}; files that came whole are kept: run the same command again to go on"
+                ) from None
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -358,7 +360,7 @@ class Hub:
                 return f"{error.filename} cannot be written: {error.strerror}"
             case _:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                return f"{self.endpoint} cannot be reached ({show(reason)})"
+                return f"{self.endpoint} cannot be reached, or breaks off ({show(reason)})"
 
     def _instead_of_name(self, repository: str) -> str:
         from huggingface_hub import HfApi

@@ -144,7 +144,7 @@ FILES = {
     "an error page": (b"<!DOCTYPE html>", "is truncated, or not a safetensors file: its header would take 5,7"),
     "a length that lies": (b"\xe8\3" + bytes(6) + b"{}", "its header would take 1,000 bytes, the file has 10"),
     "the longest length": (b"\xff" * 8 + b"{}", f"its header would take {2**64 - 1:,} bytes, the file has 10"),
-    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer, not the file itself; run `git lfs pull` in "),
+    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer, not the file itself; `git lfs pull`"),
 }
 
 

@@ -431,7 +431,7 @@ def test_offline_what_is_not_in_the_cache_is_one_message(
 def test_a_hub_that_cannot_be_reached_is_one_message(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_endpoint(monkeypatch, "http://127.0.0.1:9")
     message = refused(config)
-    assert f"base_model: {BASE}: http://127.0.0.1:9 cannot be reached (" in message
+    assert f"base_model: {BASE}: http://127.0.0.1:9 cannot be reached, or breaks off (" in message
     assert "if this is meant as a directory, there is none" in message
 
 
@@ -471,6 +471,21 @@ def test_connections_that_are_cut_change_nothing(
     hub.faults.append(Fault("cdn", "model.safetensors", cut_after=100_001, times=2))
     data(config, tmp_path / "downloaded")
     assert written(tmp_path / "downloaded") == local
+
+
+def test_a_download_that_breaks_off_for_good_says_so_and_can_be_gone_on_with(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    data(config, "--plan")
+    heads = hub.asked("cdn")
+    hub.faults.append(Fault("cdn", "model.safetensors", cut_after=10_001, spared=heads, times=FOREVER))
+    ran = moeplan(config, tmp_path / "out")
+    assert ran.status == 1
+    assert f"{hub.url} cannot be reached, or breaks off (" in ran.error
+    assert ran.error.endswith("files that came whole are kept: run the same command again to go on")
+    hub.faults.clear()
+    data(config, tmp_path / "out")
+    assert written(tmp_path / "out") == local
 
 
 def test_a_stream_that_loses_the_hub_for_good_goes_on_later_with_what_is_missing(

@@ -98,7 +98,7 @@ def test_a_tokenizer_that_is_a_git_lfs_pointer_is_neither_read_nor_copied(
     config = write_config(tmp_path / "c.yml", model, [model, checkpoint("llama-plain", 1)], gate_mode=gate_mode)
     ran = moeplan(config, tmp_path / "out")
     assert ran.status == 2
-    assert f"{model}/tokenizer.json: is a git-LFS pointer, not the file itself; run `git lfs pull`" in ran.error
+    assert f"{model}/tokenizer.json: is a git-LFS pointer, not the file itself; `git lfs pull`" in ran.error
 
 
 def test_code_that_is_not_copied_is_warned_of(model: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
