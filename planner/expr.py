@@ -59,6 +59,11 @@ class SourceFile:
     mtime_ns: int
     path: str
 
+    @property
+    def lasting(self) -> tuple[str, int, int]:
+        """What identifies it after a restart, too. Device numbers are given out anew when a file system is mounted."""
+        return self.path, self.nbytes, self.mtime_ns
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
@@ -71,6 +76,11 @@ class RemoteFile:
     url: str
     etag: str
     nbytes: int
+
+    @property
+    def lasting(self) -> tuple[str, str, int]:
+        """What identifies it at any time."""
+        return self.url, self.etag, self.nbytes
 
 
 Source = SourceFile | RemoteFile

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from planner.expr import Expr, Opaque
+from planner.expr import Expr, Opaque, RemoteFile, SourceFile
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -71,6 +71,8 @@ def digest(outputs: Mapping[str, Expr]) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, Expr):
             return number[value]
+        if isinstance(value, SourceFile | RemoteFile):
+            return value.lasting
         return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
     content = hashlib.sha256()

@@ -242,7 +242,8 @@ class Plan:
     def fingerprint(self) -> str:
         """A digest of the sources and of what is written where: equal for plans that give equal bytes from equal
         files, whatever their budget and the form that it leads to."""
-        content = {"sources": _encode(self.sources), "shards": _encode(self.shards), "graph": self.graph_digest}
+        sources = [source.lasting for source in self.sources]
+        content = {"sources": sources, "shards": _encode(self.shards), "graph": self.graph_digest}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -448,3 +449,5 @@ def test_a_fingerprint_tells_what_is_computed_of_what() -> None:
     fingerprints = {fingerprint(), *(fingerprint(**{name: value}) for name, value in changes.items())}
     assert len(fingerprints) == 1 + len(changes)
     assert fingerprint() == fingerprint()
+    mounted_anew = replace(FILES[0], device=7, inode=8)
+    assert fingerprint() == fingerprint(file=mounted_anew)
