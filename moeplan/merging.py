@@ -275,7 +275,7 @@ def _write_beside(merge_plan: MergePlan, made_from: Identity, result: RunResult,
 
 def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
     for _, model in sources.named():
-        if out.resolve() == model.checkpoint.path.resolve():
+        if out.resolve() in (directory.resolve() for directory in model.directories):
             raise OutputError(f"{out}: is a source of this merge; give another directory")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from commands import moeplan, snapshot, write_config
 from families import Case, expected_tensors, mlp, router_names
 from models import read_tensors
 from safetensors.torch import load_file, save_file
@@ -222,3 +223,13 @@ def test_the_oracle_holds_for_gates_of_the_base_that_adapters_share(checkpoint, 
     hidden, random = (read_tensors(merge(base, experts, gate_mode=mode)) for mode in ("hidden", "random"))
     for name in hidden.keys() - router_names(MIXTRAL):
         assert torch.equal(hidden[name], random[name]), name
+
+
+def test_an_adapter_is_a_source_that_is_never_overwritten(checkpoint, adapter, tmp_path):
+    base = checkpoint("llama-plain")
+    lora = adapter(base)
+    before = snapshot(lora)
+    config = write_config(tmp_path / "config.yml", base, [base, f"{base}+{lora}"])
+    ran = moeplan(config, lora, "--overwrite")
+    assert ran.error == f"{lora}: is a source of this merge; give another directory"
+    assert snapshot(lora) == before
