@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -262,6 +263,7 @@ def merge(
 
 
 def _write_beside(merge_plan: MergePlan, made_from: Identity, result: RunResult, directory: Path) -> None:
+    _clear_beside(merge_plan, directory)
     base = merge_plan.sources.base.checkpoint.path
     texts = {CONFIG: to_json(merge_plan.model_config)}
     if len(merge_plan.plan.shards) > 1:
@@ -271,6 +273,16 @@ def _write_beside(merge_plan: MergePlan, made_from: Identity, result: RunResult,
     write_beside(directory, {RECORD: record(merge_plan, made_from, result.checksums, directory, names)}, (), base)
     if merge_plan.options.write_model_card:  # after the record, since people edit their cards
         write_beside(directory, {CARD: model_card(merge_plan), CONFIG_COPY: merge_plan.config.source_text}, (), base)
+
+
+def _clear_beside(merge_plan: MergePlan, directory: Path) -> None:
+    """Remove what a run that was stopped here wrote beside the weights: it may be half a file, or not be wanted now."""
+    shards = {shard.filename for shard in merge_plan.plan.shards}
+    for left in directory.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name not in shards:
+            left.unlink()
 
 
 def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:

@@ -16,6 +16,8 @@ from make_models import save_tokenizer
 from safetensors import safe_open
 
 import moeplan as api
+from moeplan import merging
+from moeplan.staging import MODEL, PARTIAL
 
 
 @pytest.fixture
@@ -208,6 +210,18 @@ def test_a_model_is_overwritten_only_when_asked_and_never_a_source(checkpoint, c
         f"{source}: is a source of this merge; give another directory"
     )
     assert snapshot(source) == before
+
+
+def test_what_a_stopped_run_wrote_beside_the_weights_is_not_published_by_one_that_does_not_want_it(
+    checkpoint, config, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "model_card", lambda _: 1 / 0)
+        assert moeplan(config, out).status == 1
+    assert (out / PARTIAL / MODEL / "tokenizer.json").exists()
+    assert moeplan(config, out, "--no-copy-tokenizer").status == 0
+    assert not (out / "tokenizer.json").exists()
 
 
 def test_a_bug_is_told_without_a_traceback_which_v_shows(config, monkeypatch):
