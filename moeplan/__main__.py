@@ -12,6 +12,7 @@ from moeplan import interruption
 def main() -> None:
     """Run the command with the process's arguments. Raises SystemExit."""
     interruption.watch()
+    gc.set_threshold(200_000)  # a plan is many objects and no garbage, and looking for it took a third of the time
     atexit.register(gc.freeze)  # else Python goes through all of torch once more before it ends: a third of a second
     from moeplan.cli import run
 
