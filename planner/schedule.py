@@ -75,9 +75,9 @@ from planner.plan import (
     ZeroRoot,
 )
 
-WORKERS = 4
+WORKERS = 8
 MIN_SLAB_NBYTES = 1 << 20
-MAX_SLAB_NBYTES = 8 << 20
+MAX_SLAB_NBYTES = 4 << 20
 
 READ_AHEAD = 2
 """How many more blocks of a streamed weight are under way than are computed on."""
