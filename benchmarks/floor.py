@@ -1,8 +1,7 @@
 """The floor: moves as many bytes as asked for by direct I/O, past the page cache, through one aligned buffer.
 
-    python -I -S floor.py write NBYTES FILE         into a new, preallocated file, then fsync
-    python -I -S floor.py read NBYTES FILE...       from the files in turn
-    python -I -S floor.py copy NBYTES FILE... FILE  from the files in turn into a new, preallocated one, then fsync
+    python -I -S floor.py write NBYTES FILE    into a new, preallocated file, then fsync
+    python -I -S floor.py read NBYTES FILE...  from the files in turn
 
 prints `{"direct": true, "nbytes": N}`; `direct` is false where the file system has no direct I/O and the same was done
 through the page cache.
@@ -12,7 +11,6 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable
 
 PAGE = 4096
 BLOCK_NBYTES = 8 << 20
@@ -48,7 +46,7 @@ def write(path: str, nbytes: int) -> tuple[int, bool]:
     return end, direct
 
 
-def read(paths: list[str], nbytes: int, use: Callable[[memoryview, int], None] | None = None) -> tuple[int, bool]:
+def read(paths: list[str], nbytes: int) -> tuple[int, bool]:
     """Read from `paths`, in turn, until `nbytes`, rounded up to whole pages, have been read or the files end."""
     block = memoryview(mmap.mmap(-1, BLOCK_NBYTES))
     done, direct = 0, True
@@ -58,36 +56,16 @@ def read(paths: list[str], nbytes: int, use: Callable[[memoryview, int], None] |
         offset, end = 0, os.fstat(fd).st_size
         while offset < end and done < nbytes:
             count = os.preadv(fd, [block[: whole_pages(nbytes - done)]], offset)
-            if use is not None:
-                use(block, count)
             offset += count
             done += count
         os.close(fd)
     return done, direct
 
 
-def copy(paths: list[str], nbytes: int, to: str) -> tuple[int, bool]:
-    """Write what `read` reads, its last page of each file filled up, and wait until it is on the disk."""
-    fd, directly = open_directly(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.posix_fallocate(fd, 0, whole_pages(nbytes) + PAGE * len(paths))
-    written = 0
-
-    def put(block: memoryview, count: int) -> None:
-        nonlocal written
-        written += os.pwrite(fd, block[: whole_pages(count)], written)
-
-    done, direct = read(paths, nbytes, put)
-    os.fsync(fd)
-    os.close(fd)
-    return done, direct and directly
-
-
 def main() -> None:
     action, nbytes, *paths = sys.argv[1:]
     if action == "write":
         moved, direct = write(paths[0], int(nbytes))
-    elif action == "copy":
-        moved, direct = copy(paths[:-1], int(nbytes), paths[-1])
     else:
         moved, direct = read(paths, int(nbytes))
     print(json.dumps({"direct": direct, "nbytes": moved}))

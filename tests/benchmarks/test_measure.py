@@ -111,9 +111,6 @@ def test_the_floor_moves_as_many_bytes_as_asked_for_in_whole_pages(tmp_path: Pat
     names = [str(tmp_path / "b"), str(tmp_path / "a")]
     assert floor.read(names, 1 << 40)[0] == 23 * MIB + 7 + 4096
     assert floor.read(names, 3 * MIB)[0] == 3 * MIB
-    copied, _ = floor.copy(names, 10 * MIB, str(tmp_path / "c"))
-    assert copied == 10 * MIB + 7  # whole pages, and the end of the first file
-    assert (tmp_path / "c").read_bytes()[: 3 * MIB + 7] == (tmp_path / "b").read_bytes()
 
 
 def test_the_floor_says_where_there_is_no_direct_io(ramfs: Path) -> None:
