@@ -15,13 +15,12 @@ interrupted can be gone on with; now and then everything written so far is put o
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -33,6 +32,7 @@ from executor.buffers import SlabPool, WholeTensors
 from executor.checksums import checksum
 from executor.errors import RunError
 from executor.journal import Journal
+from executor.local import allow_open_files
 from executor.memory import give_back_what_is_freed, peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.resuming import Work, remaining
@@ -123,7 +123,7 @@ def run(
     """
     started = time.monotonic()
     journal = journal or Journal()
-    _allow_open_files(len(plan.sources) + 2 * len(plan.shards))
+    allow_open_files(2 * len(plan.sources) + 2 * len(plan.shards))
     if any(isinstance(step, KernelStep) and step.workspace_nbytes for step in plan.steps):
         give_back_what_is_freed()
     with (
@@ -162,11 +162,22 @@ def run(
             read_nbytes=engine.read_nbytes,
             written_nbytes=engine.written_nbytes,
             nbytes_by_path=dict(writer.nbytes) | ({"resumed": n} if (n := work.finished_nbytes) else {}),
-            checksums={content: stream.checksum for content, stream in journal.finished.streams.items()},
+            checksums=_checksums(plan, journal),
             seconds=time.monotonic() - started,
             peak_buffer_nbytes=engine.peak_buffer_nbytes,
             peak_resident_nbytes=peak_resident_nbytes(),
         )
+
+
+def _checksums(plan: Plan, journal: Journal) -> dict[FileSink, int]:
+    """Those of whole streams. Of one that an earlier run began, and this one shared, there is a part."""
+    numel: dict[FileSink, int] = {}
+    for step in plan.steps:
+        if isinstance(step, StreamStep):
+            for branch in step.branches:
+                numel |= {sink: step.numel for sink in branch.sinks if isinstance(sink, FileSink)}
+    streams = journal.finished.streams.items()
+    return {content: stream.checksum for content, stream in streams if stream.numel == numel.get(content)}
 
 
 @contextmanager
@@ -239,6 +250,7 @@ class _Run:
         self._tensors = WholeTensors(plan.buffer_nbytes)
         self._lock = Lock()
         self._stopping = Event()
+        self._error: BaseException | None = None
         self._syncing: Future[None] | None = None
         self._synced = time.monotonic()
         self.read_nbytes = 0
@@ -251,11 +263,12 @@ class _Run:
         with ThreadPoolExecutor(1) as beside:
             others = beside.submit(self._run_part, range(first, len(steps)))
             try:
-                with suppress(_StoppedError):  # then the other part says why
-                    self._run_part(range(first))
+                self._run_part(range(first))
                 others.result()
-            except BaseException:
-                self._stopping.set()
+            except BaseException as error:
+                first_error = self._stop(error)
+                if first_error is not error:
+                    raise first_error from first_error.__cause__
                 raise
         under_way = _Chunks()
         for alias in aliases:
@@ -282,9 +295,17 @@ class _Run:
                         self._finish(under_way)
                         self._free(step.frees)
                 self._finish(under_way)
-            except BaseException:
-                self._stopping.set()
+            except BaseException as error:
+                self._stop(error)
                 raise
+
+    def _stop(self, error: BaseException) -> BaseException:
+        """End both parts, wherever they wait; returns the first error that there was, which the run ends with."""
+        with self._lock:
+            self._error = self._error or error
+        self._stopping.set()
+        self._reader.interrupt()
+        return self._error
 
     def report(self, doing: str = "") -> None:
         if self._on_progress is not None:
@@ -491,11 +512,3 @@ def _place_in_page(part: Part, first: int) -> int:
         if isinstance(sink, FileSink):
             return (sink.offset + first * part.branch.dtype.itemsize) % PAGE
     return 0
-
-
-def _allow_open_files(count: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 256  # what Python and torch have open is far below
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 
 from executor.checksums import MODULUS
 from executor.errors import RunError
-from executor.files import write_all, write_file
+from executor.files import sync, write_all, write_file
 from planner.plan import FileSink
 
 NAME = "journal"
@@ -102,6 +102,7 @@ class Journal:
         self._lock = Lock()
         self._fd: int | None = None
         self._position = 0
+        self._is_lost = False
         self.finished = Finished()
         if directory is None:
             return
@@ -144,6 +145,9 @@ class Journal:
             for content in list(self.finished.streams):
                 del self.finished.streams[content]
                 self._append({"forgotten": [content.shard, content.offset]})
+            # Without this mark, what was forgotten would count again after a restart of the machine. It says nothing
+            # that is not true: nothing written counts any more, and saved results are on the disk before their line.
+            self._append({"safe": self._position})
         self._sync()
 
     def add_chunk(self, content: FileSink, first: int, numel: int, checksum: int, sinks: Iterable[FileSink]) -> None:
@@ -167,8 +171,10 @@ class Journal:
 
     def distrust(self) -> None:
         """Syncing failed: nobody knows whether what was written since the last `mark_safe` is on the disk."""
-        with suppress(RunError), self._lock:
-            self._append({"lost": True})
+        with self._lock:
+            with suppress(RunError):
+                self._append({"lost": True})
+            self._is_lost = True  # nor does anybody know of what is under way
 
     # ------------------------------------------------------------------------------------------------ kernels' results
 
@@ -187,7 +193,7 @@ class Journal:
     def load_result(self, key: str, memory: memoryview) -> None:
         """Fill `memory` with a result that an earlier run saved."""
         path = self._result(key)
-        with _failing(path), open(path, "rb", buffering=0) as file:
+        with _failing(path), open(path, "rb") as file:
             file.readinto(memory)
         if xxh3_64_intdigest(memory) != self.finished.results[key]:
             raise RunError(f"{path}: is not what was saved there; start again with --restart")
@@ -232,7 +238,7 @@ class Journal:
     # ----------------------------------------------------------------------------------------------------- the file
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        if self._fd is None or self._directory is None:
+        if self._fd is None or self._directory is None or self._is_lost:
             return
         line = _line(record)
         with _failing(self._directory / NAME):
@@ -255,6 +261,7 @@ class Journal:
             write_all(fd, text, 0)
             os.fsync(fd)
             new.rename(directory / NAME)
+            sync(directory)
         except BaseException:
             os.close(fd)
             raise

@@ -8,6 +8,7 @@ its page than the range in its file, file systems without direct I/O) goes throu
 from __future__ import annotations
 
 import os
+import resource
 from contextlib import suppress
 
 from executor.errors import RunError
@@ -91,3 +92,12 @@ class LocalFile:
         os.close(self.fd)
         if self._direct_fd is not None:
             os.close(self._direct_fd)
+
+
+def allow_open_files(count: int) -> None:
+    """Have the system allow this process so many open files, if it may; a `LocalFile` takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256  # what Python and torch have open is far below
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -13,7 +13,7 @@ from executor.blocks import chunks
 from executor.buffers import SlabPool
 from executor.checksums import MODULUS, checksum
 from executor.errors import RunError
-from executor.local import LocalFile
+from executor.local import LocalFile, allow_open_files
 from planner.expr import BLOCK
 from planner.layout import PAGE
 
@@ -78,9 +78,9 @@ def wrong(ranges: Sequence[Range], on_progress: Callable[[int], None] | None = N
             done += nbytes
 
     with ExitStack() as opened, ThreadPoolExecutor(WORKERS) as workers:
-        files = {path: LocalFile(str(path)) for path in _paths(ranges)}
-        for file in files.values():
-            opened.callback(file.close)
+        paths = _paths(ranges)
+        allow_open_files(2 * len(paths))
+        files = {path: opened.enter_context(closing(LocalFile(str(path)))) for path in paths}
         for _ in workers.map(lambda chunk: check(*chunk), _chunks(ranges)):
             if on_progress is not None:
                 on_progress(done)

@@ -87,6 +87,8 @@ class ShardWriter:
                 count = os.preadv(self._fds[shard], [memory], offset)
             except OSError as error:
                 raise self._failed(shard, error) from error
+            if count == 0:
+                raise RunError(f"{self._paths[shard]}: ends at byte {offset}; it was changed during the run")
             memory, offset = memory[count:], offset + count
 
     def sync(self) -> None:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from test_engine import column_sums, digest, planned, source
 
-from executor import engine, journal
+from executor import engine, journal, routing
 from executor.engine import RunResult, run
 from executor.errors import RunError
 from executor.journal import Journal
 from executor.local import LocalFile
+from executor.reader import SourceReader
 from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, scale
-from planner.plan import Plan
+from planner.plan import FileSink, Plan
 
 KERNELS = {"column_sums": column_sums}
 
@@ -216,6 +218,14 @@ def test_what_could_not_be_synced_does_not_count(
     assert digest(place / "model") == whole[0]
 
 
+def test_what_is_noted_after_a_failure_to_sync_does_not_count_either(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    kept.distrust()
+    kept.add_chunk(FileSink(0, 8), 0, 4, 1, [FileSink(0, 8)])
+    kept.close()
+    assert Journal(tmp_path, {}).is_empty
+
+
 def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +257,84 @@ def test_a_shard_that_is_gone_or_cut_is_written_anew(
     harm(min((place / "model").iterdir()))
     assert "resumed" not in go_on(plan, place).nbytes_by_path
     assert digest(place / "model") == whole[0]
+
+
+def test_a_shard_that_was_gone_is_not_trusted_after_a_restart_of_the_machine_either(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    monkeypatch.setattr(engine, "SYNC_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
+    monkeypatch.undo()
+    min((place / "model").iterdir()).unlink()
+    with pytest.raises(Stop):  # the shard is there again, at full size, with nothing in it
+        go_on(plan, place, on_progress=stopping_after(0))
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    go_on(plan, place)
+    assert digest(place / "model") == whole[0]
+
+
+def test_a_journal_is_under_its_name_on_the_disk_before_anything_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def noting(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    Journal(tmp_path, {}).close()
+    assert synced == [tmp_path / f"{journal.NAME}.new", tmp_path]
+
+
+class Copying:
+    """A shortcut that works anywhere."""
+
+    name = "copied"
+
+    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> tuple[int, int]:
+        os.pwrite(target, os.pread(source, nbytes, source_offset), target_offset)
+        return 0, nbytes
+
+
+def test_of_a_stream_that_was_begun_and_then_shared_there_is_no_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(8192, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plan = planned(dict(source(tmp_path / "pages.safetensors", {"weight": weight})), budget=2 << 20)
+    whole = go_on(plan, tmp_path / "whole")
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", on_progress=stopping_after(4_000_000))
+    monkeypatch.setattr(routing, "SHORTCUTS", (Copying(),))
+    result = go_on(plan, tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
+    assert result.nbytes_by_path["copied"] == weight.nbytes
+    assert whole.checksums
+    assert result.checksums == {}
+
+
+def test_a_run_that_fails_waits_for_no_network(
+    plan: Plan, reads: dict[str, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that waits for a server is interrupted, and what it says then does not hide why."""
+    interrupted, read_into = Event(), SourceReader.read_into
+
+    def waiting(self: SourceReader, source: int, offset: int, *args: Any, **how: Any) -> None:
+        if offset == reads["other"].offset:
+            assert interrupted.wait(10)
+            raise RunError("interrupted")
+        read_into(self, source, offset, *args, **how)
+
+    def failing(*args: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(SourceReader, "read_into", waiting)
+    monkeypatch.setattr(SourceReader, "interrupt", lambda _: interrupted.set())
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": failing})
 
 
 def test_a_journal_that_ends_in_the_middle_of_a_line_counts_up_to_there(plan: Plan, tmp_path: Path, whole: Any) -> None:
