@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+BLOCK_NBYTES = 1 << 20
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -14,6 +17,14 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Put what `source` holds into the file `path`, a block at a time, and wait until it is there. Raises OSError."""
+    with open(source, "rb") as file, open(path, "wb") as target:
+        shutil.copyfileobj(file, target, BLOCK_NBYTES)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

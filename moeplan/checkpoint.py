@@ -9,6 +9,8 @@ the directory is opened, and nothing is executed. What is wrong is a CheckpointE
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -134,6 +136,11 @@ class Checkpoint:
         """The family that the model says it is of: "llama", "mistral" ..."""
         model_type: str = self.config["model_type"]
         return model_type
+
+    @property
+    def config_sha256(self) -> str:
+        """A digest of what `config.json` says."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
     def integer(self, key: str, *, default: int | None = None, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         """The whole number from `minimum` to `maximum` that `config.json` has for `key`.

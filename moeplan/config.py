@@ -59,6 +59,8 @@ _MAX_DEPTH = 32
 _MAX_LITERAL_LENGTH = 100  # of a number or date; YAML's base-60 integers take quadratic time to read
 _MAX_LISTED = 20
 
+_MAX_NAME = 4096
+
 
 class ConfigError(UserError):
     """The configuration is not one that can be merged. The message has one line for each problem found."""
@@ -75,7 +77,9 @@ def _encodable(text: str) -> str:
 
 def _model_reference(text: str) -> str:
     if not text.strip() or "\0" in text:
-        raise PydanticCustomError("rule", "names no model: write the path of a model's directory")
+        raise PydanticCustomError("rule", "names no model: write a model's directory, or its name on the Hub")
+    if len(text) > _MAX_NAME:
+        raise PydanticCustomError("rule", "is a name of more than 4,096 characters, which no system takes")
     return text
 
 

@@ -94,8 +94,11 @@ class Snapshot:
 
     def prepare(self, names: Collection[str]) -> None:
         missing = [name for name in names if name in self.files and not self.is_here(name)][:MAX_HEADS]
-        with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
-            list(workers.map(self.hub.head, map(self._remote, missing)))
+        try:
+            with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
+                list(workers.map(self.hub.head, map(self._remote, missing)))
+        except RunError as error:
+            raise CheckpointError(str(error)) from None
 
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[BinaryIO, Source]]:

@@ -50,7 +50,7 @@ FLAGS = (
     Flag(
         ("--allow-crimes", "--no-allow-crimes"),
         Fate.UNNEEDED,
-        "models that one output family can hold may be mixed, and no others",
+        "all models must be of one family, here as in mergekit-moe",
     ),
     Flag(("--unsafe-truncate-embeddings",), Fate.UNNEEDED, "the embeddings are the base's alone, so all rows fit"),
     Flag(("--no-unsafe-truncate-embeddings",), Fate.WORKS, "never done"),

@@ -23,6 +23,7 @@ from moeplan.config import ALLOW_ALL_SAME_FLAG, MergeConfig, is_useless_without_
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import PROMPTLESS
 from moeplan.model_ref import parse_model_ref
+from moeplan.options import DECISIVE, flag
 
 if TYPE_CHECKING:
     from moeplan.merging import MergePlan
@@ -210,9 +211,10 @@ def _options(plan: MergePlan) -> list[str]:
     """The options that the model's bytes depend on, where they are not the defaults."""
     given, defaults = plan.options, type(plan.options)()
     options = [] if not is_useless_without_training(plan.config) else [ALLOW_ALL_SAME_FLAG]
-    for name in ("out_shard_size", "expert_layout", "random_seed"):
-        if getattr(given, name) != getattr(defaults, name):
-            options.append(f"--{name.replace('_', '-')} {getattr(given, name)}")
+    for name in DECISIVE:
+        value = getattr(given, name)
+        if value != getattr(defaults, name):
+            options.append(flag(name) if value is True else f"{flag(name)} {value}")
     return options
 
 

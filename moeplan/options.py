@@ -21,10 +21,18 @@ class OptionError(UserError):
     """An option's value that cannot be understood."""
 
 
+DECISIVE = ("out_shard_size", "expert_layout", "random_seed", "load_in_8bit", "load_in_4bit", "trust_remote_code")
+"""The options that the bytes of the output depend on."""
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to merge. The bytes of the output depend on `out_shard_size`, `expert_layout`, `random_seed`, `load_in_8bit`,
-    `load_in_4bit` and `trust_remote_code` alone."""
+    """How to merge. The bytes of the output depend on the `DECISIVE` options alone."""
 
     max_memory: str | int | None = None
     """The most memory that the process may have resident: bytes, `2GiB`, `512MB`, or a share of all memory, `50%`.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.errors import RunError
-from executor.files import sync, write_file
+from executor.files import copy_file, sync, write_file
 from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.errors import UserError
 
@@ -38,7 +38,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-TEMPLATE = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
+TEMPLATES = "additional_chat_templates"
+TEMPLATE = re.compile(rf"{TEMPLATES}/[\w.-]+\.jinja")
 CODE = re.compile(r"tokenization_\w+\.py")
 """Code that belongs to a tokenizer: copied, and never run."""
 
@@ -60,7 +61,11 @@ def is_tokenizer_file(name: str) -> bool:
 def is_of_a_model(name: str) -> bool:
     """Whether a file of this name in a model's directory belongs to the model."""
     suffixes = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
-    return name in (CONFIG, "moeplan.json") or is_tokenizer_file(name) or name.endswith(suffixes)
+    return (
+        name in (CONFIG, TEMPLATES, "moeplan.json", "moeplan_config.yml")
+        or is_tokenizer_file(name)
+        or name.endswith(suffixes)
+    )
 
 
 def existing(directory: Path) -> Path:
@@ -84,7 +89,7 @@ def tokenizer_files(source: Path) -> list[Path]:
     """
     names = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     names += sorted(file.name for file in source.glob("tokenization_*.py") if CODE.fullmatch(file.name))
-    templates = source / "additional_chat_templates"
+    templates = source / TEMPLATES
     if templates.is_dir():
         names += sorted(str(file.relative_to(source)) for file in templates.glob("*.jinja"))
     if len(names) > MAX_TOKENIZER_FILES:
@@ -113,7 +118,7 @@ def missing_code(directory: Path) -> list[str]:
         for name in (classes if isinstance(classes, list) else [classes])
         if isinstance(name, str) and "--" not in name
     }
-    return sorted(f"{module}.py" for module in modules if module and not (directory / f"{module}.py").exists())
+    return sorted(f"{module}.py" for module in modules if module and not os.path.lexists(directory / f"{module}.py"))
 
 
 def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Path], source: Path) -> None:
@@ -124,7 +129,7 @@ def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Pat
         for file in copied:
             target = directory / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            write_file(target, file.read_bytes())
+            copy_file(file, target)
             sync(target.parent)
     except OSError as error:
         raise RunError(f"{error.filename or directory}: writing failed: {error.strerror}") from error

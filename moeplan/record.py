@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from executor.manifest import Segment, manifest
 from executor.reader import name_of
+from moeplan.checkpoint import CONFIG
+from moeplan.options import DECISIVE, flag
 from moeplan.safetensors_header import LENGTH_NBYTES
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
@@ -34,16 +36,16 @@ CHECKSUM = "sum modulo 2^64 of XXH3-64 of blocks of 16384 elements, the first of
 
 def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     """What makes a merge that merge: config, options, sources, versions, and the plan that follows from them."""
-    options = merge_plan.options
+    options, base = merge_plan.options, merge_plan.sources.base.checkpoint
+    values = {name: getattr(options, name) for name in DECISIVE}
+    values |= {"out_shard_size": str(options.out_shard_size), "expert_layout": merge_plan.layout}
+    packages = [*PACKAGES, *(["bitsandbytes"] if options.bits else [])]
     return {
         "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
-        "option": {
-            "--out-shard-size": str(options.out_shard_size),
-            "--expert-layout": merge_plan.layout,
-            "--random-seed": options.random_seed,
-        },
+        "option": {flag(name): value for name, value in values.items()},
         "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
-        "version of": {package: version(package) for package in PACKAGES},
+        "settings in": {str(base.path / CONFIG): base.config_sha256},
+        "version of": {package: version(package) for package in packages},
         "plan": {"fingerprint": merge_plan.plan.fingerprint},
     }
 
@@ -72,7 +74,7 @@ def record(
             name: [_segment(segment, sources) for segment in segments]
             for name, segments in manifest(merge_plan.plan, checksums).items()
         },
-        "files": {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sorted(files)},
+        "files": {name: file_sha256(directory / name) for name in sorted(files)},
     }
     return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
 
@@ -108,6 +110,12 @@ def _source(source: Source) -> dict[str, Any]:
     except OSError:
         digest = None
     return {"nbytes": source.nbytes, "mtime_ns": source.mtime_ns, "header_sha256": digest}
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a whole file. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def header_sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from executor.verifying import Range, wrong
 from moeplan.errors import UserError
-from moeplan.record import FORMAT, RECORD, header, header_sha256
+from moeplan.record import FORMAT, RECORD, file_sha256, header, header_sha256
 from moeplan.safetensors_header import LENGTH_NBYTES, parse_header
 from moeplan.untrusted_json import JSONError, parse_object, show
 
@@ -107,7 +107,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
 def _check_file(path: Path, name: str, expected: str, found: Verification) -> None:
     if not path.is_file():
         found.wrong.append(f"{name}: is not there")
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    elif file_sha256(path) != expected:
         found.wrong.append(f"{name}: is not what was written")
 
 

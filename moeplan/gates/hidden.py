@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from executor.weights import Weights
+    from moeplan.gates.skeleton import Skeleton
 
 GROUP_NBYTES = 256 << 20
 """Prompts are evaluated in groups whose activations take no more than this, padding counted (one prompt at the least).
@@ -107,7 +108,7 @@ def _model(request: GateRequest) -> dict[str, Any]:
             stacklevel=2,
         )
     own_code = {"own_code": True} if own and request.trust_remote_code else {}
-    return {"model": str(checkpoint.path.resolve()), **own_code}
+    return {"model": str(checkpoint.path.resolve()), "config": checkpoint.config_sha256, **own_code}
 
 
 def own_model_class(config: Mapping[str, Any]) -> str | None:
@@ -185,10 +186,14 @@ def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> 
     """The residual stream that enters the first layer, `[num_tokens, hidden_size]`: prompt after prompt."""
     import torch
 
+    torch.index_select(inputs[0].float(), 0, torch.tensor(params["rows"]), out=output)
+    _evaluate(_skeleton(params).entering, params["groups"], output, output)
+
+
+def _skeleton(params: Any) -> Skeleton:
     from moeplan.gates.skeleton import skeleton
 
-    torch.index_select(inputs[0].float(), 0, torch.tensor(params["rows"]), out=output)
-    _evaluate(skeleton(params["model"], params.get("own_code", False)).entering, params["groups"], output, output)
+    return skeleton(params["model"], params["config"], params.get("own_code", False))
 
 
 def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
@@ -206,16 +211,13 @@ def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) ->
 
 def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
     """The residual stream after one decoder layer, from that before it, the layer's vectors and its matrices."""
-    from moeplan.gates.skeleton import skeleton
-
     stream, tensors = inputs[0], dict(zip(params["tensors"], inputs[1:], strict=True))
     matrices = dict(zip(params["matrices"], weights.matrices, strict=True))
     if bits := params.get("bits"):
         from moeplan.gates.quantised import quantise
 
         matrices = {name: quantise(matrix, weights, bits) for name, matrix in matrices.items()}
-    model = skeleton(params["model"], params.get("own_code", False))
-    with model.layer(params["layer"], tensors, matrices, weights) as layer:
+    with _skeleton(params).layer(params["layer"], tensors, matrices, weights) as layer:
         _evaluate(layer, params["groups"], stream, output)
 
 

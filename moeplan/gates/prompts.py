@@ -185,9 +185,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], text_nbytes: int) -> dict[str, Any]:
-    """A tokenizer_config.json that names no BOS token means none; without that file config.json decides."""
-    named = next((name for name in BOS_FILES if os.path.lexists(path / name)), None)
-    bos = bos_token(path, named) if named else None
+    """A tokenizer_config.json that names no BOS token means none; without such files config.json decides."""
+    named, bos = _bos(path)
     with opened(path, FAST) as file:
         work_nbytes = _check_file(path / FAST, file) + TEXT_WEIGHT * text_nbytes
         limits = {
@@ -203,13 +202,30 @@ def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], te
     return answer
 
 
+def _bos(path: Path) -> tuple[str | None, str | None]:
+    """Which of `BOS_FILES` has the last word on the BOS token, as in transformers, and what it says.
+
+    special_tokens_map.json has, where it names one, unless tokenizer_config.json lists its added tokens, as it does
+    since there is no need of that other file (transformers, tokenization_utils_base.py, `_from_pretrained`).
+    """
+    newer, older = BOS_FILES
+    there = [name for name in BOS_FILES if os.path.lexists(path / name)]
+    if not there:
+        return None, None
+    named = there[0]
+    if there == [newer, older] and "added_tokens_decoder" not in read_json(path, newer, MAX_NBYTES):
+        named = older if "bos_token" in read_json(path, older, MAX_NBYTES) else newer
+    return named, bos_token(path, named)
+
+
 def bos_token(path: Path, name: str) -> str | None:
+    """The BOS token that a file names; None where it names none, which may be written as empty text."""
     bos = read_json(path, name, MAX_NBYTES).get("bos_token")
     if isinstance(bos, dict):
         bos = bos.get("content")
     if bos is not None and not isinstance(bos, str):
         raise CheckpointError(f"{path / name}: bos_token is {show(bos)}; it must be text, or null")
-    return bos
+    return bos or None
 
 
 def _check_file(where: Path, file: BinaryIO) -> int:

@@ -173,6 +173,9 @@ def _serve_linears(layer: nn.Module) -> dict[str, BlockedLinear]:
 
 
 @lru_cache(maxsize=1)
-def skeleton(path: str, own_code: bool) -> Skeleton:
-    """The skeleton of the model in directory `path`, by its own code or transformers'; the last one is kept."""
+def skeleton(path: str, config_sha256: str, own_code: bool) -> Skeleton:
+    """The skeleton of the model in directory `path`, with that config, by its own code or transformers'.
+
+    The last one is kept.
+    """
     return Skeleton(path, own_code)

@@ -36,7 +36,9 @@ def main() -> None:
     request = json.load(sys.stdin.buffer)
     # At the end of its time the process is killed, wherever it is; Python's own handlers would wait for the library.
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-    resource.setrlimit(resource.RLIMIT_DATA, (request["data_nbytes"], resource.RLIM_INFINITY))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = request["data_nbytes"] if hard == resource.RLIM_INFINITY else min(request["data_nbytes"], hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         answer = _answer(request)

@@ -628,13 +628,18 @@ YAMLS: dict[str, tuple[str | bytes, str, str]] = {
     "a number for a prompt": (YAML.replace("prompt 2", "42"), ":7", "must be text, but YAML reads 42 as a number"),
     "half a surrogate pair": (YAML.replace("prompt 2", r'"\ud800"'), ":7", "holds half of a surrogate pair"),
     "a NUL in a path": (YAML.replace("base_model: model", r'base_model: "a\0b"'), ":1", "names no model: write"),
+    "a path of a megabyte": (
+        YAML.replace("base_model: model", f"base_model: {'a+' * 500_000}"),
+        ":1",
+        "more than 4,096 c",
+    ),
     "terminal codes in a path": (
         YAML.replace("base_model: model", r'base_model: "\e[2J"'),
         ":1",
         r"'\x1b[2J': is not the path of a directory",
     ),
-    "a path of 5,000 characters": (
-        YAML.replace("base_model: model", f"base_model: {5000 * 'a'}"),
+    "a path of 4,000 characters": (
+        YAML.replace("base_model: model", f"base_model: {4000 * 'a'}"),
         ":1",
         "name too long",
     ),

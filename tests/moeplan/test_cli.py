@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,37 @@ def test_what_a_stopped_run_wrote_beside_the_weights_is_not_published_by_one_tha
     assert (out / PARTIAL / MODEL / "tokenizer.json").exists()
     assert moeplan(config, out, "--no-copy-tokenizer").status == 0
     assert not (out / "tokenizer.json").exists()
+
+
+def test_a_merge_is_not_gone_on_with_when_the_base_s_config_has_changed(checkpoint, tmp_path, monkeypatch):
+    base, out = shutil.copytree(checkpoint("llama-plain"), tmp_path / "base"), tmp_path / "out"
+    config = write_config(tmp_path / "config.yml", base, [base, checkpoint("llama-plain", 1)], gate_mode="hidden")
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "model_card", lambda _: 1 / 0)
+        assert moeplan(config, out).status == 1
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "rope_theta": 123.0, "rope_parameters": None}))
+    assert f"settings in {base}/config.json was" in moeplan(config, out).error
+
+
+def test_a_model_that_takes_the_place_of_another_is_found_with_none_of_its_chat_templates(checkpoint, config, tmp_path):
+    base, out = shutil.copytree(checkpoint("llama-plain"), tmp_path / "base"), tmp_path / "out"
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("OLD")
+    assert moeplan(write_config(tmp_path / "old.yml", base, [base, checkpoint("llama-plain", 1)]), out).status == 0
+    assert (out / "additional_chat_templates" / "tools.jinja").exists()
+    assert moeplan(config, out, "--overwrite").status == 0
+    assert not (out / "additional_chat_templates").exists()
+
+
+def test_code_of_any_name_may_be_missing(checkpoint, tmp_path):
+    base = shutil.copytree(checkpoint("llama-plain"), tmp_path / "base")
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": f"{'a' * 300}.T"}}))
+    config = write_config(tmp_path / "config.yml", base, [base, checkpoint("llama-plain", 1)])
+    ran = moeplan(config, tmp_path / "out")
+    assert ran.status == 0
+    assert "aaa.py" in ran.stderr
 
 
 def test_a_bug_is_told_without_a_traceback_which_v_shows(config, monkeypatch):

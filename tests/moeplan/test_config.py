@@ -487,7 +487,7 @@ def test_a_model_reference_that_is_a_mapping_is_refused(key: str) -> None:
 @pytest.mark.parametrize("typed", ['""', '"  "', r'"a\0b"'])
 def test_a_model_reference_that_names_nothing_is_refused(typed: str) -> None:
     assert refusal(CLOWN_CAR.replace("german", typed)) == (
-        "config.yml:6: experts[1].source_model: names no model: write the path of a model's directory"
+        "config.yml:6: experts[1].source_model: names no model: write a model's directory, or its name on the Hub"
     )
 
 

@@ -250,6 +250,7 @@ def test_prompts_need_a_tokenizer(models, refused):
 )
 def test_a_tokenizer_config_that_names_no_bos_token_of_the_tokenizer_is_refused(models, refused, content, message):
     (models[0] / "tokenizer_config.json").write_text(content)
+    (models[0] / "special_tokens_map.json").unlink(missing_ok=True)
     assert refused(gate_mode="hidden").startswith(f"base/tokenizer_config.json: {message}")
 
 

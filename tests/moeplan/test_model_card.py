@@ -115,7 +115,14 @@ def test_a_config_made_in_python_is_written_as_yaml_that_says_the_same(linked, t
 def test_the_commands_on_the_card_merge_and_load_the_model(linked):
     model = linked("model")
     config = write_config(Path("config.yml"), model, [model] * 2, gate_mode="cheap_embed")
-    given = ["--out-shard-size", "20K", "--random-seed", "7", "--i-understand-this-is-not-useful-without-training"]
+    given = [
+        "--load-in-8bit",
+        "--out-shard-size",
+        "20K",
+        "--random-seed",
+        "7",
+        "--i-understand-this-is-not-useful-without-training",
+    ]
     assert moeplan(config, "out", *given).status == 0
     content = Path("out/README.md").read_text()
 

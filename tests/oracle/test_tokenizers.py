@@ -9,6 +9,7 @@ import pytest
 from commands import moeplan, write_config
 from models import use_sentencepiece
 from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
 
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
@@ -38,6 +39,31 @@ def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives(m
     assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
         (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
     ]
+
+
+@pytest.mark.parametrize(
+    ("newer", "older"),
+    [
+        ({}, {"bos_token": "<s>"}),
+        ({"bos_token": ""}, {"bos_token": "<s>"}),
+        ({"bos_token": "</s>"}, {"bos_token": {"content": "<s>"}}),
+        ({"bos_token": "<s>"}, {}),
+        ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "</s>"}),
+        ({"added_tokens_decoder": {}}, {"bos_token": "<s>"}),
+    ],
+)
+def test_the_bos_token_is_the_one_that_transformers_takes(
+    model: Path, newer: dict[str, object], older: dict[str, object]
+) -> None:
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **newer})
+    )
+    (model / "special_tokens_map.json").write_text(json.dumps(older))
+    expert = Expert(source_model="model", positive_prompts=TEXTS[:1])
+    tokenized = prompts.tokenize([expert], as_dense_model(open_checkpoint(model)), trust_remote_code=False)
+    oracle = AutoTokenizer.from_pretrained(model)
+    start = [] if oracle.bos_token_id is None else [oracle.bos_token_id]
+    assert list(tokenized.tokens[0]) == [*start, *oracle.encode(TEXTS[0], add_special_tokens=False)]
 
 
 @pytest.mark.parametrize("absent", [("sentencepiece",), ("sentencepiece", "protobuf"), ("protobuf",)])
