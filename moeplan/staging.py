@@ -102,13 +102,14 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
         except OSError as error:
             raise RunError(f"{directory}: cannot be made: {error.strerror}") from error
         journal: Journal | None = None
+        is_begun = read_identity(partial) is not None
         try:
             journal = Journal(partial, identity)
             cleanup.callback(journal.close)
             yield Stage(partial / MODEL, journal)
             _publish(directory, journal, overwrite=overwrite)
         except BaseException as error:
-            if journal is None or journal.is_empty:
+            if journal.is_empty if journal is not None else not is_begun:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 error.add_note(GOES_ON)

@@ -7,6 +7,7 @@ import pytest
 from commands import snapshot
 
 from executor.errors import RunError
+from executor.journal import Journal
 from moeplan.output import OutputError
 from moeplan.staging import PARTIAL, Stage, check_output, staged
 from planner.plan import FileSink
@@ -133,6 +134,17 @@ def test_an_unfinished_merge_of_something_else_is_refused_with_what_changed(tmp_
     with staged(tmp_path, now, restart=True) as stage:
         assert stage.journal.is_empty
         assert snapshot(stage.directory) == {}
+
+
+def test_what_is_finished_is_kept_where_the_journal_cannot_be_opened(tmp_path, monkeypatch):
+    with pytest.raises(RunError):
+        fail_in_the_middle(tmp_path)
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_rewritten", lambda *_: (tmp_path / "nowhere").stat())
+        with pytest.raises(RunError), staged(tmp_path, SAME):
+            pass
+    assert snapshot(tmp_path) == before
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
