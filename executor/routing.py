@@ -1,8 +1,9 @@
 """Which way each range goes: by a shortcut, or streamed.
 
-Shortcuts are taken at once, before anything is streamed: they cost no time, and what is left tells how much space the
-output really takes. A tensor that lies in the output several times is streamed to the first place; where the file
-system can share extents, the others become *aliases*, made of the first when all is streamed.
+Shortcuts are taken at once, before anything is streamed, so what is left tells how much space the output really takes.
+Reflinks cost no time; a file server's copies do, and are done again after a run that was stopped. A tensor that lies in
+the output several times is streamed to the first place; where the file system can share extents, the others become
+*aliases*, made of the first when all is streamed.
 """
 
 from __future__ import annotations
