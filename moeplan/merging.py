@@ -157,9 +157,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     if snapshot is not None and config.gate_mode not in gates.PROMPTLESS:
         fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
     mode = gates.gate_mode(config.gate_mode)
-    gated = config.experts
-    if family.shared is not None and family.shared.gate is not None:
-        gated += config.shared_experts
+    is_shared_gated = family.shared is not None and family.shared.gate is not None
     graph = Lowering(
         config=config,
         family=family,
@@ -168,7 +166,16 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             config,
             mode,
             gates.GateRequest(
-                config.gate_mode, sources.base, gated, options.random_seed, options.bits, options.trust_remote_code
+                mode=config.gate_mode,
+                base=sources.base,
+                experts=config.experts,
+                shared=config.shared_experts if is_shared_gated else (),
+                models=sources.experts + (sources.shared if is_shared_gated else ()),
+                ridge=config.ridge,
+                gate_tokens=config.gate_tokens,
+                seed=options.random_seed,
+                bits=options.bits,
+                trust_remote_code=options.trust_remote_code,
             ),
         ),
         dtype=dtype,
@@ -376,9 +383,9 @@ def _routers(config: MergeConfig, mode: gates.GateMode, request: gates.GateReque
     try:
         return mode.routers(request)
     except PromptError as error:
-        number, key, position = error.place
+        number, *place = error.place
         role, number = ("experts", number) if number < len(config.experts) else ("shared_experts", 0)
-        raise CheckpointError(f"{config.where(role, number, key, position)}: {error}") from error
+        raise CheckpointError(f"{config.where(role, number, *place)}: {error}") from error
 
 
 def _layout(family: Family, asked: str | None) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def routers(request: GateRequest) -> list[Opaque]:
     """One expression, as many times as there are layers."""
-    prompts = tokenize(request.experts, request.base, request.trust_remote_code)
+    prompts = tokenize(request)
     vocabulary = prompts.vocabulary()
     row = {token: index for index, token in enumerate(vocabulary)}
 
@@ -36,8 +36,8 @@ def routers(request: GateRequest) -> list[Opaque]:
         "negative": [counts(indices) for indices in prompts.negative],
     }
     rows = embedding_rows(request.base, vocabulary)
-    shape = (len(request.experts), request.base.hidden_size)
-    router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, shape, workspace_nbytes=2 * rows.numel * 4)
+    workspace = 2 * 4 * rows.numel
+    router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, request.router_shape, workspace)
     return [router] * request.base.num_layers
 
 

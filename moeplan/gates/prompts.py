@@ -1,6 +1,7 @@
 """Prompts as token ids, and the embedding rows of those ids.
 
-A prompt is the BOS token, if the tokenizer has one, and the text's tokens; no other special token is added.
+A prompt is the BOS token, if the tokenizer has one, and the text's tokens; no other special token is added. Passages of
+files are prompts, too, whose ends are cut off.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
+from moeplan.gates import GateRequest
+from moeplan.gates.passages import PassageError, passages
 from moeplan.output import TOKENIZER_FILES
 from moeplan.untrusted_json import show
 from planner.expr import Concat, Read
@@ -45,11 +47,17 @@ NBYTES_PER_SECOND = 4 << 20
 DATA_NBYTES = 96 << 20
 DATA_NBYTES_PER_BYTE = 24
 TEXT_WEIGHT = 64
+PASSAGE_TOKENS = 255
+"""Of a passage of a file, beside BOS."""
+
+TEXT_NBYTES_PER_TOKEN = 16
+"""So much text is drawn from files for each token that is wanted: no tokenizer makes fewer tokens of it."""
+
 TRANSFORMERS_LIMITS = {"seconds": 120.0, "data_nbytes": 4 << 30}
 
 
-PromptPlace = tuple[int, str, int]
-"""The expert's number, `positive_prompts` or `negative_prompts`, the prompt's number."""
+PromptPlace = tuple[int, str] | tuple[int, str, int]
+"""The expert's number, the key of its entry in the config, and, where that is a list, the number in it."""
 
 
 class PromptError(CheckpointError):
@@ -64,12 +72,14 @@ class PromptError(CheckpointError):
 class Prompts:
     """The distinct prompts of a config, shortest first.
 
-    `positive[e]` and `negative[e]` are expert e's prompts, as indices into `tokens`.
+    `positive[e]` and `negative[e]` are expert e's prompts, as indices into `tokens`, each of which begins with `start`:
+    the BOS token, or nothing.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     positive: tuple[tuple[int, ...], ...]
     negative: tuple[tuple[int, ...], ...]
+    start: tuple[int, ...]
 
     @property
     def lengths(self) -> list[int]:
@@ -81,37 +91,80 @@ class Prompts:
         return sorted({token for ids in self.tokens for token in ids})
 
 
-def tokenize(experts: Sequence[Expert], base: DenseModel, trust_remote_code: bool) -> Prompts:
-    """The prompts of `experts`, tokenised with the base's tokenizer, by its own code where that is trusted.
+@dataclass(frozen=True)
+class _Text:
+    """A text of an expert's, and where it is from."""
 
-    Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a prompt comes out empty,
-    longer than the model's context, or with a token that the embedding has no row for.
+    text: str
+    place: PromptPlace
+
+    @property
+    def key(self) -> str:
+        return self.place[1]
+
+
+def tokenize(request: GateRequest) -> Prompts:
+    """The prompts of the request, tokenised with the base's tokenizer, by its own code where that is trusted.
+
+    Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a file cannot be read, or
+    a prompt comes out empty, longer than the model's context, or with a token that the embedding has no row for.
     """
-    places: dict[str, PromptPlace] = {}
-    for number, expert in enumerate(experts):
-        for key in ("positive_prompts", "negative_prompts"):
-            for position, text in enumerate(getattr(expert, key)):
-                places.setdefault(text, (number, key, position))
+    base = request.base
+    texts = [list(_texts(number, request)) for number in range(len(request.rows))]
+    distinct = list(dict.fromkeys(text.text for of_row in texts for text in of_row))
     path = base.checkpoint.path
-    own_code = trust_remote_code and has_own_tokenizer(path)
-    ids = dict(zip(places, _encode(path, base.checkpoint.config, list(places), own_code), strict=True))
-    for text, tokens in ids.items():
-        wrong = _what_is_wrong(text, tokens, base)
-        if wrong:
-            raise PromptError(places[text], wrong)
+    own_code = request.trust_remote_code and has_own_tokenizer(path)
+    start, encoded = _encode(path, base.checkpoint.config, distinct, own_code)
+    ids = dict(zip(distinct, encoded, strict=True))
+    of_rows: list[dict[str, list[tuple[int, ...]]]] = []
+    for of_row in texts:
+        of_rows.append({"positive_prompts": [], "negative_prompts": [], "positive_files": []})
+        room = request.gate_tokens
+        for text in of_row:
+            tokens = (*start, *ids[text.text])
+            if text.key == "positive_files":
+                most = min(PASSAGE_TOKENS, base.settings["max_position_embeddings"] - len(start), room)
+                tokens = tokens[: len(start) + most]
+                room -= len(tokens) - len(start)
+                if most <= 0 or len(tokens) == len(start):
+                    continue
+            elif not text.text:
+                warnings.warn(
+                    "an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2
+                )
+            if wrong := _what_is_wrong(text.text, tokens, base):
+                raise PromptError(text.place, wrong)
+            of_rows[-1][text.key].append(tokens)
+        if of_row and not (of_rows[-1]["positive_prompts"] or of_rows[-1]["positive_files"]):
+            raise PromptError(of_row[-1].place, "there are no tokens in it")
     if "" in ids:
         warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
-    ordered = sorted(set(ids.values()), key=lambda tokens: (len(tokens), tokens))
+    ordered = sorted(
+        {tokens for of_row in of_rows for listed in of_row.values() for tokens in listed},
+        key=lambda tokens: (len(tokens), tokens),
+    )
     index = {tokens: i for i, tokens in enumerate(ordered)}
 
-    def indices(prompts: Iterable[str]) -> tuple[int, ...]:
-        return tuple(index[ids[text]] for text in prompts)
+    def indices(*keys: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(index[tokens] for key in keys for tokens in of_row[key]) for of_row in of_rows)
 
-    return Prompts(
-        tuple(ordered),
-        tuple(indices(expert.positive_prompts) for expert in experts),
-        tuple(indices(expert.negative_prompts) for expert in experts),
-    )
+    return Prompts(tuple(ordered), indices("positive_prompts", "positive_files"), indices("negative_prompts"), start)
+
+
+def _texts(number: int, request: GateRequest) -> Iterator[_Text]:
+    """All that there is for a router's row."""
+    expert = request.rows[number]
+    for key in ("positive_prompts", "negative_prompts"):
+        for position, text in enumerate(getattr(expert, key)):
+            yield _Text(text, (number, key, position))
+    most_nbytes = TEXT_NBYTES_PER_TOKEN * request.gate_tokens // max(1, len(expert.positive_files))
+    for position, file in enumerate(expert.positive_files):
+        place = (number, "positive_files", position)
+        try:
+            drawn = passages(file, f"{request.seed} {number} {position}", most_nbytes)
+        except PassageError as error:
+            raise PromptError(place, str(error)) from error
+        yield from (_Text(text, place) for text in drawn)
 
 
 def embedding_rows(base: DenseModel, token_ids: Sequence[int]) -> Concat:
@@ -146,8 +199,10 @@ def has_own_tokenizer(path: Path) -> bool:
     return isinstance(named, dict) and "AutoTokenizer" in named
 
 
-def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str], own_code: bool) -> list[tuple[int, ...]]:
-    """The token ids of `texts`, BOS first, by the tokenizer of the checkpoint in `path`."""
+def _encode(
+    path: Path, config: Mapping[str, Any], texts: Sequence[str], own_code: bool
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The BOS token, if there is one, and the token ids of `texts`, by the tokenizer of the checkpoint in `path`."""
     text_nbytes = sum(len(text.encode()) for text in texts)
     request = {"texts": texts, "most_tokens": 16 * (text_nbytes + len(texts))}
     if own_code:
@@ -174,7 +229,7 @@ def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str], own_cod
             "copy the model's tokenizer files there, or use gate_mode: random"
         )
     start = () if answer["bos_id"] is None else (answer["bos_id"],)
-    return [(*start, *ids) for ids in answer["tokens"]]
+    return start, [tuple(ids) for ids in answer["tokens"]]
 
 
 def _is_installed(module: str) -> bool:
