@@ -73,12 +73,11 @@ def _plain_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]])
     for begin, end in slices:
         stream.seek(begin)
         content = stream.read(end - begin)
-        if begin > 0:  # from the next word on
-            content = re.sub(rb"\A\S*\s?", b"", content)
-        if len(slices) > 1:  # up to the last whole one
-            content = re.sub(rb"\S*\Z", b"", content)
         if b"\0" in content:
             raise PassageError(f"{file}: is not text; name a file of text, or of JSON lines")
+        if len(slices) > 1:
+            content = re.sub(rb"\A\S*\s|\s\S*\Z", b"", content)  # from the first whole word up to the last
+            content = re.sub(rb"\A[\x80-\xbf]+|[\xc0-\xff][\x80-\xbf]*\Z", b"", content)  # and no part of a character
         try:
             yield content.decode()
         except UnicodeDecodeError as error:

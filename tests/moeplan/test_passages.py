@@ -47,7 +47,14 @@ def test_the_seed_decides(file):
     assert first == again != other
 
 
-def test_text_without_white_space_is_cut_at_characters(file):
+@pytest.mark.parametrize("slice_nbytes", [SLICE_NBYTES, 500])
+def test_text_without_white_space_is_cut_at_characters(slice_nbytes, file, monkeypatch):
+    monkeypatch.setattr(module, "SLICE_NBYTES", slice_nbytes)
+    drawn = passages(file("今天天气很好" * 1_000), "seed", EVERYTHING)
+    assert set("".join(drawn)) == set("今天天气很好")
+
+
+def test_all_of_a_small_file_without_white_space_is_drawn(file):
     text = "今天天气很好" * 1_000
     drawn = passages(file(text), "seed", EVERYTHING)
     assert sorted("".join(drawn)) == sorted(text)
