@@ -38,6 +38,9 @@ class GateRequest:
     A `shared` expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
     quantised, else 0. With `trust_remote_code` code that the base brings with it is run. `ridge` and `gate_tokens` are
     the config's. `models` are those of the rows, for modes that draw text from them.
+
+    For `moeplan routes`: the passages of the files `texts` are evaluated beside the prompts, and routers are made
+    `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
     """
 
     mode: str
@@ -50,6 +53,8 @@ class GateRequest:
     seed: int = 0
     bits: int = 0
     trust_remote_code: bool = False
+    texts: tuple[str, ...] = ()
+    without: int | None = None
 
     @property
     def rows(self) -> tuple[Expert, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.prompts import embedding_rows, tokenize
+from moeplan.gates.prompts import embedding_rows, kept, tokenize
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ def routers(request: GateRequest) -> list[Opaque]:
         tokens = Counter(row[token] for index in indices for token in prompts.tokens[index])
         return [[token, times] for token, times in sorted(tokens.items())]
 
+    positive, negative = (
+        kept(of_rows, prompts.positive, prompts.lengths, request.without)
+        for of_rows in (prompts.positive, prompts.negative)
+    )
     params = {
-        "positive": [counts(indices) for indices in prompts.positive],
-        "negative": [counts(indices) for indices in prompts.negative],
+        "positive": [counts(indices) for indices in positive],
+        "negative": [counts(indices) for indices in negative],
     }
     rows = embedding_rows(request.base, vocabulary)
     workspace = 2 * 4 * rows.numel

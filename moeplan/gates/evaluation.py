@@ -29,7 +29,7 @@ from moeplan.architectures.attention import rope_switch
 from moeplan.architectures.dense import DenseModel
 from moeplan.gates import GateRequest
 from moeplan.gates.layers import layer_weights, matrix_block_nbytes, model_params, skeleton_of, token_nbytes
-from moeplan.gates.prompts import EMBEDDING, Prompts, embedding_rows, tokenize
+from moeplan.gates.prompts import EMBEDDING, Prompts, embedding_rows, kept, tokenize
 from moeplan.gates.samples import sample, samples
 from moeplan.options import OptionError
 from planner.expr import DType, Opaque, Read
@@ -84,6 +84,10 @@ class Evaluation:
                 of_row += range(number, number + drawn.shape[0])
                 number += drawn.shape[0]
         return positive
+
+    def used(self, of_rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The prompts and passages of each row that routers are to be made of."""
+        return kept(of_rows, self.positive, self.lengths, self.request.without)
 
     @cached_property
     def _parts(self) -> list[list[int]]:

@@ -27,8 +27,8 @@ def routers(request: GateRequest) -> list[Opaque]:
         {
             "lengths": evaluation.prompts.lengths,
             "mean": request.mode == "hidden_avg",
-            "positive": evaluation.prompts.positive,
-            "negative": evaluation.prompts.negative,
+            "positive": evaluation.used(evaluation.positive),
+            "negative": evaluation.used(evaluation.prompts.negative),
         }
     )
     return [

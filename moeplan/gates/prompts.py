@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,13 +73,14 @@ class PromptError(CheckpointError):
 class Prompts:
     """The distinct prompts of a config, shortest first.
 
-    `positive[e]` and `negative[e]` are expert e's prompts, as indices into `tokens`, each of which begins with `start`:
-    the BOS token, or nothing.
+    `positive[e]` and `negative[e]` are expert e's prompts, `texts[t]` the passages of the request's text t, as indices
+    into `tokens`, each of which begins with `start`: the BOS token, or nothing.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     positive: tuple[tuple[int, ...], ...]
     negative: tuple[tuple[int, ...], ...]
+    texts: tuple[tuple[int, ...], ...]
     start: tuple[int, ...]
 
     @property
@@ -89,6 +91,33 @@ class Prompts:
     def vocabulary(self) -> list[int]:
         """The distinct token ids, ascending."""
         return sorted({token for ids in self.tokens for token in ids})
+
+
+def folds(positive: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, int]:
+    """In which of two halves, 0 or 1, each prompt is, so that routers can be made without one half and tried on it.
+
+    `positive` are the prompts of each expert, which is left some in either half; one that has a single prompt cannot do
+    without it, so that is in neither. Halves have about the same number of tokens.
+    """
+    found: dict[int, int] = {}
+    for prompts in positive:
+        sizes = [sum(lengths[prompt] for prompt in prompts if found.get(prompt) == fold) for fold in (0, 1)]
+        for prompt in prompts:
+            if prompt not in found:
+                found[prompt] = int(sizes[0] > sizes[1])
+                sizes[found[prompt]] += lengths[prompt]
+    for prompts in positive:
+        if len({found.get(prompt) for prompt in prompts} - {None}) == 1 and all(prompt in found for prompt in prompts):
+            del found[prompts[-1]]
+    return found
+
+
+def kept(
+    of_rows: Sequence[Sequence[int]], positive: Sequence[Sequence[int]], lengths: Sequence[int], without: int | None
+) -> list[list[int]]:
+    """The prompts of each row that are left `without` that fold of the `positive` ones."""
+    fold = {} if without is None else folds(positive, lengths)
+    return [[prompt for prompt in prompts if without is None or fold.get(prompt) != without] for prompts in of_rows]
 
 
 @dataclass(frozen=True)
@@ -107,40 +136,51 @@ def tokenize(request: GateRequest) -> Prompts:
     """The prompts of the request, tokenised with the base's tokenizer, by its own code where that is trusted.
 
     Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a file cannot be read, or
-    a prompt comes out empty, longer than the model's context, or with a token that the embedding has no row for.
+    a prompt comes out empty, longer than the model's context, or with a token that the embedding has no row for;
+    PassageError for one of `texts`.
     """
     base = request.base
     texts = [list(_texts(number, request)) for number in range(len(request.rows))]
-    distinct = list(dict.fromkeys(text.text for of_row in texts for text in of_row))
+    others = [
+        passages(file, f"{request.seed} text {number}", TEXT_NBYTES_PER_TOKEN * request.gate_tokens)
+        for number, file in enumerate(request.texts)
+    ]
+    distinct = list(dict.fromkeys([*(text.text for of_row in texts for text in of_row), *chain(*others)]))
     path = base.checkpoint.path
     own_code = request.trust_remote_code and has_own_tokenizer(path)
     start, encoded = _encode(path, base.checkpoint.config, distinct, own_code)
     ids = dict(zip(distinct, encoded, strict=True))
-    of_rows: list[dict[str, list[tuple[int, ...]]]] = []
-    for of_row in texts:
-        of_rows.append({"positive_prompts": [], "negative_prompts": [], "positive_files": []})
-        room = request.gate_tokens
-        for text in of_row:
-            tokens = (*start, *ids[text.text])
-            if text.key == "positive_files":
-                most = min(PASSAGE_TOKENS, base.settings["max_position_embeddings"] - len(start), room)
-                tokens = tokens[: len(start) + most]
-                room -= len(tokens) - len(start)
-                if most <= 0 or len(tokens) == len(start):
-                    continue
-            elif not text.text:
-                warnings.warn(
-                    "an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2
-                )
-            if wrong := _what_is_wrong(text.text, tokens, base):
-                raise PromptError(text.place, wrong)
-            of_rows[-1][text.key].append(tokens)
-        if of_row and not (of_rows[-1]["positive_prompts"] or of_rows[-1]["positive_files"]):
-            raise PromptError(of_row[-1].place, "there are no tokens in it")
     if "" in ids:
         warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
+    context = base.settings["max_position_embeddings"] - len(start)
+
+    def cut(drawn: Iterable[str]) -> Iterator[tuple[int, ...]]:
+        """Passages, of `gate_tokens` tokens in all at most."""
+        room = request.gate_tokens
+        for text in drawn:
+            tokens = ids[text][: max(0, min(PASSAGE_TOKENS, context, room))]
+            room -= len(tokens)
+            if tokens:
+                yield (*start, *tokens)
+
+    of_rows: list[dict[str, list[tuple[int, ...]]]] = []
+    for of_row in texts:
+        listed: dict[str, list[tuple[int, ...]]] = {"positive_prompts": [], "negative_prompts": []}
+        for text in of_row:
+            if text.key in listed:
+                tokens = (*start, *ids[text.text])
+                if wrong := _what_is_wrong(text.text, tokens, base):
+                    raise PromptError(text.place, wrong)
+                listed[text.key].append(tokens)
+        of_files = [text for text in of_row if text.key == "positive_files"]
+        listed["positive_files"] = list(cut(text.text for text in of_files))
+        for tokens in listed["positive_files"]:
+            if wrong := _what_is_wrong("a passage", tokens, base):
+                raise PromptError(of_files[0].place, wrong)
+        of_rows.append(listed)
+    of_texts = [list(cut(drawn)) for drawn in others]
     ordered = sorted(
-        {tokens for of_row in of_rows for listed in of_row.values() for tokens in listed},
+        {tokens for listed in (*(of for row in of_rows for of in row.values()), *of_texts) for tokens in listed},
         key=lambda tokens: (len(tokens), tokens),
     )
     index = {tokens: i for i, tokens in enumerate(ordered)}
@@ -148,7 +188,13 @@ def tokenize(request: GateRequest) -> Prompts:
     def indices(*keys: str) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(index[tokens] for key in keys for tokens in of_row[key]) for of_row in of_rows)
 
-    return Prompts(tuple(ordered), indices("positive_prompts", "positive_files"), indices("negative_prompts"), start)
+    return Prompts(
+        tokens=tuple(ordered),
+        positive=indices("positive_prompts", "positive_files"),
+        negative=indices("negative_prompts"),
+        texts=tuple(tuple(index[tokens] for tokens in passages) for passages in of_texts),
+        start=start,
+    )
 
 
 def _texts(number: int, request: GateRequest) -> Iterator[_Text]:

@@ -83,7 +83,8 @@ def routers(request: GateRequest) -> list[Opaque]:
             raise PromptError(
                 (number, "positive_prompts"), "there is no token beside BOS, which gate_mode ridge leaves out"
             )
-    wanted = problems(evaluation.positive, evaluation.prompts.negative, len(request.experts))
+    positive, negative = evaluation.used(evaluation.positive), evaluation.used(evaluation.prompts.negative)
+    wanted = problems(positive, negative, len(request.experts))
     params = json.dumps(
         {
             "ridge": request.ridge,
