@@ -160,6 +160,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     gated = config.experts
     if family.shared is not None and family.shared.gate is not None:
         gated += config.shared_experts
+    averaged = lowering.averaged(config, sources, dtype)
     graph = Lowering(
         config=config,
         family=family,
@@ -168,12 +169,19 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             config,
             mode,
             gates.GateRequest(
-                config.gate_mode, sources.base, gated, options.random_seed, options.bits, options.trust_remote_code
+                config.gate_mode,
+                sources.base,
+                gated,
+                options.random_seed,
+                options.bits,
+                options.trust_remote_code,
+                averaged,
             ),
         ),
         dtype=dtype,
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
+        averaged=averaged,
     ).graph()
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:

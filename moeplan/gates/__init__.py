@@ -7,7 +7,7 @@ that compute the opaque ones. Planning imports neither torch nor transformers: k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from executor.engine import Kernel
     from moeplan.architectures.dense import DenseModel
     from moeplan.config import Expert
-    from planner.expr import Opaque
+    from planner.expr import Expr, Opaque
 
 MODULES = {
     "hidden": "hidden",
@@ -35,7 +35,8 @@ class GateRequest:
     """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
 
     A shared expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
-    quantised, else 0. With `trust_remote_code` code that the base brings with it is run.
+    quantised, else 0. With `trust_remote_code` code that the base brings with it is run. `averaged` has the weights of
+    the base that the merged model has others in the place of, by their names: with those the base is evaluated.
     """
 
     mode: str
@@ -44,6 +45,11 @@ class GateRequest:
     seed: int
     bits: int = 0
     trust_remote_code: bool = False
+    averaged: Mapping[str, Expr] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Expr:
+        """The base's weight `name`, as it is to be evaluated."""
+        return self.averaged.get(name, self.base.checkpoint.tensors[name])
 
 
 @dataclass(frozen=True)

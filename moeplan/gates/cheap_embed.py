@@ -35,7 +35,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         "positive": [counts(indices) for indices in prompts.positive],
         "negative": [counts(indices) for indices in prompts.negative],
     }
-    rows = embedding_rows(request.base, vocabulary)
+    rows = embedding_rows(request, vocabulary)
     shape = (len(request.experts), request.base.hidden_size)
     router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, shape, workspace_nbytes=2 * rows.numel * 4)
     return [router] * request.base.num_layers

@@ -32,7 +32,7 @@ from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.cheap_embed import normalized
 from moeplan.gates.prompts import embedding_rows, tokenize
 from moeplan.options import OptionError
-from planner.expr import DType, Opaque, Read
+from planner.expr import DType, Expr, Opaque, reads_of
 from planner.schedule import block_nbytes
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         "groups": groups,
         "rows": [row[token] for ids in prompts.tokens for token in ids],
     }
-    rows = embedding_rows(base, vocabulary)
+    rows = embedding_rows(request, vocabulary)
     stream = Opaque("embed", json.dumps(embed_params), (rows,), DType.F32, stream_shape, 4 * rows.numel + workspace)
     result: list[Opaque] = []
     for layer in range(base.num_layers):
@@ -143,8 +143,8 @@ def _decoder_layer(
     base, bits = request.base, request.bits
     prefix = LAYER.format(layer=layer)
     weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in base.checkpoint.tensors.items()
+        name.removeprefix(prefix): request.weight(name)
+        for name in base.checkpoint.tensors
         if name.startswith(prefix) and "rotary_emb" not in name
     }
     matrices = {name: tensor for name, tensor in weights.items() if len(tensor.shape) == 2}
@@ -171,15 +171,16 @@ def _decoder_layer(
     )
 
 
-def _quantised_nbytes(matrix: Read, bits: int) -> int:
+def _quantised_nbytes(matrix: Expr, bits: int) -> int:
     """What `matrix` takes in so many bits, its scales included: see `moeplan.gates.quantised`."""
     return {0: 0, 8: matrix.numel + 4 * matrix.shape[0], 4: matrix.numel // 2 + matrix.numel // 16 + 8}[bits]
 
 
-def _block_nbytes(matrix: Read, num_tokens: int) -> int:
+def _block_nbytes(matrix: Expr, num_tokens: int) -> int:
     """What it takes to multiply so many tokens by a block of `matrix`: the block and the product."""
     rows = min(block_rows(matrix.shape[1]), matrix.shape[0])
-    return block_nbytes(rows, matrix.shape[1], matrix.dtype) + 4 * rows * num_tokens
+    widest = max((read.dtype for read in reads_of(matrix)), key=lambda dtype: dtype.itemsize)
+    return block_nbytes(rows, matrix.shape[1], widest) + 4 * rows * num_tokens
 
 
 def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:

@@ -21,9 +21,10 @@ from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
+from moeplan.gates import GateRequest
 from moeplan.output import TOKENIZER_FILES
 from moeplan.untrusted_json import show
-from planner.expr import Concat, Read
+from planner.expr import Concat, rows
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -114,13 +115,10 @@ def tokenize(experts: Sequence[Expert], base: DenseModel, trust_remote_code: boo
     )
 
 
-def embedding_rows(base: DenseModel, token_ids: Sequence[int]) -> Concat:
+def embedding_rows(request: GateRequest, token_ids: Sequence[int]) -> Concat:
     """The embeddings of `token_ids`, `[len(token_ids), hidden_size]`, reading these rows and no others."""
-    table = base.checkpoint.tensors[EMBEDDING]
-    width = table.shape[1]
-    row_nbytes = width * table.dtype.itemsize
-    rows = tuple(Read(table.file, table.offset + token * row_nbytes, table.dtype, (1, width)) for token in token_ids)
-    return Concat(rows, (len(rows), width))
+    table = request.weight(EMBEDDING)
+    return Concat(tuple(rows(table, token, token + 1) for token in token_ids), (len(token_ids), table.shape[1]))
 
 
 def _what_is_wrong(text: str, tokens: tuple[int, ...], base: DenseModel) -> str | None:
