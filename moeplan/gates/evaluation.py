@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from executor.weights import Weights
-    from moeplan.gates.skeleton import ServedLayer
+    from moeplan.gates.skeleton import ServedLayer, Skeleton
 
 GROUP_NBYTES = 256 << 20
 """Prompts are evaluated in groups whose activations take no more than this, padding counted (one prompt at the least).
@@ -212,7 +212,8 @@ def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, wei
         tokens = [*params["start"], *map(int, passage)]
         output[begin : begin + len(tokens)] = weights.gather(weights.matrices[0], tokens)
         begin += len(tokens)
-    _evaluate(skeleton_of(params).entering, params["groups"], output, output)
+    skeleton = skeleton_of(params)
+    _evaluate(skeleton, skeleton.entering, params["groups"], output, output)
 
 
 def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
@@ -238,17 +239,19 @@ def _evaluate_layer(
         from moeplan.gates.quantised import quantise
 
         matrices = {name: quantise(matrix, weights, bits) for name, matrix in matrices.items()}
-    with skeleton_of(params).layer(params["layer"], tensors, matrices, weights) as layer:
-        _evaluate(function(layer), params["groups"], stream, output)
+    skeleton = skeleton_of(params)
+    with skeleton.layer(params["layer"], tensors, matrices, weights) as layer:
+        _evaluate(skeleton, function(layer), params["groups"], stream, output)
 
 
 def _evaluate(
+    skeleton: Skeleton,
     function: Callable[[torch.Tensor], torch.Tensor],
     groups: Sequence[Sequence[int]],
     stream: torch.Tensor,
     output: torch.Tensor,
 ) -> None:
-    """Fill `output` with `function`, on `[batch, tokens, hidden_size]`, of the prompts that `stream` holds one by one.
+    """Fill `output` with a `function` of the skeleton's, on `[batch, tokens, hidden_size]`, of the prompts in `stream`.
 
     `groups` has their lengths. Prompts are padded on the right to the longest of their group: under causal attention no
     token sees what follows it, so padding changes nothing and needs no mask, and its own results are dropped. `output`
@@ -262,7 +265,8 @@ def _evaluate(
             size = sum(group)
             prompts = torch.split(stream[begin : begin + size], list(group))
             padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
-            result = function(padded)
+            with skeleton.padding.of(group):
+                result = function(padded)
             torch.cat(
                 [row[:length] for row, length in zip(result, group, strict=True)], out=output[begin : begin + size]
             )

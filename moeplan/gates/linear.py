@@ -6,8 +6,9 @@ difference whether it lies in memory or in a file, and how many blocks are under
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,11 +17,32 @@ from executor.weights import Matrix, Weights
 from moeplan.gates.layers import block_rows
 
 
+@dataclass
+class Padding:
+    """Which rows of what linear layers are given are `tokens`, by their numbers; None: all. The others are padding, for
+    which nothing is computed."""
+
+    tokens: torch.Tensor | None = None
+
+    @contextmanager
+    def of(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Within, prompts of these lengths are padded to the longest."""
+        width = max(lengths)
+        if min(lengths) < width:
+            places = [number * width + token for number, length in enumerate(lengths) for token in range(length)]
+            self.tokens = torch.tensor(places)
+        try:
+            yield
+        finally:
+            self.tokens = None
+
+
 class BlockedLinear(nn.Module):
     """A linear layer in float32, which has its weight only while it is being served one, and without it gives zeros."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, padding: Padding) -> None:
         super().__init__()
+        self._padding = padding
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
@@ -39,16 +61,19 @@ class BlockedLinear(nn.Module):
         if self._served is None:
             return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
         matrix, weights = self._served
-        flat = x.reshape(-1, self.in_features)
-        result = flat.new_empty(len(flat), self.out_features)
+        tokens, rows = self._padding.tokens, x.reshape(-1, self.in_features)
+        given = rows if tokens is None else rows[tokens]
+        result = given.new_empty(len(given), self.out_features)
 
         def multiply(begin: int, block: torch.Tensor) -> None:
             with torch.inference_mode():  # which holds for one thread
-                result[:, begin : begin + len(block)] = _product(flat, block)
+                result[:, begin : begin + len(block)] = _product(given, block)
 
         weights.for_each_block(matrix, block_rows(self.in_features), multiply)
         if self.bias is not None:
             result.add_(self.bias)
+        if tokens is not None:
+            result = rows.new_zeros(len(rows), self.out_features).index_copy_(0, tokens, result)
         return result.view(*x.shape[:-1], self.out_features)
 
 

@@ -33,7 +33,7 @@ from moeplan.architectures import DENSE_FAMILIES
 from moeplan.architectures.attention import ORIGINAL_CONTEXT
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, CheckpointError, read_json
 from moeplan.gates.layers import own_model_class
-from moeplan.gates.linear import BlockedLinear
+from moeplan.gates.linear import BlockedLinear, Padding
 from moeplan.untrusted_json import show
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -136,9 +136,11 @@ class Skeleton:
         self.layers = list(cast(nn.ModuleList, self._model.layers))
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._norm, self._model.norm = cast(nn.Module, self._model.norm), nn.Identity()
-        self._head = BlockedLinear(nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta"))
+        self.padding = Padding()
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        self._head = BlockedLinear(head, self.padding)
         self._logits_scale = 1 / getattr(config, "logits_scaling", 1.0)
-        self._linears = [_serve_linears(layer) for layer in self.layers]
+        self._linears = [_serve_linears(layer, self.padding) for layer in self.layers]
         for layer in self.layers:
             _in_one_thread(cast(nn.Module, layer.mlp))
 
@@ -239,13 +241,13 @@ def _config(path: Path) -> PretrainedConfig:
     return AutoConfig.for_model(given["model_type"], **settings, use_cache=False)
 
 
-def _serve_linears(layer: nn.Module) -> dict[str, BlockedLinear]:
+def _serve_linears(layer: nn.Module, padding: Padding) -> dict[str, BlockedLinear]:
     """Put a `BlockedLinear` in the place of each linear layer; returns them by the names of their weights."""
     linears = {}
     for name, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
-            linears[f"{name}.weight"] = BlockedLinear(module)
+            linears[f"{name}.weight"] = BlockedLinear(module, padding)
             setattr(layer.get_submodule(parent), child, linears[f"{name}.weight"])
     return linears
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
 from moeplan.config import Expert
-from moeplan.gates import prompts
+from moeplan.gates import GateRequest, prompts
 
 TEXTS = ["Ein Brötchen für den Doktor", "def main(): pass", "two  spaces", "雪"]
 CODE = "open({!r}, 'w')\nclass Tokenizer: pass\n"
@@ -34,7 +34,7 @@ def change_tokenizer_config(model: Path, **settings: object) -> None:
 def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives(model: Path) -> None:
     use_sentencepiece(model)
     expert = Expert(source_model="model", positive_prompts=TEXTS)
-    tokenized = prompts.tokenize([expert], as_dense_model(open_checkpoint(model)), trust_remote_code=False)
+    tokenized = prompts.tokenize(GateRequest("hidden", as_dense_model(open_checkpoint(model)), (expert,)))
     oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
     assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
         (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
@@ -60,7 +60,7 @@ def test_the_bos_token_is_the_one_that_transformers_takes(
     )
     (model / "special_tokens_map.json").write_text(json.dumps(older))
     expert = Expert(source_model="model", positive_prompts=TEXTS[:1])
-    tokenized = prompts.tokenize([expert], as_dense_model(open_checkpoint(model)), trust_remote_code=False)
+    tokenized = prompts.tokenize(GateRequest("hidden", as_dense_model(open_checkpoint(model)), (expert,)))
     oracle = AutoTokenizer.from_pretrained(model)
     start = [] if oracle.bos_token_id is None else [oracle.bos_token_id]
     assert list(tokenized.tokens[0]) == [*start, *oracle.encode(TEXTS[0], add_special_tokens=False)]
