@@ -12,7 +12,7 @@ from benchmarks.measure import Limits, measure
 from benchmarks.programs import Programs
 from benchmarks.results import Measurement
 from benchmarks.routing.rows import Given, Row
-from benchmarks.routing.settings import Settings
+from benchmarks.routing.settings import Settings, file_name
 from benchmarks.routing.tokens import ANYWHERE, BEGINNINGS, Corpus, prompts
 from benchmarks.routing.training import Models
 
@@ -77,7 +77,7 @@ class Workshop:
             case Given.SAMPLES:
                 return {"positive_samples": self.settings.num_samples}
             case Given.FILE:
-                file = self.directory / f"{text.domain}.txt"
+                file = self.directory / f"{file_name(text.domain)}.txt"
                 file.write_text("".join(text.train), encoding="utf-8")
                 return {"positive_files": [str(file)]}
             case Given.BEGINNINGS | Given.PASSAGES as given:

@@ -45,8 +45,8 @@ def draw(report: Report, directory: Path) -> list[str]:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvline(100, color="black", linewidth=0.8, linestyle=":")
     axes.margins(x=0.12)
-    axes.set_xlabel("% of the way from the base to every token's own expert: median, least and most of the seeds")
-    axes.legend(loc="lower right")
+    axes.set_xlabel("% of the gap between the base (0) and the oracle (100)")
+    axes.legend(loc="upper right")
     figure.savefig(directory / NAME, dpi=120)
     return [NAME]
 

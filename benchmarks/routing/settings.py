@@ -10,6 +10,11 @@ VARIANTS = ("MLPs", "all weights")
 """What of an expert is trained. Everything that is not an MLP is the base's in the first."""
 
 
+def file_name(name: str) -> str:
+    """A name for files: in the name of a model, what follows a plus is an adapter."""
+    return name.lower().replace("+", "p").replace(" ", "-")
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`domain_chars` of text a domain, of which the share `held_out` is never trained on.
@@ -26,7 +31,7 @@ class Settings:
     intermediate_size: int = 512
     num_layers: int = 6
     num_heads: int = 6
-    num_key_value_heads: int = 3
+    num_key_value_heads: int = 6
     window: int = 256
     batch: int = 16
     base_steps: int = 400

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.prompts import save_tokenizer
-from benchmarks.routing.settings import VARIANTS, Settings
+from benchmarks.routing.settings import VARIANTS, Settings, file_name
 from benchmarks.routing.texts import digest
 from benchmarks.routing.tokens import BOS, Corpus, Ids, with_bos
 
@@ -63,7 +63,7 @@ def trained_models(corpus: Corpus, settings: Settings, directory: Path, say: Say
     experts = {
         variant: tuple(
             made(
-                f"{text.domain} ({variant})",
+                file_name(f"{text.domain} {variant}"),
                 lambda tokens=tokens, variant=variant: _expert(base, tokens.train, variant, settings),
             )
             for text, tokens in zip(corpus.texts, corpus.tokens, strict=True)
