@@ -135,5 +135,20 @@ class Weights:
         finally:
             self._memory.give_back(memory)
 
+    def gather(self, matrix: Matrix, rows: Sequence[int]) -> torch.Tensor:
+        """These rows of `matrix`, `[len(rows), columns]` in float32."""
+        import torch
+
+        gathered = torch.empty(len(rows), matrix.shape[1])
+        memory = self._memory.take()
+        try:
+            for to, row in zip(gathered, rows, strict=True):
+                self._check()
+                matrix.read(row, row + 1, memory)
+                to.copy_(matrix.rows(row, row + 1, memory)[0])
+        finally:
+            self._memory.give_back(memory)
+        return gathered
+
     def close(self) -> None:
         self._workers.shutdown(wait=True, cancel_futures=True)

@@ -35,7 +35,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from moeplan.errors import MoeplanWarning, UserError
 
-GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
+GateMode = Literal["hidden", "hidden_avg", "hidden_last", "ridge", "cheap_embed", "random", "uniform_random"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 KeyPath = tuple[str | int, ...]
 
@@ -60,6 +60,8 @@ _MAX_LITERAL_LENGTH = 100  # of a number or date; YAML's base-60 integers take q
 _MAX_LISTED = 20
 
 _MAX_NAME = 4096
+_MAX_GATE_TOKENS = 1 << 20
+_MAX_SAMPLES = 1024
 
 
 class ConfigError(UserError):
@@ -83,6 +85,12 @@ def _model_reference(text: str) -> str:
     return text
 
 
+def _file_name(text: str) -> str:
+    if not text or "\0" in text or len(text) > _MAX_NAME:
+        raise PydanticCustomError("rule", "names no file: write the path of a file of text")
+    return text
+
+
 def _family_name(text: str) -> str:
     if not text:
         raise PydanticCustomError("rule", "names no family: remove it, and the family that fits is chosen")
@@ -91,8 +99,11 @@ def _family_name(text: str) -> str:
 
 Text = Annotated[str, Field(strict=True), AfterValidator(_encodable)]
 ModelReference = Annotated[Text, AfterValidator(_model_reference)]
+FileName = Annotated[Text, AfterValidator(_file_name)]
 FamilyName = Annotated[Text, AfterValidator(_family_name)]
 NoiseScale = Annotated[float, Field(strict=True, ge=0, le=_FLOAT32_MAX, allow_inf_nan=False)]
+NumSamples = Annotated[int, Field(strict=True, ge=0, le=_MAX_SAMPLES)]
+Ridge = Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)]
 ResidualScale = Annotated[float, Field(strict=True, ge=-_FLOAT32_MAX, le=_FLOAT32_MAX, allow_inf_nan=False)]
 
 
@@ -118,7 +129,9 @@ class Expert(BaseModel):
     """A model whose MLPs become one expert of each layer.
 
     The down projections are multiplied by `residual_scale`; every MLP weight gets `noise_scale` × standard normal
-    noise. Prompts show what the router should (positive) and should not (negative) send to this expert.
+    noise. Prompts show what the router should (positive) and should not (negative) send to this expert. More of what it
+    should are passages of `positive_files`: text, or JSON lines with a `text` each; and `positive_samples`, so many
+    passages that are drawn from the model itself.
 
     Raises pydantic's `ValidationError` (a `ValueError`) where a value is refused.
     """
@@ -128,14 +141,22 @@ class Expert(BaseModel):
     source_model: ModelReference
     positive_prompts: tuple[Text, ...] = ()
     negative_prompts: tuple[Text, ...] = ()
+    positive_files: tuple[FileName, ...] = ()
+    positive_samples: NumSamples = 0
     noise_scale: NoiseScale = 0.0
     residual_scale: ResidualScale = 1.0
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is anything that shows what the router should send to it."""
+        return bool(self.positive_prompts or self.positive_files or self.positive_samples)
 
 
 class MergeConfig(BaseModel):
     """What to merge: attention, norms and embeddings from `base_model`, MLPs from `experts`.
 
-    `dtype` None means the base model's own; `architecture` None means the family that fits the sources.
+    `dtype` None means the base model's own; `architecture` None means the family that fits the sources. `ridge` is the
+    regularisation λ of that gate mode, `gate_tokens` how many tokens of its `positive_files` each expert gets at most.
 
     Raises pydantic's `ValidationError` (a `ValueError`) where a value or a combination of values is refused.
     """
@@ -146,6 +167,8 @@ class MergeConfig(BaseModel):
     experts: tuple[Expert, ...]
     shared_experts: tuple[Expert, ...] = ()
     gate_mode: GateMode = "hidden"
+    ridge: Ridge = 0.1
+    gate_tokens: StrictInt = 4096
     dtype: DTypeName | None = None
     experts_per_token: StrictInt = 2
     architecture: FamilyName | None = None
@@ -191,19 +214,32 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
             ("experts_per_token",),
             f"{config.experts_per_token}{default} is more than the number of experts: write at most {count}",
         )
+    if not 1 <= config.gate_tokens <= _MAX_GATE_TOKENS:
+        yield ("gate_tokens",), f"must be from 1 to {_MAX_GATE_TOKENS:,}, not {config.gate_tokens}"
     if len(config.shared_experts) > 1:
         yield ("shared_experts", 1), "only one shared expert can be built: remove the others"
     if config.gate_mode in _MODES_WITHOUT_PROMPTS:
         return
     for index, expert in enumerate(config.experts):
-        if not expert.positive_prompts:
+        if not expert.has_text:
             yield (
                 ("experts", index, "positive_prompts"),
                 f"no positive prompts, which gate_mode {config.gate_mode} makes this expert's router weights from: "
-                "write at least one, or use gate_mode random",
+                "write at least one, or positive_files, or use gate_mode random",
             )
-    # The order of an expert's prompts does not matter: its router weights come from their sum.
-    prompts = {(*sorted(e.positive_prompts), None, *sorted(e.negative_prompts)) for e in config.experts}
+        if expert.positive_samples and config.gate_mode != "ridge":
+            yield (
+                ("experts", index, "positive_samples"),
+                f"gate_mode {config.gate_mode} takes prompts and files alone: remove it, or use gate_mode ridge",
+            )
+    # Neither the order of an expert's prompts nor that of its files matters.
+    prompts = {
+        (
+            *(tuple(sorted(texts)) for texts in (e.positive_prompts, e.negative_prompts, e.positive_files)),
+            e.source_model if e.positive_samples else None,
+        )
+        for e in config.experts
+    }
     if count > 1 and len(prompts) == 1:
         yield (
             ("experts",),
@@ -575,6 +611,10 @@ def _explain(error: ErrorDetails, places: Mapping[KeyPath, _Place]) -> tuple[Key
             return path, f"must be a whole number such as 2, not {_shown(node)}"
         case "float_type":
             return path, f"must be a number such as 0.1, not {_shown(node)}"
+        case "greater_than_equal" | "less_than_equal" if path[-1] == "positive_samples":
+            return path, f"must be a whole number from 0 to {_MAX_SAMPLES:,}, not {_shown(node)}"
+        case "finite_number" | "greater_than" | "less_than_equal" if path == ("ridge",):
+            return path, f"must be a number above 0, and at most a million, not {_shown(node)}"
         case "finite_number" | "greater_than_equal" | "less_than_equal":
             least = "0" if path[-1] == "noise_scale" else "-3.4e38"
             return path, f"must be a number from {least} to 3.4e38, which is finite in float32, not {_shown(node)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import groupby
@@ -46,7 +47,7 @@ from moeplan.routing import degenerate_layers
 from moeplan.staging import Identity, check_output, staged, unfinished_nbytes
 from moeplan.untrusted_json import show
 from planner.errors import BudgetError
-from planner.expr import DType, Opaque, RemoteFile
+from planner.expr import DType, RemoteFile
 from planner.graph import TensorGraph
 from planner.layout import index_json
 from planner.plan import Plan
@@ -127,6 +128,46 @@ class MergeResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Models:
+    """The models of a merge, opened, and what they can be merged as: the families that fit, best first."""
+
+    hub: Hub
+    sources: Sources
+    families: tuple[Family, ...]
+
+    def gate_request(self, config: MergeConfig, options: Options, texts: tuple[str, ...] = ()) -> gates.GateRequest:
+        """What the routers are made for and of; `texts` are evaluated beside that."""
+        shared = self.families[0].shared
+        is_gated = shared is not None and shared.gate is not None
+        return gates.GateRequest(
+            mode=config.gate_mode,
+            base=self.sources.base,
+            experts=config.experts,
+            shared=config.shared_experts if is_gated else (),
+            models=self.sources.experts + (self.sources.shared if is_gated else ()),
+            ridge=config.ridge,
+            gate_tokens=config.gate_tokens,
+            seed=options.random_seed,
+            bits=options.bits,
+            trust_remote_code=options.trust_remote_code,
+            texts=texts,
+        )
+
+
+def open_models(config: MergeConfig, options: Options) -> Models:
+    """Open the models that `config` names: their configs and headers, and the tokenizer of a base on the Hub where it
+    is to be used. Raises UserError for what cannot be opened or merged."""
+    hub = Hub(options.transformers_cache)
+    sources = _open_sources(config, hub)
+    families = architectures.choose(config, [model for _, model in sources.named()])
+    lowering.check_fit(config, families[0], sources)
+    snapshot = hub.snapshot(sources.base.checkpoint.path)
+    if snapshot is not None and config.gate_mode not in gates.PROMPTLESS:
+        fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
+    return Models(hub, sources, tuple(families))
+
+
 def plan(config: MergeConfig, out: str | Path | None = None, options: Options | None = None) -> MergePlan:
     """Plan a merge. Reads configs and headers, writes nothing, imports neither torch nor transformers.
 
@@ -138,13 +179,10 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     options = options or Options()
     if out is not None:
         check_output(Path(out), overwrite=options.overwrite)
-    hub = Hub(options.transformers_cache)
-    sources = _open_sources(config, hub)
+    models = open_models(config, options)
+    hub, sources, family = models.hub, models.sources, models.families[0]
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)
-    families = architectures.choose(config, [model for _, model in sources.named()])
-    family = families[0]
-    lowering.check_fit(config, family, sources)
     dtype = next((d for d, name in DTYPE_NAMES.items() if name == config.dtype), None) or stored_dtype(sources.base)
     count = len(config.experts)
     if count & (count - 1):
@@ -153,24 +191,14 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             MoeplanWarning,
             stacklevel=2,
         )
-    snapshot = hub.snapshot(sources.base.checkpoint.path)
-    if snapshot is not None and config.gate_mode not in gates.PROMPTLESS:
-        fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
     mode = gates.gate_mode(config.gate_mode)
-    gated = config.experts
-    if family.shared is not None and family.shared.gate is not None:
-        gated += config.shared_experts
+    with naming_prompts(config):
+        routers = mode.routers(models.gate_request(config, options))
     graph = Lowering(
         config=config,
         family=family,
         sources=sources,
-        routers=_routers(
-            config,
-            mode,
-            gates.GateRequest(
-                config.gate_mode, sources.base, gated, options.random_seed, options.bits, options.trust_remote_code
-            ),
-        ),
+        routers=routers,
         dtype=dtype,
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
@@ -179,10 +207,11 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     if options.write_model_card:
         warn_of_licences(merged)
     cap = memory_cap(options.max_memory, mode.modules(options.bits))
+    snapshot = hub.snapshot(sources.base.checkpoint.path)
     return MergePlan(
         config=config,
         family=family,
-        alternatives=tuple(families[1:]),
+        alternatives=models.families[1:],
         layout=_layout(family, options.expert_layout),
         sources=sources,
         merged=merged,
@@ -198,7 +227,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
         missing=files_to_fetch(snapshot) if snapshot is not None and options.copy_tokenizer else {},
         hub=hub,
-        plan=_compile(graph, cap, shard_nbytes(options.out_shard_size, dtype.itemsize), options.threads),
+        plan=compile_within(cap, graph, shard_nbytes(options.out_shard_size, dtype.itemsize), options.threads),
         memory=cap,
         options=options,
     )
@@ -372,13 +401,15 @@ def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
     )
 
 
-def _routers(config: MergeConfig, mode: gates.GateMode, request: gates.GateRequest) -> Sequence[Opaque]:
+@contextmanager
+def naming_prompts(config: MergeConfig) -> Iterator[None]:
+    """Within, a PromptError becomes a CheckpointError that names the prompt's line in the config."""
     try:
-        return mode.routers(request)
+        yield
     except PromptError as error:
-        number, key, position = error.place
+        number, *place = error.place
         role, number = ("experts", number) if number < len(config.experts) else ("shared_experts", 0)
-        raise CheckpointError(f"{config.where(role, number, key, position)}: {error}") from error
+        raise CheckpointError(f"{config.where(role, number, *place)}: {error}") from error
 
 
 def _layout(family: Family, asked: str | None) -> str:
@@ -390,7 +421,8 @@ def _layout(family: Family, asked: str | None) -> str:
     return asked
 
 
-def _compile(graph: TensorGraph, cap: MemoryCap, shard_limit_nbytes: int, threads: int) -> Plan:
+def compile_within(cap: MemoryCap, graph: TensorGraph, shard_limit_nbytes: int, threads: int) -> Plan:
+    """The plan of `graph` under a memory cap. Raises CapError, with the smallest cap that works."""
     try:
         return compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes, threads=threads)
     except BudgetError as error:

@@ -67,9 +67,9 @@ def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) 
         return "needs a shared expert: add one under shared_experts"
     if family.shared is not None and shared:
         has_gate = family.shared.gate is not None
-        if not has_gate and (shared[0].positive_prompts or shared[0].negative_prompts):
+        if not has_gate and (shared[0].has_text or shared[0].negative_prompts):
             return "has no gate on its shared expert: remove the prompts of shared_experts[0]"
-        if has_gate and not shared[0].positive_prompts and config.gate_mode not in PROMPTLESS:
+        if has_gate and not shared[0].has_text and config.gate_mode not in PROMPTLESS:
             return "has a gate on its shared expert: give shared_experts[0] positive_prompts"
     try:
         attention_settings(family, models[0])

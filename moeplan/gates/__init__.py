@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from executor.engine import Kernel
     from moeplan.architectures.dense import DenseModel
     from moeplan.config import Expert
-    from planner.expr import Opaque
+    from planner.expr import Opaque, Shape
 
 MODULES = {
     "hidden": "hidden",
     "hidden_last": "hidden",
     "hidden_avg": "hidden",
+    "ridge": "ridge",
     "cheap_embed": "cheap_embed",
     "random": "random",
     "uniform_random": "random",
@@ -34,23 +35,43 @@ PROMPTLESS = ("random", "uniform_random")
 class GateRequest:
     """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
 
-    A shared expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
-    quantised, else 0. With `trust_remote_code` code that the base brings with it is run.
+    A `shared` expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
+    quantised, else 0. With `trust_remote_code` code that the base brings with it is run. `ridge` and `gate_tokens` are
+    the config's. `models` are those of the rows, for modes that draw text from them.
+
+    For `moeplan routes`: the passages of the files `texts` are evaluated beside the prompts, and routers are made
+    `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
     """
 
     mode: str
     base: DenseModel
     experts: tuple[Expert, ...]
-    seed: int
+    shared: tuple[Expert, ...] = ()
+    models: tuple[DenseModel, ...] = ()
+    ridge: float = 0.1
+    gate_tokens: int = 4096
+    seed: int = 0
     bits: int = 0
     trust_remote_code: bool = False
+    texts: tuple[str, ...] = ()
+    without: int | None = None
+
+    @property
+    def rows(self) -> tuple[Expert, ...]:
+        """What a router's rows are for, one after the other."""
+        return self.experts + self.shared
+
+    @property
+    def router_shape(self) -> Shape:
+        """`(num_rows, hidden_size)`."""
+        return len(self.rows), self.base.hidden_size
 
 
 @dataclass(frozen=True)
 class GateMode:
     """A way to make routers.
 
-    `routers` gives a kernel's result for each layer, `[num_experts, hidden_size]` float32. `kernels` are the functions
+    `routers` gives a kernel's result for each layer, `[num_rows, hidden_size]` float32. `kernels` are the functions
     that compute them, by name; `imports` are the heavy packages that those use. `evaluates`: they evaluate the base.
     """
 

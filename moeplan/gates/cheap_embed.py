@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.prompts import embedding_rows, tokenize
+from moeplan.gates.prompts import embedding_rows, kept, tokenize
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def routers(request: GateRequest) -> list[Opaque]:
     """One expression, as many times as there are layers."""
-    prompts = tokenize(request.experts, request.base, request.trust_remote_code)
+    prompts = tokenize(request)
     vocabulary = prompts.vocabulary()
     row = {token: index for index, token in enumerate(vocabulary)}
 
@@ -31,13 +31,17 @@ def routers(request: GateRequest) -> list[Opaque]:
         tokens = Counter(row[token] for index in indices for token in prompts.tokens[index])
         return [[token, times] for token, times in sorted(tokens.items())]
 
+    positive, negative = (
+        kept(of_rows, prompts.positive, prompts.lengths, request.without)
+        for of_rows in (prompts.positive, prompts.negative)
+    )
     params = {
-        "positive": [counts(indices) for indices in prompts.positive],
-        "negative": [counts(indices) for indices in prompts.negative],
+        "positive": [counts(indices) for indices in positive],
+        "negative": [counts(indices) for indices in negative],
     }
     rows = embedding_rows(request.base, vocabulary)
-    shape = (len(request.experts), request.base.hidden_size)
-    router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, shape, workspace_nbytes=2 * rows.numel * 4)
+    workspace = 2 * 4 * rows.numel
+    router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, request.router_shape, workspace)
     return [router] * request.base.num_layers
 
 

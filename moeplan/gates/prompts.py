@@ -1,6 +1,7 @@
 """Prompts as token ids, and the embedding rows of those ids.
 
-A prompt is the BOS token, if the tokenizer has one, and the text's tokens; no other special token is added.
+A prompt is the BOS token, if the tokenizer has one, and the text's tokens; no other special token is added. Passages of
+files are prompts, too, whose ends are cut off.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
+from moeplan.gates import GateRequest
+from moeplan.gates.passages import PassageError, passages
 from moeplan.output import TOKENIZER_FILES
 from moeplan.untrusted_json import show
 from planner.expr import Concat, Read
@@ -45,11 +48,17 @@ NBYTES_PER_SECOND = 4 << 20
 DATA_NBYTES = 96 << 20
 DATA_NBYTES_PER_BYTE = 24
 TEXT_WEIGHT = 64
+PASSAGE_TOKENS = 255
+"""Of a passage of a file, beside BOS."""
+
+TEXT_NBYTES_PER_TOKEN = 16
+"""So much text is drawn from files for each token that is wanted: no tokenizer makes fewer tokens of it."""
+
 TRANSFORMERS_LIMITS = {"seconds": 120.0, "data_nbytes": 4 << 30}
 
 
-PromptPlace = tuple[int, str, int]
-"""The expert's number, `positive_prompts` or `negative_prompts`, the prompt's number."""
+PromptPlace = tuple[int, str] | tuple[int, str, int]
+"""The expert's number, the key of its entry in the config, and, where that is a list, the number in it."""
 
 
 class PromptError(CheckpointError):
@@ -64,12 +73,15 @@ class PromptError(CheckpointError):
 class Prompts:
     """The distinct prompts of a config, shortest first.
 
-    `positive[e]` and `negative[e]` are expert e's prompts, as indices into `tokens`.
+    `positive[e]` and `negative[e]` are expert e's prompts, `texts[t]` the passages of the request's text t, as indices
+    into `tokens`, each of which begins with `start`: the BOS token, or nothing.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     positive: tuple[tuple[int, ...], ...]
     negative: tuple[tuple[int, ...], ...]
+    texts: tuple[tuple[int, ...], ...]
+    start: tuple[int, ...]
 
     @property
     def lengths(self) -> list[int]:
@@ -81,37 +93,124 @@ class Prompts:
         return sorted({token for ids in self.tokens for token in ids})
 
 
-def tokenize(experts: Sequence[Expert], base: DenseModel, trust_remote_code: bool) -> Prompts:
-    """The prompts of `experts`, tokenised with the base's tokenizer, by its own code where that is trusted.
+def folds(positive: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, int]:
+    """In which of two halves, 0 or 1, each prompt is, so that routers can be made without one half and tried on it.
 
-    Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a prompt comes out empty,
-    longer than the model's context, or with a token that the embedding has no row for.
+    `positive` are the prompts of each expert, which is left some in either half; one that has a single prompt cannot do
+    without it, so that is in neither. Halves have about the same number of tokens.
     """
-    places: dict[str, PromptPlace] = {}
-    for number, expert in enumerate(experts):
-        for key in ("positive_prompts", "negative_prompts"):
-            for position, text in enumerate(getattr(expert, key)):
-                places.setdefault(text, (number, key, position))
+    found: dict[int, int] = {}
+    for prompts in positive:
+        sizes = [sum(lengths[prompt] for prompt in prompts if found.get(prompt) == fold) for fold in (0, 1)]
+        for prompt in prompts:
+            if prompt not in found:
+                found[prompt] = int(sizes[0] > sizes[1])
+                sizes[found[prompt]] += lengths[prompt]
+    for prompts in positive:
+        if len({found.get(prompt) for prompt in prompts} - {None}) == 1 and all(prompt in found for prompt in prompts):
+            del found[prompts[-1]]
+    return found
+
+
+def kept(
+    of_rows: Sequence[Sequence[int]], positive: Sequence[Sequence[int]], lengths: Sequence[int], without: int | None
+) -> list[list[int]]:
+    """The prompts of each row that are left `without` that fold of the `positive` ones."""
+    fold = {} if without is None else folds(positive, lengths)
+    return [[prompt for prompt in prompts if without is None or fold.get(prompt) != without] for prompts in of_rows]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text of an expert's, and where it is from."""
+
+    text: str
+    place: PromptPlace
+
+    @property
+    def key(self) -> str:
+        return self.place[1]
+
+
+def tokenize(request: GateRequest) -> Prompts:
+    """The prompts of the request, tokenised with the base's tokenizer, by its own code where that is trusted.
+
+    Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a file cannot be read, or
+    a prompt comes out empty, longer than the model's context, or with a token that the embedding has no row for;
+    PassageError for one of `texts`.
+    """
+    base = request.base
+    texts = [list(_texts(number, request)) for number in range(len(request.rows))]
+    others = [
+        passages(file, f"{request.seed} text {number}", TEXT_NBYTES_PER_TOKEN * request.gate_tokens)
+        for number, file in enumerate(request.texts)
+    ]
+    distinct = list(dict.fromkeys([*(text.text for of_row in texts for text in of_row), *chain(*others)]))
     path = base.checkpoint.path
-    own_code = trust_remote_code and has_own_tokenizer(path)
-    ids = dict(zip(places, _encode(path, base.checkpoint.config, list(places), own_code), strict=True))
-    for text, tokens in ids.items():
-        wrong = _what_is_wrong(text, tokens, base)
-        if wrong:
-            raise PromptError(places[text], wrong)
+    own_code = request.trust_remote_code and has_own_tokenizer(path)
+    start, encoded = _encode(path, base.checkpoint.config, distinct, own_code)
+    ids = dict(zip(distinct, encoded, strict=True))
     if "" in ids:
         warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
-    ordered = sorted(set(ids.values()), key=lambda tokens: (len(tokens), tokens))
+    context = base.settings["max_position_embeddings"] - len(start)
+
+    def cut(drawn: Iterable[str]) -> Iterator[tuple[int, ...]]:
+        """Passages, of `gate_tokens` tokens in all at most."""
+        room = request.gate_tokens
+        for text in drawn:
+            tokens = ids[text][: max(0, min(PASSAGE_TOKENS, context, room))]
+            room -= len(tokens)
+            if tokens:
+                yield (*start, *tokens)
+
+    of_rows: list[dict[str, list[tuple[int, ...]]]] = []
+    for of_row in texts:
+        listed: dict[str, list[tuple[int, ...]]] = {"positive_prompts": [], "negative_prompts": []}
+        for text in of_row:
+            if text.key in listed:
+                tokens = (*start, *ids[text.text])
+                if wrong := _what_is_wrong(text.text, tokens, base):
+                    raise PromptError(text.place, wrong)
+                listed[text.key].append(tokens)
+        of_files = [text for text in of_row if text.key == "positive_files"]
+        listed["positive_files"] = list(cut(text.text for text in of_files))
+        for tokens in listed["positive_files"]:
+            if wrong := _what_is_wrong("a passage", tokens, base):
+                raise PromptError(of_files[0].place, wrong)
+        of_rows.append(listed)
+    of_texts = [list(cut(drawn)) for drawn in others]
+    ordered = sorted(
+        {tokens for listed in (*(of for row in of_rows for of in row.values()), *of_texts) for tokens in listed},
+        key=lambda tokens: (len(tokens), tokens),
+    )
     index = {tokens: i for i, tokens in enumerate(ordered)}
 
-    def indices(prompts: Iterable[str]) -> tuple[int, ...]:
-        return tuple(index[ids[text]] for text in prompts)
+    def indices(*keys: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(index[tokens] for key in keys for tokens in of_row[key]) for of_row in of_rows)
 
     return Prompts(
-        tuple(ordered),
-        tuple(indices(expert.positive_prompts) for expert in experts),
-        tuple(indices(expert.negative_prompts) for expert in experts),
+        tokens=tuple(ordered),
+        positive=indices("positive_prompts", "positive_files"),
+        negative=indices("negative_prompts"),
+        texts=tuple(tuple(index[tokens] for tokens in passages) for passages in of_texts),
+        start=start,
     )
+
+
+def _texts(number: int, request: GateRequest) -> Iterator[_Text]:
+    """All that there is for a router's row."""
+    expert = request.rows[number]
+    for key in ("positive_prompts", "negative_prompts"):
+        for position, text in enumerate(getattr(expert, key)):
+            yield _Text(text, (number, key, position))
+    most_nbytes = TEXT_NBYTES_PER_TOKEN * request.gate_tokens // max(1, len(expert.positive_files))
+    for position, file in enumerate(expert.positive_files):
+        place = (number, "positive_files", position)
+        try:
+            drawn = passages(file, f"{request.seed} {number} {position}", most_nbytes)
+        except PassageError as error:
+            raise PromptError(place, str(error)) from error
+        yield from (_Text(text, place) for text in drawn)
 
 
 def embedding_rows(base: DenseModel, token_ids: Sequence[int]) -> Concat:
@@ -146,8 +245,10 @@ def has_own_tokenizer(path: Path) -> bool:
     return isinstance(named, dict) and "AutoTokenizer" in named
 
 
-def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str], own_code: bool) -> list[tuple[int, ...]]:
-    """The token ids of `texts`, BOS first, by the tokenizer of the checkpoint in `path`."""
+def _encode(
+    path: Path, config: Mapping[str, Any], texts: Sequence[str], own_code: bool
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The BOS token, if there is one, and the token ids of `texts`, by the tokenizer of the checkpoint in `path`."""
     text_nbytes = sum(len(text.encode()) for text in texts)
     request = {"texts": texts, "most_tokens": 16 * (text_nbytes + len(texts))}
     if own_code:
@@ -174,7 +275,7 @@ def _encode(path: Path, config: Mapping[str, Any], texts: Sequence[str], own_cod
             "copy the model's tokenizer files there, or use gate_mode: random"
         )
     start = () if answer["bos_id"] is None else (answer["bos_id"],)
-    return [(*start, *ids) for ids in answer["tokens"]]
+    return start, [tuple(ids) for ids in answer["tokens"]]
 
 
 def _is_installed(module: str) -> bool:

@@ -20,7 +20,7 @@ from bitsandbytes import functional  # noqa: E402
 
 from executor.kernels import as_tensor  # noqa: E402
 from executor.weights import Matrix, Weights  # noqa: E402
-from moeplan.gates.hidden import block_rows  # noqa: E402
+from moeplan.gates.layers import block_rows  # noqa: E402
 from planner.expr import DType, Shape  # noqa: E402
 
 GROUP = 64

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 def routers(request: GateRequest) -> list[Opaque]:
     """A router of its own for each layer, from the seed and the layer's number alone."""
-    shape = (len(request.experts), request.base.hidden_size)
     return [
-        Opaque(request.mode, json.dumps({"seed": request.seed, "layer": layer}), (), DType.F32, shape)
+        Opaque(request.mode, json.dumps({"seed": request.seed, "layer": layer}), (), DType.F32, request.router_shape)
         for layer in range(request.base.num_layers)
     ]
 

@@ -10,7 +10,7 @@ trusts it, the model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,13 +19,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from executor.weights import Matrix, Weights
 from moeplan.architectures import DENSE_FAMILIES
 from moeplan.architectures.attention import ORIGINAL_CONTEXT
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, CheckpointError, read_json
-from moeplan.gates.hidden import own_model_class
+from moeplan.gates.layers import own_model_class
 from moeplan.gates.linear import BlockedLinear
 from moeplan.untrusted_json import show
 
@@ -63,6 +70,52 @@ class _NoteTaker(nn.Module):
         return self._notes.entering
 
 
+class _OneThread(nn.Module):
+    """An activation function, computed in one thread: of several, each computes the end of its share otherwise (without
+    vector instructions), so that the last bits would depend on how many there are."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            result: torch.Tensor = self._function(x)
+        finally:
+            torch.set_num_threads(threads)
+        return result
+
+
+class ServedLayer:
+    """A decoder layer while it has its weights: a function of hidden states `[batch, tokens, hidden]`."""
+
+    def __init__(self, skeleton: Skeleton, index: int, given: Mapping[str, torch.Tensor]) -> None:
+        self._skeleton = skeleton
+        self._index = index
+        self._given = given
+
+    def __call__(self, hidden_states: torch.Tensor, call: Call | None = None) -> torch.Tensor:
+        """The hidden states after it. It is called with `call`, or else as at the start of a text."""
+        args, kwargs = call or self._skeleton.call(self._index, hidden_states)
+        layer = self._skeleton.layers[self._index]
+        result = torch.func.functional_call(layer, dict(self._given), (hidden_states, *args), kwargs)
+        tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return tensor
+
+    def mlp_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What its MLP is given, whose weights it does without."""
+        seen: list[torch.Tensor] = []
+        mlp = cast(nn.Module, self._skeleton.layers[self._index].mlp)
+        hook = mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self(hidden_states)
+        finally:
+            hook.remove()
+        return seen[0]
+
+
 class Skeleton:
     """A model's decoder without weights.
 
@@ -79,10 +132,15 @@ class Skeleton:
             raise CheckpointError(
                 f"{path}/{CONFIG}: transformers cannot make this model: {type(error).__name__}: {show(str(error))}"
             ) from error
-        self._layers = list(cast(nn.ModuleList, self._model.layers))
+        config = self._model.config
+        self.layers = list(cast(nn.ModuleList, self._model.layers))
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._model.norm = nn.Identity()
-        self._linears = [_serve_linears(layer) for layer in self._layers]
+        self._norm, self._model.norm = cast(nn.Module, self._model.norm), nn.Identity()
+        self._head = BlockedLinear(nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta"))
+        self._logits_scale = 1 / getattr(config, "logits_scaling", 1.0)
+        self._linears = [_serve_linears(layer) for layer in self.layers]
+        for layer in self.layers:
+            _in_one_thread(cast(nn.Module, layer.mlp))
 
     def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The hidden states that the first layer gets for these embeddings, both `[batch, tokens, hidden]`."""
@@ -90,44 +148,60 @@ class Skeleton:
         assert entering is not None  # there is at least one layer
         return entering
 
+    def going_on(self, embeddings: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, list[Call]]:
+        """The hidden states that the first layer gets for these embeddings, where texts go on of which `cache` has what
+        layers have seen; and what each layer is called with beside its hidden states, so that it adds to `cache`."""
+        notes = self._run(embeddings, past_key_values=cache, use_cache=True)
+        assert notes.entering is not None  # there is at least one layer
+        return notes.entering, notes.calls
+
+    def logits(self, hidden_states: torch.Tensor, norm: torch.Tensor, matrix: Matrix, weights: Weights) -> torch.Tensor:
+        """`[..., vocab_size]`, from the hidden states after the last layer, the last norm's weight and the output
+        matrix."""
+        normed = torch.func.functional_call(self._norm, {"weight": norm.float()}, (hidden_states,))
+        with self._head.serving(matrix, weights):
+            result: torch.Tensor = self._head(normed) * self._logits_scale
+        return result
+
+    def call(self, index: int, hidden_states: torch.Tensor) -> Call:
+        """What layer `index` is called with beside these hidden states."""
+        shape = (hidden_states.shape[0], hidden_states.shape[1])
+        if shape not in self._calls:
+            self._calls[shape] = self._run(torch.zeros_like(hidden_states)).calls
+        return self._calls[shape][index]
+
     @contextmanager
     def layer(
         self, index: int, tensors: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], weights: Weights
-    ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Layer `index` as a function of hidden states `[batch, tokens, hidden]`.
+    ) -> Iterator[ServedLayer]:
+        """Layer `index`, within.
 
-        `tensors` (norms, biases) and `matrices` are its weights, by their names in it. `weights` goes through the
-        matrices.
+        `tensors` (norms, biases) and `matrices` are its weights, by their names in it; it may do without all matrices
+        of its MLP. `weights` goes through the matrices.
         """
-        layer, linears = self._layers[index], self._linears[index]
-        expected = {name for name, _ in layer.named_parameters()} | set(linears)
-        different = sorted(expected ^ {*tensors, *matrices}) or sorted(set(linears) ^ set(matrices))
+        layer, linears = self.layers[index], self._linears[index]
+        without = set() if any(map(_is_of_mlp, matrices)) else set(filter(_is_of_mlp, linears))
+        expected = ({name for name, _ in layer.named_parameters()} | set(linears)) - without
+        different = sorted(expected ^ {*tensors, *matrices}) or sorted(set(linears) - without ^ set(matrices))
         if different:
             raise CheckpointError(
                 f"layer {index} of the base has other weights than transformers' model of it: {', '.join(different)}"
             )
-        given = {name: tensor.float() for name, tensor in tensors.items()}
-
-        def run(hidden_states: torch.Tensor) -> torch.Tensor:
-            shape = (hidden_states.shape[0], hidden_states.shape[1])
-            if shape not in self._calls:
-                self._calls[shape] = self._run(torch.zeros_like(hidden_states)).calls
-            args, kwargs = self._calls[shape][index]
-            result = torch.func.functional_call(layer, given, (hidden_states, *args), kwargs)
-            tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
-            return tensor
-
         with ExitStack() as served:
             for name, matrix in matrices.items():
                 served.enter_context(linears[name].serving(matrix, weights))
-            yield run
+            yield ServedLayer(self, index, {name: tensor.float() for name, tensor in tensors.items()})
 
-    def _run(self, embeddings: torch.Tensor) -> _Notes:
+    def _run(self, embeddings: torch.Tensor, **settings: Any) -> _Notes:
         """The model's forward pass on embeddings `[batch, tokens, hidden]`, with layers that take notes."""
         notes = _Notes()
-        self._model.layers = nn.ModuleList(_NoteTaker(layer, notes) for layer in self._layers)
-        self._model(inputs_embeds=embeddings, use_cache=False)
+        self._model.layers = nn.ModuleList(_NoteTaker(layer, notes) for layer in self.layers)
+        self._model(inputs_embeds=embeddings, **({"use_cache": False} | settings))
         return notes
+
+
+def _is_of_mlp(name: str) -> bool:
+    return name.startswith("mlp.")
 
 
 def _model(path: Path) -> PreTrainedModel:
@@ -170,6 +244,13 @@ def _serve_linears(layer: nn.Module) -> dict[str, BlockedLinear]:
             linears[f"{name}.weight"] = BlockedLinear(module)
             setattr(layer.get_submodule(parent), child, linears[f"{name}.weight"])
     return linears
+
+
+def _in_one_thread(mlp: nn.Module) -> None:
+    """Put a `_OneThread` in the place of each activation function: a part without parts that is no linear layer."""
+    for name, module in list(mlp.named_children()):
+        if not isinstance(module, BlockedLinear):
+            setattr(mlp, name, _OneThread(module))
 
 
 @lru_cache(maxsize=1)

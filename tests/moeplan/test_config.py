@@ -565,8 +565,8 @@ def test_an_unknown_dtype_is_refused(typed: str, meant: str | None) -> None:
 def test_an_unknown_gate_mode_is_refused(typed: str, meant: str | None) -> None:
     hint = f", did you mean {meant}?" if meant else ""
     assert refusal(CLOWN_CAR + f"gate_mode: {typed}\n") == (
-        "config.yml:9: gate_mode: must be hidden, hidden_avg, hidden_last, cheap_embed, random or uniform_random, "
-        f"not {typed}{hint}"
+        "config.yml:9: gate_mode: must be hidden, hidden_avg, hidden_last, ridge, cheap_embed, random or "
+        f"uniform_random, not {typed}{hint}"
     )
 
 
@@ -620,7 +620,7 @@ def test_as_many_experts_per_token_as_experts_are_taken() -> None:
     assert load(UPCYCLING + "experts_per_token: 1\n").experts_per_token == 1
 
 
-@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed"])
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "hidden_last", "ridge", "cheap_embed"])
 @pytest.mark.parametrize("prompts", ["", "    positive_prompts: []\n", "    positive_prompts:\n"])
 def test_an_expert_without_positive_prompts_is_refused_where_the_router_is_made_of_them(
     mode: str, prompts: str
@@ -628,8 +628,52 @@ def test_an_expert_without_positive_prompts_is_refused_where_the_router_is_made_
     added = f"  - source_model: other\n    negative_prompts: [x]\n{prompts}gate_mode: {mode}\n"
     assert refusal(CLOWN_CAR + added) == (
         f"config.yml:{11 if prompts else 9}: experts[2].positive_prompts: no positive prompts, "
-        f"which gate_mode {mode} makes this expert's router weights from: write at least one, or use gate_mode random"
+        f"which gate_mode {mode} makes this expert's router weights from: write at least one, or positive_files, or "
+        "use gate_mode random"
     )
+
+
+def test_files_and_samples_stand_for_prompts() -> None:
+    config = load("""\
+base_model: base
+gate_mode: ridge
+ridge: 1
+gate_tokens: 100
+experts:
+  - source_model: doctor
+    positive_files: [notes.txt, records.jsonl]
+  - source_model: german
+    positive_samples: 16
+""")
+    assert (config.ridge, config.gate_tokens) == (1.0, 100)
+    assert config.experts[0].positive_files == ("notes.txt", "records.jsonl")
+    assert config.experts[1].positive_samples == 16
+
+
+def test_the_same_files_for_every_expert_are_refused_and_samples_of_different_models_are_not() -> None:
+    experts = "  - {source_model: a, positive_files: [x]}\n  - {source_model: b, positive_files: [x]}\n"
+    assert refusal("base_model: b\nexperts:\n" + experts) == SAME_PROMPTS
+    assert load("base_model: b\ngate_mode: ridge\nexperts:\n" + experts.replace("files: [x]", "samples: 2"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ridge: 0", "ridge: must be a number above 0, and at most a million, not 0"),
+        ("ridge: .inf", "ridge: must be a number above 0, and at most a million, not .inf"),
+        ("ridge: much", "ridge: must be a number such as 0.1, not much"),
+        ("gate_tokens: 0", "gate_tokens: must be from 1 to 1,048,576, not 0"),
+        ("gate_tokens: 1.5", "gate_tokens: must be a whole number such as 2, not 1.5"),
+        (
+            "    positive_files: [a, '']",
+            "experts[1].positive_files[1]: names no file: write the path of a file of text",
+        ),
+        ("    positive_samples: -1", "experts[1].positive_samples: must be a whole number from 0 to 1,024, not -1"),
+        ("    positive_samples: 9999", "experts[1].positive_samples: must be a whole number from 0 to 1,024, not 9999"),
+    ],
+)
+def test_wrong_settings_of_ridge_are_refused(line: str, message: str) -> None:
+    assert refusal(CLOWN_CAR + line + "\n") == f"config.yml:9: {message}"
 
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])
@@ -988,6 +1032,8 @@ FIELDS = st.fixed_dictionaries(
         "source_model": TEXTS.filter(lambda text: text.strip() and "\0" not in text),
         "positive_prompts": st.none() | st.lists(TEXTS, max_size=3),
         "negative_prompts": st.none() | st.lists(TEXTS, max_size=3),
+        "positive_files": st.none() | st.lists(TEXTS.filter(lambda text: "\0" not in text), max_size=3),
+        "positive_samples": st.none() | st.integers(0, 1024),
         "noise_scale": st.none() | SCALES | st.integers(0, 5),
         "residual_scale": st.none() | SCALES,
     },

@@ -18,7 +18,7 @@ import moeplan as api
 from executor.engine import Progress
 from executor.errors import RunError
 from moeplan import merging
-from moeplan.gates import hidden
+from moeplan.gates import evaluation
 
 
 def edit_config(path: Path, **changes: Any) -> None:
@@ -278,11 +278,11 @@ def test_an_empty_prompt_is_warned_about(models, tmp_path, mode):
 
 @pytest.mark.parametrize("option", ["--load-in-8bit", "--load-in-4bit"])
 def test_a_base_cannot_be_quantised_without_bitsandbytes(refused, monkeypatch, tmp_path, option):
-    monkeypatch.setattr(hidden, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     message = refused(option, gate_mode="hidden")
     assert message == f"{option}: bitsandbytes is not installed; pip install bitsandbytes, or leave the option out"
     elsewhere = ModuleSpec("bitsandbytes", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(hidden, "find_spec", lambda name: elsewhere)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: elsewhere)
     assert "has no library for this machine's processor" in refused(option, gate_mode="hidden")
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from moeplan import merging
-from moeplan.gates import hidden
+from moeplan.gates import evaluation
 from moeplan.memory import CapError, MemoryCap
 from planner.plan import KernelStep
 
@@ -208,7 +208,7 @@ def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
     experts = [{"source_model": source, "positive_prompts": each} for each in (MANY[::2], MANY[1::2])]
     results = []
     for nbytes in (64 << 20, 64 << 10):
-        monkeypatch.setattr(hidden, "GROUP_NBYTES", nbytes)
+        monkeypatch.setattr(evaluation, "GROUP_NBYTES", nbytes)
         out = within(256 << 20, "resident", source, experts, gate_mode="hidden", dtype="float32")
         results.append(router_weights(out, MIXTRAL))
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
@@ -219,7 +219,7 @@ def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
 def test_many_positive_and_negative_prompts_in_several_groups_are_right_in_both_forms(
     recipe, mode, checkpoint, within, monkeypatch
 ):
-    monkeypatch.setattr(hidden, "GROUP_NBYTES", 256 << 10)
+    monkeypatch.setattr(evaluation, "GROUP_NBYTES", 256 << 10)
     source, case = checkpoint(recipe), case_of(recipe)
     prompts = [{"positive_prompts": MANY[first::4], "negative_prompts": MANY[first + 1 :: 4]} for first in (0, 2)]
     experts = [{"source_model": source, **each} for each in prompts]

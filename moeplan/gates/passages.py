@@ -1,0 +1,127 @@
+"""Passages of files, as prompts: drawn at random, by a seed, from text or from JSON lines with a `text` each.
+
+A file may be larger than memory, so what is looked at is bounded: all of a small one, slices at random places of a
+large one. A passage is a piece of one text, from one white space to another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import BinaryIO
+
+from moeplan.errors import UserError
+from moeplan.untrusted_json import JSONError, parse_object, show
+
+NBYTES = 1 << 10
+"""The size of a passage: with most text and tokenizers this becomes some 250 tokens."""
+
+SLICE_NBYTES = 1 << 16
+MOST_SLICES = 32
+"""What is looked at of a file: so many slices."""
+
+MAX_LINE_NBYTES = 1 << 20
+"""Of a line of JSON."""
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+TEXT = "text"
+
+
+class PassageError(UserError):
+    """A file is not one that passages can be drawn from."""
+
+
+def passages(file: str, seed: str, most_nbytes: int) -> list[str]:
+    """Passages of `file`, in random order, of so many bytes at most (or one). Raises PassageError."""
+    random = Random(seed)
+    try:
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            raise PassageError(f"{file}: is not a regular file; name a file of text, or of JSON lines")
+        with open(file, "rb") as stream:
+            nbytes = os.fstat(stream.fileno()).st_size
+            texts = _json_texts if file.lower().endswith(JSON_LINES) else _plain_texts
+            found = [piece for text in texts(file, stream, _slices(nbytes, random)) for piece in _pieces(text)]
+    except OSError as error:
+        raise PassageError(f"{file}: cannot be read: {error.strerror}") from error
+    if not found:
+        raise PassageError(f"{file}: there is no text in it")
+    random.shuffle(found)
+    taken, room = found[:1], most_nbytes - len(found[0].encode())
+    for piece in found[1:]:
+        room -= len(piece.encode())
+        if room < 0:
+            break
+        taken.append(piece)
+    return taken
+
+
+def _slices(nbytes: int, random: Random) -> list[tuple[int, int]]:
+    """The ranges of a file that are looked at: all of it in one, or one somewhere in each of `MOST_SLICES` parts."""
+    if nbytes <= MOST_SLICES * SLICE_NBYTES:
+        return [(0, nbytes)]
+    part = nbytes // MOST_SLICES
+    begins = [number * part + random.randrange(part - SLICE_NBYTES + 1) for number in range(MOST_SLICES)]
+    return [(begin, begin + SLICE_NBYTES) for begin in begins]
+
+
+def _plain_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) -> Iterator[str]:
+    for begin, end in slices:
+        stream.seek(begin)
+        content = stream.read(end - begin)
+        if b"\0" in content:
+            raise PassageError(f"{file}: is not text; name a file of text, or of JSON lines")
+        if len(slices) > 1:
+            content = re.sub(rb"\A\S*\s|\s\S*\Z", b"", content)  # from the first whole word up to the last
+            content = re.sub(rb"\A[\x80-\xbf]+|[\xc0-\xff][\x80-\xbf]*\Z", b"", content)  # and no part of a character
+        try:
+            yield content.decode()
+        except UnicodeDecodeError as error:
+            at = begin + error.start
+            raise PassageError(f"{file}: is not UTF-8 text (near byte {at:,}): save it as UTF-8") from None
+
+
+def _json_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) -> Iterator[str]:
+    for begin, end in slices:
+        stream.seek(begin)
+        if begin > 0:  # from the next line on
+            stream.readline(MAX_LINE_NBYTES)
+        while stream.tell() < end:
+            at = stream.tell()
+            line = stream.readline(MAX_LINE_NBYTES)
+            if not line:
+                break
+            if line.strip():
+                yield _text(f"{file}: the line at byte {at:,}", line)
+
+
+def _text(where: str, line: bytes) -> str:
+    if len(line) == MAX_LINE_NBYTES:
+        raise PassageError(f"{where} is longer than 1 MiB; write a JSON object with a `{TEXT}` on each line")
+    try:
+        text = parse_object(line).get(TEXT)
+    except JSONError as error:
+        raise PassageError(f"{where} {error}; write a JSON object with a `{TEXT}` on each line") from None
+    if not isinstance(text, str):
+        raise PassageError(f"{where}: `{TEXT}` is {show(text)}; write a JSON object with a `{TEXT}` on each line")
+    return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text`, cut at white space into pieces of about `NBYTES`."""
+    piece: list[str] = []
+    room = NBYTES
+    for word in re.findall(r"\s*\S+", text):
+        for part in (word[at : at + NBYTES] for at in range(0, len(word), NBYTES)):  # text without any white space
+            size = len(part.encode())
+            if piece and size > room:
+                yield "".join(piece).lstrip()
+                piece, room = [], NBYTES
+            piece.append(part)
+            room -= size
+    if piece:
+        yield "".join(piece).lstrip()

@@ -1,0 +1,88 @@
+"""What routers say of the tokens that they could be given, for `moeplan routes`: as far as can be, each token is scored
+by a router that was made without its prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from moeplan.errors import UserError
+from moeplan.gates import PROMPTLESS, GateMode, GateRequest
+from moeplan.gates.evaluation import KERNELS, Evaluation
+from moeplan.gates.prompts import folds
+from planner.expr import DType, Opaque
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text: the rows where they are among all, and whether their scores are by routers made without."""
+
+    rows: tuple[range, ...]
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The routers of a request, `[num_experts, hidden_size]`, and their scores of all tokens, `[num_tokens,
+    num_experts]`, both layer by layer; where the tokens of each expert's prompts are, and those of each of `texts`.
+
+    BOS is no token of a text. A shared expert's gate is left out.
+    """
+
+    routers: tuple[Opaque, ...]
+    scores: tuple[Opaque, ...]
+    experts: tuple[Tokens, ...]
+    texts: tuple[Tokens, ...]
+
+
+def scored(request: GateRequest, mode: GateMode) -> Scored:
+    """Have `mode` make the routers of `request`, and score all of its text. Raises what both do, and UserError where
+    there is no text."""
+    evaluation = Evaluation.of(request)
+    if not evaluation.lengths:
+        raise UserError("there is no text to route; give the experts prompts, or a text file with --text")
+    reads_text = request.mode not in PROMPTLESS
+    lengths, positive = evaluation.lengths, evaluation.positive[: len(request.experts)]
+    fold = folds(positive, lengths) if reads_text else {}
+    params = json.dumps({"lengths": lengths, "folds": [fold.get(prompt, 2) for prompt in range(len(lengths))]})
+    routers = mode.routers(request)
+    by_fold = [mode.routers(replace(request, without=number)) if fold else routers for number in (0, 1)]
+    shape = (sum(lengths), len(request.experts))
+    begins = [sum(lengths[:prompt]) for prompt in range(len(lengths))]
+
+    def tokens(prompts: Sequence[int]) -> Tokens:
+        first = len(evaluation.prompts.start)
+        rows = (range(begins[prompt] + first, begins[prompt] + lengths[prompt]) for prompt in prompts)
+        return Tokens(tuple(rows), not reads_text or all(prompt in fold for prompt in prompts))
+
+    return Scored(
+        routers=tuple(routers),
+        scores=tuple(
+            Opaque("scores", params, (seen, *of_layer), DType.F32, shape, 4 * 2 * shape[0] * len(request.rows))
+            for seen, *of_layer in zip(evaluation.mlp_inputs(), *by_fold, routers, strict=True)
+        ),
+        experts=tuple(map(tokens, positive)),
+        texts=tuple(replace(tokens(prompts), held_out=True) for prompts in evaluation.prompts.texts),
+    )
+
+
+def scores(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    """From what an MLP is given, `[num_tokens, hidden_size]`, and three routers, `[num_rows, hidden_size]`: made
+    without the prompts of fold 0, without those of fold 1, and of all."""
+    import torch
+
+    seen, *routers = inputs
+    begin = 0
+    for prompt, fold in zip(torch.split(seen, params["lengths"]), params["folds"], strict=True):
+        output[begin : begin + len(prompt)] = prompt @ routers[fold][: output.shape[1]].T
+        begin += len(prompt)
+
+
+def kernels(mode: GateMode) -> dict[str, Any]:
+    """What computes what `scored` gives for that mode."""
+    return {**KERNELS, **mode.kernels, "scores": scores}

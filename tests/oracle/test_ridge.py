@@ -1,0 +1,310 @@
+"""`ridge` routers, against float64 arithmetic with numpy on what transformers computes, one prompt at a time."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from families import NUM_LAYERS
+from test_router_weights import MANY, SHARED_PROMPTS, case_of, has_gate, router_weights, within
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from moeplan.checkpoint import CheckpointError
+from moeplan.config import ConfigError
+from moeplan.gates import ridge as ridge_mode
+from moeplan.gates.samples import TOKENS
+
+__all__ = ["within"]  # a fixture
+
+FEW = [
+    {"positive_prompts": ["Where does it hurt?", "Say ah", "Since when?"]},
+    {"positive_prompts": ["x = 1", "def f(): pass"], "negative_prompts": ["Say ah", "oh"]},
+    {"positive_prompts": ["Guten Tag", "Der Zug"]},
+]
+LONG = [{"positive_prompts": MANY[first:60:3]} for first in range(3)]
+
+
+class Text:
+    """A prompt's tokens, and what each layer's MLP is given for all of them but BOS, `[num_layers, tokens, hidden]`."""
+
+    def __init__(self, ids: Sequence[int], seen: np.ndarray) -> None:
+        self.ids, self.seen = ids, seen
+
+    def __len__(self) -> int:
+        return self.seen.shape[1]
+
+
+class Base:
+    """A dense model in transformers, in float32."""
+
+    def __init__(self, source) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        self._norms: list[torch.Tensor] = []
+        for layer in self.model.model.layers:
+            layer.post_attention_layernorm.register_forward_hook(lambda *call: self._norms.append(call[2]))
+
+    def text(self, prompt: str, most: int | None = None) -> Text:
+        return self.tokens(self.tokenizer(prompt, add_special_tokens=False).input_ids[:most])
+
+    @torch.inference_mode()
+    def tokens(self, ids: Sequence[int]) -> Text:
+        self._norms.clear()
+        self.model(torch.tensor([[*self.bos, *ids]]))
+        return Text(ids, torch.cat(self._norms)[:, len(self.bos) :].double().numpy())
+
+
+def solved(texts: Sequence[Sequence[Text]], none: Sequence[Text], layer: int, strength: float = 0.1) -> np.ndarray:
+    """C (S + λ (tr S / d) I)⁻¹, `[num_experts, hidden_size]`."""
+    count = len(texts)
+    width = texts[0][0].seen.shape[2]
+    s, c = np.zeros((width, width)), np.zeros((count, width))
+    for label, of_class in enumerate([*texts, none]):
+        total = sum(len(text) for text in of_class)
+        for x in (x for text in of_class for x in text.seen[layer]):
+            w = 1 / (count * total)
+            s += w * np.outer(x, x)
+            c += w * np.outer(np.eye(count + 1)[label][:count] - 1 / count, x)
+    return c @ np.linalg.inv(s + strength * np.trace(s) / width * np.eye(width))
+
+
+def halves(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    """Whole texts, shortest first, each to the half that has fewer tokens."""
+    parts: tuple[list[Text], list[Text]] = ([], [])
+    for text in sorted(texts, key=lambda text: (len(text.ids), list(text.ids))):
+        sizes = [sum(len(other) for other in part) for part in parts]
+        parts[sizes[0] > sizes[1]].append(text)
+    return parts
+
+
+def cross_entropy(s: float, texts, routers, layer: int) -> float:
+    """Of held-out texts: `routers[h]` was made without `texts[class][h]`. Classes count the same in each half."""
+    loss = 0.0
+    for half in (0, 1):
+        for label, of_class in enumerate(texts):
+            total = sum(len(text) for text in of_class[half])
+            for text in of_class[half]:
+                logits = s * text.seen[layer] @ routers[half].T
+                top = logits.max(axis=1)
+                loss += (np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[:, label]).sum() / total
+    return loss
+
+
+def best_scale(texts, none, layer: int, strength: float) -> float:
+    routers = [solved([of_class[1 - half] for of_class in texts], none[1 - half], layer, strength) for half in (0, 1)]
+    low, high, golden = np.log(0.01), np.log(100), (5**0.5 - 1) / 2
+    while high - low > 1e-8:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if cross_entropy(np.exp(left), texts, routers, layer) < cross_entropy(np.exp(right), texts, routers, layer):
+            high = right
+        else:
+            low = left
+    return float(np.exp((low + high) / 2))
+
+
+def expected(texts: Sequence[Sequence[Text]], none: Sequence[Text] = (), strength: float = 0.1) -> np.ndarray:
+    """`[num_layers, num_experts, hidden_size]`"""
+    parted = [halves(of_class) for of_class in texts]
+    return np.stack(
+        [
+            best_scale(parted, halves(none), layer, strength) * solved(texts, none, layer, strength)
+            for layer in range(NUM_LAYERS)
+        ]
+    )
+
+
+def assert_equal(weights: torch.Tensor, router: np.ndarray) -> None:
+    """To a relative error of 1e-4 in each layer and row."""
+    assert weights.shape == router.shape
+    error = np.linalg.norm(weights.double().numpy() - router, axis=-1) / np.linalg.norm(router, axis=-1)
+    assert error.max() <= 1e-4
+
+
+@pytest.mark.parametrize("prompts", [FEW, LONG], ids=["fewer tokens than dimensions", "more"])
+@pytest.mark.parametrize("recipe", ["llama-plain", "mistral-bf16", "qwen2-f16", "qwen3-plain", "granite-plain"])
+def test_ridge_routers_are_those_of_float64_and_the_same_to_the_bit_in_both_forms_with_any_budget_and_threads(
+    recipe, prompts, checkpoint, within
+):
+    source, case = checkpoint(recipe), case_of(recipe)
+    base = Base(source)
+    texts = [[base.text(prompt) for prompt in expert["positive_prompts"]] for expert in prompts]
+    none = [base.text("oh")] if prompts is FEW else []  # what expert 0 wants is not unwanted
+    router = expected(texts, none)
+    shared = SHARED_PROMPTS if has_gate(case) else {}
+    if shared:
+        positive, negative = ([base.text(p) for p in shared[f"{kind}_prompts"]] for kind in ("positive", "negative"))
+        gate = expected([[*(text for of_class in texts for text in of_class), *negative], positive])
+        router = np.concatenate([router, gate[:, 1:] - gate[:, :1]], axis=1)
+    experts = [{"source_model": source, **expert} for expert in prompts]
+    settings = {"gate_mode": "ridge", "dtype": "float32", **case.settings(source, **shared)}
+    results = [
+        router_weights(within(budget, form, source, experts, num_threads=threads, **settings), case)
+        for budget, form, threads in (
+            (None, "streamed", 1),
+            (None, "streamed", 3),
+            (256 << 20, "resident", 1),
+            (256 << 20, "resident", 4),
+        )
+    ]
+    assert all(torch.equal(results[0], result) for result in results)
+    assert_equal(results[0], router)
+
+
+def test_products_are_computed_in_tiles_of_any_size(monkeypatch, checkpoint, merge):
+    monkeypatch.setattr(ridge_mode, "TILE", 24)
+    monkeypatch.setattr(ridge_mode, "PANEL_ROWS", 7)
+    source = checkpoint("llama-plain")
+    base, case = Base(source), case_of("llama-plain")
+    for prompts in (FEW, LONG):
+        experts = [{"source_model": source, **expert} for expert in prompts]
+        weights = router_weights(merge(source, experts, gate_mode="ridge", dtype="float32"), case)
+        texts = [[base.text(prompt) for prompt in expert["positive_prompts"]] for expert in prompts]
+        assert_equal(weights, expected(texts, [base.text("oh")] if prompts is FEW else []))
+
+
+def test_lambda_is_that_of_the_config(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    base, case = Base(source), case_of("llama-plain")
+    experts = [{"source_model": source, **expert} for expert in LONG]
+    weights = router_weights(merge(source, experts, gate_mode="ridge", ridge=3.0, dtype="float32"), case)
+    texts = [[base.text(prompt) for prompt in expert["positive_prompts"]] for expert in LONG]
+    assert_equal(weights, expected(texts, strength=3.0))
+
+
+def test_with_one_prompt_an_expert_each_half_of_it_is_held_out_in_turn(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    base, case = Base(source), case_of("llama-plain")
+    prompts = ["Where does it hurt, and since when?", "I would like a bread roll"]
+    experts = [{"source_model": source, "positive_prompts": [prompt]} for prompt in prompts]
+    weights = router_weights(merge(source, experts, gate_mode="ridge", dtype="float32"), case)
+    texts = [base.text(prompt) for prompt in prompts]
+    parted = []
+    for text in texts:
+        middle = len(text) // 2
+        parted.append(tuple([Text(text.ids, text.seen[:, part])] for part in (slice(middle), slice(middle, None))))
+    router = np.stack(
+        [
+            best_scale(parted, ([], []), layer, 0.1) * solved([[text] for text in texts], [], layer)
+            for layer in range(NUM_LAYERS)
+        ]
+    )
+    assert_equal(weights, router)
+
+
+def test_a_prompt_of_one_token_cannot_be_held_out_and_the_scale_is_the_usual_one(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    base, case = Base(source), case_of("llama-plain")
+    experts = [{"source_model": source, "positive_prompts": [prompt]} for prompt in ("x", "y")]
+    weights = router_weights(merge(source, experts, gate_mode="ridge", dtype="float32"), case)
+    texts = [[base.text(prompt)] for prompt in ("x", "y")]
+    assert_equal(weights, ridge_mode.USUAL_SCALE * np.stack([solved(texts, [], layer) for layer in range(NUM_LAYERS)]))
+
+
+def test_a_prompt_that_is_bos_alone_is_refused_by_its_line(checkpoint, plan):
+    source = checkpoint("llama-plain")
+    experts = [{"source_model": source, "positive_prompts": [prompt]} for prompt in ("x", "")]
+    with pytest.raises(CheckpointError, match=r"yml:\d+: experts\[1\].positive_prompts: there is no token beside BOS"):
+        plan(source, experts, gate_mode="ridge")
+
+
+def test_passages_of_files_are_prompts(checkpoint, merge, tmp_path):
+    source = checkpoint("llama-plain")
+    base, case = Base(source), case_of("llama-plain")
+    prose = "The doctor listens. " * 8
+    lines = ["go down into the cave", "draw your sword", "light a torch"]
+    (tmp_path / "prose.txt").write_text(prose)
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line, "id": 1}) + "\n" for line in lines))
+    experts = [
+        {"source_model": source, "positive_files": [tmp_path / "prose.txt"], "positive_prompts": ["Say ah"]},
+        {"source_model": source, "positive_files": [tmp_path / "lines.jsonl"]},
+    ]
+    weights = router_weights(merge(source, experts, gate_mode="ridge", dtype="float32"), case)
+    texts = [[base.text("Say ah"), base.text(prose.strip(), 255)], [base.text(line) for line in lines]]
+    assert_equal(weights, expected(texts))
+
+
+def test_hidden_takes_passages_too(checkpoint, merge, tmp_path):
+    source, case = checkpoint("llama-plain"), case_of("llama-plain")
+    for name, text in (("a.txt", "Where does it hurt?"), ("b.txt", "Guten Tag")):
+        (tmp_path / name).write_text(text)
+    files, prompts = (
+        [{"source_model": source, key: [value]} for value in values]
+        for key, values in (
+            ("positive_files", [tmp_path / "a.txt", tmp_path / "b.txt"]),
+            ("positive_prompts", ["Where does it hurt?", "Guten Tag"]),
+        )
+    )
+    merged = [merge(source, experts, gate_mode="hidden", dtype="float32") for experts in (files, prompts)]
+    assert torch.equal(*(router_weights(out, case) for out in merged))
+
+
+def test_the_seed_chooses_passages_and_gate_tokens_bounds_them(checkpoint, plan, tmp_path):
+    source = checkpoint("llama-plain")
+    words = ["doctor", "hurt", "bread", "train", "sword", "cave", "torch", "listen", "help", "good", "day"]
+    for name, step in (("a.txt", 1), ("b.txt", 3)):
+        text = " ".join(words[(step * number * number) % len(words)] for number in range(20_000))
+        (tmp_path / name).write_text(text)
+    experts = [{"source_model": source, "positive_files": [tmp_path / name]} for name in ("a.txt", "b.txt")]
+
+    def lengths(**settings) -> tuple[list[int], str]:
+        planned = plan(source, experts, gate_mode="ridge", **settings).plan
+        params = next(json.loads(step.params) for step in planned.steps if getattr(step, "kernel", "") == "ridge")
+        return params["lengths"], planned.fingerprint
+
+    first, again, other = (lengths(random_seed=seed, gate_tokens=1000)[1] for seed in (1, 1, 2))
+    assert first == again != other
+    for most in (1, 300, 1000):
+        numbers, _ = lengths(gate_tokens=most)
+        assert sum(numbers) - len(numbers) == 2 * most
+        assert max(numbers) <= 256
+
+
+@torch.inference_mode()
+def drawn_by_transformers(source, number: int, count: int, seed: int = 0) -> list[list[int]]:
+    """Passages by transformers' own forward pass, from the same random numbers."""
+    base = Base(source)
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))
+    config = base.model.config
+    tokens = torch.tensor([[(*base.bos, config.bos_token_id, config.eos_token_id)[0]]] * count)
+    cache, passages = DynamicCache(), []
+    for _ in range(TOKENS):
+        logits = base.model(tokens, past_key_values=cache, use_cache=True).logits[:, -1].double()
+        logits[:, config.eos_token_id] = -torch.inf
+        reached = torch.softmax(logits, dim=-1).cumsum(dim=-1).numpy()
+        chosen = [
+            int((row < chance * row[-1]).sum()) for row, chance in zip(reached, random.random(count), strict=True)
+        ]
+        passages.append(chosen)
+        tokens = torch.tensor(chosen)[:, None]
+    return [list(passage) for passage in zip(*passages, strict=True)]
+
+
+@pytest.mark.parametrize("recipe", ["llama-tied", "mistral-bf16", "qwen2-window", "qwen3-plain", "granite-plain"])
+def test_passages_that_experts_write_are_those_that_transformers_draws(recipe, checkpoint, within):
+    sources, case = [checkpoint(recipe, seed) for seed in (0, 1, 2)], case_of(recipe)
+    base = Base(sources[0])
+    experts = [{"source_model": source, "positive_samples": 2} for source in sources[1:]]
+    shared = {"positive_prompts": ["Listen."]} if has_gate(case) else {}
+    settings = {"gate_mode": "ridge", "dtype": "float32", **case.settings(sources[0], **shared)}
+    streamed, resident = (
+        router_weights(within(budget, form, sources[0], experts, **settings), case)[:, :2]
+        for budget, form in ((None, "streamed"), (256 << 20, "resident"))
+    )
+    assert torch.equal(streamed, resident)
+    texts = [
+        [base.tokens(passage) for passage in drawn_by_transformers(source, number, 2)]
+        for number, source in enumerate(sources[1:])
+    ]
+    parted = [tuple([[text] for text in of_class]) for of_class in texts]
+    router = np.stack(
+        [best_scale(parted, ([], []), layer, 0.1) * solved(texts, [], layer) for layer in range(NUM_LAYERS)]
+    )
+    assert_equal(streamed, router)
+
+
+def test_samples_are_for_ridge_alone(checkpoint, plan):
+    source = checkpoint("llama-plain")
+    with pytest.raises(ConfigError, match=r"experts\[0\].positive_samples: gate_mode hidden takes prompts and files"):
+        plan(source, [{"source_model": source, "positive_samples": 2}] * 2, gate_mode="hidden")
