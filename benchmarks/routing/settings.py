@@ -33,12 +33,11 @@ class Settings:
     num_heads: int = 6
     num_key_value_heads: int = 6
     window: int = 256
-    batch: int = 16
+    batch: int = 8
     base_steps: int = 400
-    base_learning_rate: float = 3e-3
+    base_learning_rate: float = 2e-3
     expert_steps: int = 60
-    expert_learning_rate: float = 1.5e-3
-    num_threads: int = 2
+    expert_learning_rate: float = 1e-3
     num_windows: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     num_prompts: int = 8

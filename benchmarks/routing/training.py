@@ -1,7 +1,7 @@
 """Trains the base on all domains, and from it, in each variant, an expert for each domain.
 
-All is seeded, and runs in so many threads whatever the machine has, so that a machine makes the same models each time.
-They are kept: under the digest of what they follow from, this file included.
+All is seeded, and each model is trained in one thread, so that a machine makes the same models each time; experts are
+trained side by side. They are kept: under the digest of what they follow from, this file included.
 """
 
 from __future__ import annotations
@@ -10,67 +10,69 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.prompts import save_tokenizer
 from benchmarks.routing.settings import VARIANTS, Settings, file_name
 from benchmarks.routing.texts import digest
 from benchmarks.routing.tokens import BOS, Corpus, Ids, with_bos
 
+disable_progress_bar()
+
 SEED = 40_000
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.1
+NUM_PROCESSES = 2
+CONTEXT = 256
+"""What the models are made for. Passages and samples that routers are made from are no longer than that."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Where the checkpoints are: `experts[variant]` has one for each domain. `trained`: not all were there before."""
+    """Where the checkpoints are: `experts[variant]` has one for each domain."""
 
     base: Path
     experts: dict[str, tuple[Path, ...]]
-    trained: bool
 
 
 def trained_models(corpus: Corpus, settings: Settings, directory: Path, say: Say) -> Models:
     """The checkpoints below `directory`, trained where they are not there yet."""
-    torch.set_num_threads(settings.num_threads)
     root = directory / _key(corpus, settings)
-    new = False
-
-    def made(name: str, make: Callable[[], LlamaForCausalLM]) -> Path:
-        nonlocal new
-        path = root / name
-        if not path.exists():
-            new = True
-            say(f"training {name}")
-            unfinished = root / "unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            make().save_pretrained(unfinished)
-            save_tokenizer(unfinished, corpus.tokenizer)
-            unfinished.rename(path)
-        return path
-
-    base = made("base", lambda: _base(corpus, settings))
+    base = root / "base"
     experts = {
-        variant: tuple(
-            made(
-                file_name(f"{text.domain} {variant}"),
-                lambda tokens=tokens, variant=variant: _expert(base, tokens.train, variant, settings),
-            )
-            for text, tokens in zip(corpus.texts, corpus.tokens, strict=True)
-        )
+        variant: tuple(root / file_name(f"{text.domain} {variant}") for text in corpus.texts)
         for variant in settings.variants
     }
-    return Models(base, experts, new)
+    missing = [
+        (path, base, tokens.train, variant, settings)
+        for variant, paths in experts.items()
+        for path, tokens in zip(paths, corpus.tokens, strict=True)
+        if not path.exists()
+    ]
+    # New processes, since torch's number of threads is each process's own.
+    with ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        if not base.exists():
+            say("training the base")
+            trains = [tokens.train for tokens in corpus.tokens]
+            pool.submit(_make_base, base, trains, corpus.tokenizer.to_str(), settings).result()
+        made = [pool.submit(_make_expert, *expert) for expert in missing]
+        for done, future in enumerate(as_completed(made), start=1):
+            future.result()
+            say(f"trained {done} of {len(missing)} experts")
+    return Models(base, experts)
 
 
 def _key(corpus: Corpus, settings: Settings) -> str:
@@ -80,7 +82,7 @@ def _key(corpus: Corpus, settings: Settings) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _base(corpus: Corpus, settings: Settings) -> LlamaForCausalLM:
+def _make_base(path: Path, texts: list[Ids], tokenizer: str, settings: Settings) -> None:
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
@@ -89,24 +91,32 @@ def _base(corpus: Corpus, settings: Settings) -> LlamaForCausalLM:
         num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads,
         num_key_value_heads=settings.num_key_value_heads,
-        max_position_embeddings=settings.window,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=BOS,
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    trains = [tokens.train for tokens in corpus.tokens]
-    _train(model, list(model.parameters()), trains, settings, settings.base_steps, settings.base_learning_rate)
-    return model
+    _train(model, list(model.parameters()), texts, settings, settings.base_steps, settings.base_learning_rate)
+    _save(model, Tokenizer.from_str(tokenizer), path)
 
 
-def _expert(base: Path, tokens: Ids, variant: str, settings: Settings) -> LlamaForCausalLM:
+def _make_expert(path: Path, base: Path, tokens: Ids, variant: str, settings: Settings) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(variant != VARIANTS[0] or ".mlp." in name)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _train(model, parameters, [tokens], settings, settings.expert_steps, settings.expert_learning_rate)
-    return model
+    _save(model, Tokenizer.from_file(str(base / "tokenizer.json")), path)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: Tokenizer, path: Path) -> None:
+    """Whole, or not at all: a run may be stopped."""
+    unfinished = path.with_name(f"{path.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    save_tokenizer(unfinished, tokenizer)
+    unfinished.rename(path)
 
 
 def _train(

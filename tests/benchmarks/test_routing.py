@@ -68,7 +68,7 @@ def test_prompts_are_of_one_length_and_of_text_that_was_trained_on(small: Corpus
 def test_mergekit_gets_the_prompts_that_moeplan_gets_and_no_key_that_it_does_not_know(
     small: Corpus, tmp_path: Path
 ) -> None:
-    models = Models(tmp_path / "base", {VARIANTS[0]: tuple(tmp_path / domain for domain in DOMAINS)}, trained=False)
+    models = Models(tmp_path / "base", {VARIANTS[0]: tuple(tmp_path / domain for domain in DOMAINS)})
     workshop = Workshop(tmp_path, SMOKE, small, models, Programs(Path("/bin/false"), Path("/bin/false")))
 
     def config(row: rows.Row) -> dict[str, object]:
