@@ -1,4 +1,4 @@
-"""The command line: `moeplan CONFIG OUT`, and `moeplan verify OUT`."""
+"""The command line: `moeplan CONFIG OUT`, `moeplan verify OUT`, and `moeplan routes CONFIG|OUT`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ INTERRUPTED = "interrupted"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 verify_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+routes_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(asked: bool) -> None:
@@ -179,7 +180,8 @@ def command(
     merge that was interrupted. The exit status is 2 for wrong usage, configuration or models, 1 for a run that
     failed, 130 after Ctrl-C.
 
-    `moeplan verify OUT` reads a finished model again, and names what is not as it was written.
+    `moeplan verify OUT` reads a finished model again, and names what is not as it was written. `moeplan routes
+    CONFIG|OUT` shows where tokens would go.
     """
     if out is None and not plan:
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
@@ -241,6 +243,83 @@ def verify_command(
             raise typer.Exit(1)
 
 
+@routes_app.command(no_args_is_help=True)
+def routes_command(
+    subject: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|OUT", help="The YAML file of a merge, or a model that moeplan merged.", show_default=False
+        ),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Route this text, too (JSON lines with a `text` each, or plain).", show_default=False
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with plots to FILE.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most memory to take: 2GiB, 512MB, 50%.  [default: half of what is available]",
+            show_default=False,
+        ),
+    ] = None,
+    random_seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="As for the merge.")] = 0,
+    num_threads: Annotated[
+        int | None,
+        typer.Option(
+            "-j",
+            "--num-threads",
+            metavar="NUMBER",
+            min=1,
+            help="How many threads compute.  [default: as many as there are cores]",
+            show_default=False,
+        ),
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="As for the merge.")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="As for the merge.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for the merge.")] = False,
+    transformers_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HOME]", show_default=False
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")] = False,
+) -> None:
+    """Show where tokens would go: those of the config's prompts, and of other text.
+
+    Of a YAML file, before anything is merged, the base alone is evaluated. As far as can be, tokens are scored by
+    routers that were made without their prompts. A finished model is loaded with transformers, whole.
+    """
+    from moeplan.routes.page import check_installed, page
+    from moeplan.routes.subject import routes_of
+
+    teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
+    with _told(teller, verbose):
+        if html is not None:
+            check_installed()
+        options = Options(
+            max_memory=max_memory,
+            random_seed=random_seed,
+            num_threads=num_threads,
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
+            transformers_cache=transformers_cache,
+        )
+        data = routes_of(subject, options, text or [], teller.start, teller.progress).to_data()
+        if html is not None:
+            html.write_text(page(data), encoding="utf-8")
+        teller.routes(data)
+
+
 class _Teller:
     """Says what happens: reports on standard output, everything else on standard error."""
 
@@ -277,6 +356,12 @@ class _Teller:
             for line in lines:
                 self._messages.print(Text.assemble((what, "red"), report.printable(line)))
         self._tell("verification", report.verification_data(out, found), report.verification_view)
+
+    def routes(self, data: dict[str, Any]) -> None:
+        from moeplan.routes.view import routes_view
+
+        self.stop()
+        self._tell("routes", data, routes_view)
 
     def checked(self, nbytes: int) -> None:
         """How much of a finished model was read again."""
@@ -380,7 +465,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 def run(args: list[str]) -> None:
     """Run the command with these arguments. Raises SystemExit."""
-    if args[:1] == ["verify"]:
-        verify_app(args[1:], prog_name="moeplan verify")
+    others = {"verify": verify_app, "routes": routes_app}
+    if args and args[0] in others:
+        others[args[0]](args[1:], prog_name=f"moeplan {args[0]}")
     else:
         app(args, prog_name="moeplan")

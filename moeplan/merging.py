@@ -43,7 +43,7 @@ from moeplan.output import (
     write_beside,
 )
 from moeplan.record import RECORD, identity, record
-from moeplan.routing import degenerate_layers
+from moeplan.routing import RouterFacts, router_facts, stored_routers
 from moeplan.staging import Identity, check_output, staged, unfinished_nbytes
 from moeplan.untrusted_json import show
 from planner.errors import BudgetError
@@ -121,11 +121,13 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge: where the model is, and what it took."""
+    """A finished merge: where the model is, what it took, and what its routers are like, where this run made
+    them of text."""
 
     path: Path
     run: RunResult
     seconds: float
+    routers: RouterFacts | None
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def merge(
     made_from = identity(merge_plan)
     with staged(directory, made_from, restart=options.restart, overwrite=options.overwrite) as stage:
         if stage.is_complete:
-            result = finished(merge_plan.plan)
+            result, facts = finished(merge_plan.plan), None
         else:
             _check_space(merge_plan, directory)
             result = run(
@@ -285,10 +287,12 @@ def merge(
                 threads=options.threads,
                 imports=modules,
             )
-            _warn_degenerate(merge_plan, stage.directory)
+            facts = _router_facts(merge_plan, stage.directory)
+            _warn_degenerate(merge_plan, facts)
             _write_beside(merge_plan, made_from, result, stage.directory)
             _warn_of_missing_code(merge_plan, stage.directory)
-    return MergeResult(directory, result, time.monotonic() - started)
+    of_text = None if config.gate_mode in gates.PROMPTLESS else facts
+    return MergeResult(directory, result, time.monotonic() - started, of_text)
 
 
 def _write_beside(merge_plan: MergePlan, made_from: Identity, result: RunResult, directory: Path) -> None:
@@ -429,15 +433,18 @@ def compile_within(cap: MemoryCap, graph: TensorGraph, shard_limit_nbytes: int, 
         raise CapError(cap, error.needed_nbytes) from error
 
 
-def _warn_degenerate(merge_plan: MergePlan, directory: Path) -> None:
+def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:
     router = merge_plan.family.layouts[merge_plan.layout].router
     names = [router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
-    layers = degenerate_layers(directory, merge_plan.plan.shards, names)
-    if layers:
+    return router_facts(stored_routers(directory, merge_plan.plan.shards, names))
+
+
+def _warn_degenerate(merge_plan: MergePlan, facts: RouterFacts) -> None:
+    if facts.degenerate:
         advice = "" if merge_plan.config.gate_mode in gates.PROMPTLESS else "; give them prompts that differ more"
+        layers = "all layers" if len(facts.degenerate) == facts.num_layers else _layers(facts.degenerate)
         warnings.warn(
-            f"routing is degenerate in {'all layers' if len(layers) == len(names) else _layers(layers)}: the router "
-            f"cannot tell some experts apart{advice}",
+            f"routing is degenerate in {layers}: the router cannot tell some experts apart{advice}",
             MoeplanWarning,
             stacklevel=3,
         )

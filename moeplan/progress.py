@@ -80,7 +80,7 @@ def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLi
 
 def _doing(state: Progress) -> str:
     """What runs now, in a word. The executor names kernels, and those make routers."""
-    known = ("syncing", "verifying", "fetching")
+    known = ("syncing", "verifying", "fetching", "routing")
     return "copying" if not state.doing else state.doing if state.doing in known else "routers"
 
 

@@ -17,6 +17,7 @@ from moeplan.memory import MIB
 from moeplan.merging import MergePlan, MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
+from moeplan.routing import RouterFacts
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink, KernelStep, Plan, StreamStep
 
@@ -74,6 +75,18 @@ def result_data(result: MergeResult) -> dict[str, Any]:
         "nbytes_by_path": result.run.nbytes_by_path,
         "peak_memory_nbytes": result.run.peak_resident_nbytes,
         "peak_buffers_nbytes": result.run.peak_buffer_nbytes,
+        "routers": _routers(result.routers),
+    }
+
+
+def _routers(facts: RouterFacts | None) -> dict[str, Any] | None:
+    if facts is None:
+        return None
+    return {
+        "layers": facts.num_layers,
+        "degenerate_layers": list(facts.degenerate),
+        "closest_experts": facts.closest and list(facts.closest),
+        "cosine": facts.cosine if facts.closest else None,
     }
 
 
@@ -137,7 +150,7 @@ def result_view(data: dict[str, Any]) -> RenderableType:
     by_path = sorted(data["nbytes_by_path"].items(), key=lambda item: -item[1])
     ways = ", ".join(f"{decimal(nbytes)} {name}" for name, nbytes in by_path)
     rate = data["written_nbytes"] / max(data["seconds"], 1e-9)
-    return _fact(
+    done = _fact(
         "done",
         [
             printable(data["path"]),
@@ -145,6 +158,24 @@ def result_view(data: dict[str, Any]) -> RenderableType:
             f"{decimal(data['read_nbytes'])} read, {_mib(data['peak_memory_nbytes'])} of memory at most",
         ],
     )
+    routers = data["routers"]
+    return (
+        done
+        if routers is None or routers["closest_experts"] is None
+        else Group(done, _fact("routers", _said(routers, data["path"])))
+    )
+
+
+def _said(routers: dict[str, Any], path: str) -> list[str]:
+    """What there is to say of routers after a merge: three lines."""
+    first, second = routers["closest_experts"]
+    degenerate = len(routers["degenerate_layers"])
+    return [
+        f"experts {first} and {second} are most alike: cosine {routers['cosine']:.2f}, the mean of "
+        f"{_count(routers['layers'], 'layer')}",
+        f"degenerate in {degenerate or 'none'} of them",
+        f"where tokens go: moeplan routes {printable(path)}",
+    ]
 
 
 def _fact(name: str, lines: Sequence[str]) -> Text:

@@ -2,32 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.layout import Shard
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_CONDITION = 5.0
 """Routers with a larger condition number are called degenerate, as in mergekit (`warn_degenerate_gates`)."""
 
+EQUAL = 2.0**-8
+"""Rows that differ by less than this share of their length are equal to what bfloat16 rounds."""
 
-def degenerate_layers(directory: Path, shards: Iterable[Shard], routers: Sequence[str]) -> list[int]:
-    """The layers whose router, `[num_experts, hidden_size]`, has nearly dependent rows, or rows that are not finite.
 
-    `routers` names each layer's, and they are read from the written `shards` in `directory`.
+@dataclass(frozen=True)
+class RouterFacts:
+    """What a model's routers are like: the layers where they are degenerate, of how many; the two experts whose rows
+    are most alike, and the mean over all layers of the cosine between those."""
+
+    degenerate: tuple[int, ...]
+    num_layers: int
+    closest: tuple[int, int] | None
+    cosine: float
+
+
+def condition(router: np.ndarray) -> float:
+    """How much better a router `[num_experts, hidden_size]` tells some experts apart than others: 1 is equally well.
+
+    It is the condition number of what sets the rows apart, their differences from their mean, for a vector that is
+    added to all rows changes no softmax and no choice. (Rows that a fit without a bias gives sum to zero, so the
+    condition number of the router as it is would be infinite.) Infinite, where some experts cannot be told apart.
     """
-    import torch
+    import numpy as np
 
-    from executor.kernels import as_tensor
+    num_experts = len(router)
+    if num_experts == 1:
+        return 1.0
+    rows = np.asarray(router, dtype=np.float64)
+    if not np.isfinite(rows).all():
+        return math.inf
+    sizes = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
+    if len(sizes) < num_experts - 1 or sizes[0] <= EQUAL * np.linalg.norm(rows):
+        return math.inf
+    smallest = float(sizes[num_experts - 2])
+    return float(sizes[0]) / smallest if smallest > 0 else math.inf
 
-    places = {tensor.name: (shard.filename, tensor) for shard in shards for tensor in shard.tensors}
-    degenerate = []
-    for layer, name in enumerate(routers):
-        filename, tensor = places[name]
-        with open(directory / filename, "rb") as file:
-            file.seek(tensor.offset)
-            data = memoryview(bytearray(file.read(tensor.nbytes)))
-        router = as_tensor(data, tensor.dtype, len(data) // tensor.dtype.itemsize).view(tensor.shape).float()
-        if not router.isfinite().all() or torch.linalg.cond(router) > MAX_CONDITION:
+
+def cosines(router: np.ndarray) -> np.ndarray:
+    """Between a router's rows, `[num_experts, num_experts]`; NaN where a row is zero or not finite."""
+    import numpy as np
+
+    rows = np.asarray(router, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        found: np.ndarray = rows @ rows.T
+    return found
+
+
+def router_facts(routers: Iterable[np.ndarray]) -> RouterFacts:
+    """What `routers`, those of a model's layers, are like."""
+    import numpy as np
+
+    degenerate, alike = [], []
+    for layer, router in enumerate(routers):
+        if not condition(router) <= MAX_CONDITION:
             degenerate.append(layer)
-    return degenerate
+        alike.append(cosines(router))
+    mean = np.mean(alike, axis=0)
+    pairs = [(float(mean[pair]), pair) for pair in combinations(range(len(mean)), 2) if np.isfinite(mean[pair])]
+    cosine, closest = max(pairs, default=(math.nan, None))
+    return RouterFacts(tuple(degenerate), len(alike), closest, cosine)
+
+
+def stored_routers(directory: Path, shards: Iterable[Shard], names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The routers of these `names`, in float32, as they stand in the `shards` in `directory`."""
+    from safetensors import safe_open
+
+    places = {tensor.name: shard.filename for shard in shards for tensor in shard.tensors}
+    for name in names:
+        with safe_open(directory / places[name], framework="pt") as tensors:
+            yield tensors.get_tensor(name).float().numpy()

@@ -1,0 +1,184 @@
+"""Where tokens go in a finished model, which transformers loads, whole, and evaluates through its experts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from moeplan.routes.statistics import Layer, Routes, Text, routes
+
+from executor.reader import name_of
+from moeplan import architectures
+from moeplan.architectures.dense import dense_model
+from moeplan.architectures.family import Family
+from moeplan.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from moeplan.config import Expert, MergeConfig, load_config
+from moeplan.errors import MoeplanWarning, UserError
+from moeplan.gates import GateRequest
+from moeplan.gates.prompts import Prompts, tokenize
+from moeplan.memory import MIB
+from moeplan.merging import naming_prompts
+from moeplan.model_card import CONFIG_COPY
+from moeplan.options import Options, memory_nbytes
+from moeplan.output import CONFIG
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from executor.engine import Progress
+
+LOADED_SHARE = 1.2
+"""What a model takes in memory while transformers loads and evaluates it, for each byte of its tensors."""
+
+
+def routes_after(
+    directory: Path,
+    options: Options,
+    files: Sequence[str] = (),
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Routes:
+    """Where the tokens of the prompts that the model in `directory` was merged by, and of `files`, go.
+
+    `on_start` is told how many bytes of tokens there are, `on_progress` how many were evaluated. Raises UserError for
+    what is no such model, and where it does not fit memory.
+    """
+    checkpoint = open_checkpoint(directory)
+    family = _family(checkpoint)
+    _check_memory(checkpoint, options)
+    count = checkpoint.integer(family.num_experts_key)
+    config = _config(directory, count)
+    experts = (Expert(source_model="-"),) * count if config is None else tuple(map(_that_are_there, config.experts))
+    request = GateRequest(
+        mode="random",
+        base=dense_model(checkpoint, family.sources[0]),
+        experts=experts,
+        gate_tokens=4096 if config is None else config.gate_tokens,
+        seed=options.random_seed,
+        trust_remote_code=options.trust_remote_code,
+        texts=tuple(files),
+    )
+    if config is None:
+        prompts = tokenize(request)
+    else:
+        with naming_prompts(config):
+            prompts = tokenize(request)
+    if not prompts.tokens:
+        raise UserError(f"{directory}: there is no text to route: no prompts in its {CONFIG_COPY}; give --text FILE")
+    names = [f"expert {n}" if config is None else config.experts[n].source_model for n in range(count)]
+    groups = [*prompts.positive, *prompts.texts]
+    begins = len(prompts.start)
+    labels = [*((name, number) for number, name in enumerate(names)), *((file, None) for file in files)]
+    texts = [
+        Text(name, expert, sum(len(prompts.tokens[prompt]) - begins for prompt in group), expert is None)
+        for (name, expert), group in zip(labels, groups, strict=True)
+    ]
+    return routes(
+        names,
+        [text for text in texts if text.tokens],
+        _layers(checkpoint, family, prompts, [prompt for group in groups for prompt in group], on_start, on_progress),
+        checkpoint.integer("num_experts_per_tok"),
+        subject=str(directory),
+        gate_mode=None if config is None else config.gate_mode,
+    )
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    """The family that a finished model is of, if it is one that transformers can load."""
+    families = {family.model_type: family for family in architectures.FAMILIES}
+    family = families.get(checkpoint.model_type)
+    if family is None:
+        known = ", ".join(sorted(families))
+        raise CheckpointError(
+            f"{checkpoint.label}/{CONFIG}: model_type is {checkpoint.model_type!r}, which is no model that moeplan "
+            f"makes ({known}); give a merged model, or the YAML file of a merge"
+        )
+    if "auto_map" in family.constants:
+        raise CheckpointError(
+            f"{checkpoint.label}: transformers has no {family.name} of its own, so it cannot be routed when it is "
+            "finished; give the YAML file of the merge"
+        )
+    return family
+
+
+def _check_memory(checkpoint: Checkpoint, options: Options) -> None:
+    memory = psutil.virtual_memory()
+    most = memory.available if options.max_memory is None else memory_nbytes(options.max_memory, memory.total)
+    needed = int(LOADED_SHARE * sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    if needed > most:
+        raise UserError(
+            f"{checkpoint.label}: evaluating it takes {needed // MIB:,} MiB of memory, and {most // MIB:,} MiB may be "
+            "taken; the YAML file of the merge takes little: give that"
+        )
+
+
+def _config(directory: Path, count: int) -> MergeConfig | None:
+    """The config that the model was merged by, if it is there and is this model's."""
+    path = directory / CONFIG_COPY
+    if not path.exists():
+        return None
+    config = load_config(path, allow_all_same=True)
+    return config if len(config.experts) == count else None
+
+
+def _that_are_there(expert: Expert) -> Expert:
+    """`expert` with those of its files that are still there."""
+    there = tuple(file for file in expert.positive_files if Path(file).is_file())
+    for file in sorted({*expert.positive_files} - {*there}):
+        warnings.warn(f"{file}: is not there any more, so its text is left out", MoeplanWarning, stacklevel=2)
+    return expert.model_copy(update={"positive_files": there})
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    family: Family,
+    prompts: Prompts,
+    order: Sequence[int],
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> Iterator[Layer]:
+    """Each layer's router, and its scores of the tokens of prompts in that `order`, but BOS."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from executor.engine import Progress
+
+    if on_start is not None:
+        on_start(4 * sum(map(len, prompts.tokens)))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", local_files_only=True)
+    layers = model.model.layers
+    routers = [_router(checkpoint, family, layer) for layer in range(len(layers))]
+    scores: list[list[np.ndarray]] = [[] for _ in layers]
+
+    def note(layer: int, seen: torch.Tensor) -> None:
+        scores[layer].append((seen[0, len(prompts.start) :].float() @ routers[layer].T).numpy())
+
+    for number, layer in enumerate(layers):
+        layer.post_attention_layernorm.register_forward_hook(lambda _, args, seen, at=number: note(at, seen))
+    done = 0
+    with torch.inference_mode():
+        for tokens in prompts.tokens:
+            model.model(torch.tensor([tokens]), use_cache=False)
+            done += 4 * len(tokens)
+            if on_progress is not None:
+                on_progress(Progress(done, done, "routing"))
+    for of_layer, router in zip(scores, routers, strict=True):
+        yield Layer(np.concatenate([of_layer[prompt] for prompt in order]), router.numpy())
+
+
+def _router(checkpoint: Checkpoint, family: Family, layer: int) -> torch.Tensor:
+    """A layer's router as it is stored, `[num_experts, hidden_size]` in float32, under the name of either layout."""
+    from safetensors import safe_open
+
+    names = [layout.router.format(layer=layer) for layout in family.layouts.values()]
+    name = next((name for name in names if name in checkpoint.tensors), None)
+    if name is None:
+        raise CheckpointError(f"{checkpoint.label}: there is no tensor {names[0]}, which a {family.name} model has")
+    with safe_open(name_of(checkpoint.tensors[name].file), framework="pt") as tensors:
+        router: torch.Tensor = tensors.get_tensor(name).float()
+    return router

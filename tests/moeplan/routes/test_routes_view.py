@@ -1,0 +1,136 @@
+"""What `moeplan routes` prints."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from rich.console import Console
+from routes_cases import example
+
+from moeplan.routes.statistics import Routes, Text
+from moeplan.routes.view import COLOURS, WIDTH, _luminance, _style, routes_view, summary_lines
+
+SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 40, 4)]
+
+
+def printed(found: Routes, *, colours: bool = False, width: int = WIDTH) -> str:
+    file = io.StringIO()
+    console = Console(
+        file=file,
+        width=width,
+        force_terminal=colours,
+        color_system="truecolor" if colours else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    console.print(routes_view(found.to_data()))
+    return file.getvalue()
+
+
+def without_codes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@pytest.mark.parametrize("colours", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_wider_than_80_columns(size: tuple[int, int, int], colours: bool) -> None:
+    text = without_codes(printed(example(*size), colours=colours))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text, "nothing is cut off"
+
+
+def test_what_is_not_a_terminal_gets_the_same_and_no_codes() -> None:
+    assert "\x1b" not in printed(example(64, 32))
+    wide = printed(example(4, 4), width=10_000)
+    assert [line.rstrip() for line in wide.splitlines()] == [
+        line.rstrip() for line in printed(example(4, 4)).splitlines()
+    ]
+
+
+def test_cells_of_few_experts_have_numbers() -> None:
+    found = example(4, 4)
+    line = next(line for line in printed(found).splitlines() if line.startswith("0 "))
+    first = [round(100 * share) for share in found.layers[0].numbers.top1]
+    among = [round(100 * share) for share in found.layers[0].numbers.topk]
+    assert [int(number) for number in line.split()] == [0, *first, 0, *among]
+
+
+def test_cells_of_many_experts_are_shaded_without_colours() -> None:
+    text = printed(example(64, 4, preference=6.0))
+    assert re.search(r"[░▒▓█]{3}", text)
+    assert not re.search(r"[░▒▓█]", printed(example(64, 4), colours=True))
+
+
+def test_many_layers_are_shown_as_means_of_neighbours() -> None:
+    lines = printed(example(4, 80)).splitlines()
+    assert sum(line.startswith("77–79 ") for line in lines) == 2
+
+
+def test_the_expert_that_a_text_belongs_to_is_marked() -> None:
+    text = printed(example(3, 4, more_texts=[Text("notes.txt", None, 90, True)]))
+    [line] = [line for line in text.splitlines() if line.startswith("experts[1]: models/1")]
+    assert re.search(r"models/1 +\d+ +\[\d+\] +\d+ *$", line)
+    [line] = [line for line in text.splitlines() if line.startswith("notes.txt")]
+    assert "[" not in line
+
+
+def test_of_many_texts_those_are_listed_that_agree_least() -> None:
+    found = example(64, 4)
+    text = printed(found)
+    assert "the 16 of 64 texts that agree least" in text
+    agreement = [found.overall.text_top1[expert, expert] for expert in range(64)]
+    listed = [int(number) for number in re.findall(r"^experts\[(\d+)\]", text, re.MULTILINE)]
+    assert listed == sorted(np.argsort(agreement, kind="stable")[:16])
+
+
+def test_advice_and_degenerate_layers_are_shown() -> None:
+    text = printed(example(3, 2, preference=0.0))
+    assert re.search(r"advice\n- .* chance", text)
+    assert "nothing: no problem was found" in printed(example())
+
+
+def test_names_cannot_write_to_the_terminal() -> None:
+    hostile = "\x1b]0;title\x07\x1b[2J[red]"
+    found = example(2, 2, names=[hostile, "b"], subject=hostile, more_texts=[Text(hostile, None, 70, True)])
+    text = printed(found)
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert r"\x1b[2J[red]" in text
+
+
+def test_text_on_every_colour_can_be_read() -> None:
+    """By WCAG's contrast of 4.5 : 1."""
+    for share in np.linspace(0, 1, 101):
+        style = _style(share, 1.0)
+        colours = [colour.get_truecolor() for colour in (style.color, style.bgcolor) if colour is not None]
+        dark, light = sorted(map(_luminance, colours))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_colours_get_lighter_in_even_steps() -> None:
+    lightness = [_luminance(colour) ** (1 / 2.4) for colour in COLOURS]
+    assert all(low < high for low, high in pairwise(lightness))
+
+
+def test_the_summary_is_three_lines() -> None:
+    found = example(4, 4)
+    overall = found.overall
+    agreement, load, advice = summary_lines(found.to_data())
+    assert f"{100 * overall.agreement_top1:.0f} % of tokens go first to their own text's expert" in agreement
+    assert "(chance: 25 %)" in agreement
+    assert f"expert {overall.top1.argmax()} comes first for {100 * overall.top1.max():.0f} %" in load
+    assert advice == "advice  none: no problem was found"
+    *_, advice = summary_lines(example(4, 4, preference=0.0).to_data())
+    assert "no better than chance" in advice
+
+
+def test_the_summary_says_where_no_text_has_an_expert() -> None:
+    found = example(more_texts=[])
+    data = found.to_data()
+    data["overall"]["agreement_top1"] = None
+    assert summary_lines(data)[0] == "routes  no text has an expert that it belongs to"

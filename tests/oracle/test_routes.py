@@ -1,0 +1,197 @@
+"""`moeplan routes`, against what transformers computes: of a merge before it is made, and of a finished model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from families import CASES
+from test_ridge import Base, expected
+from test_router_weights import case_of, has_gate
+from transformers import AutoModelForCausalLM
+
+from moeplan import Options
+from moeplan.errors import UserError
+from moeplan.routes import statistics
+from moeplan.routes.after import routes_after
+from moeplan.routes.before import routes_before
+
+PROMPTS = [
+    ["Where does it hurt?", "Say ah", "Since when?", "Listen to the doctor."],
+    ["x = 1", "def f(): pass", "return x", "import torch"],
+    ["Guten Tag", "Der Zug fährt", "Ich möchte ein Brötchen"],
+]
+
+
+@pytest.fixture
+def layers_seen(monkeypatch):
+    """The layers that statistics are made of, in the order of the calls."""
+    seen: list[list[statistics.Layer]] = []
+    original = statistics.routes
+
+    def spy(experts, texts, layers, *args, **kwargs):
+        seen.append(list(layers))
+        return original(experts, texts, seen[-1], *args, **kwargs)
+
+    for module in ("before", "after"):
+        monkeypatch.setattr(f"moeplan.routes.{module}.routes", spy)
+    return seen
+
+
+def config_of(configure, source, prompts=PROMPTS, **settings):
+    experts = [{"source_model": source, "positive_prompts": each} for each in prompts]
+    return configure(source, experts, **settings)
+
+
+@pytest.mark.parametrize("mode", ["ridge", "hidden", "cheap_embed", "random"])
+@pytest.mark.parametrize("recipe", ["llama-plain", "qwen2-f16"])
+def test_tokens_are_scored_by_routers_that_were_made_without_their_prompts(
+    recipe, mode, checkpoint, configure, layers_seen
+):
+    source, case = checkpoint(recipe), case_of(recipe)
+    base = Base(source)
+    shared = {"positive_prompts": ["Listen."]} if has_gate(case) else {}
+    config, options = config_of(configure, source, gate_mode=mode, **case.settings(source, **shared))
+    found = routes_before(config, "config.yml", options)
+    texts = [[base.text(prompt) for prompt in each] for each in PROMPTS]
+    assert [text.tokens for text in found.texts] == [sum(map(len, each)) for each in texts]
+    assert all(text.held_out for text in found.texts)
+    for number, layer in enumerate(layers_seen[0]):
+        assert layer.logits.shape == (sum(len(text) for each in texts for text in each), 3)
+        if mode == "random":
+            seen = np.concatenate([text.seen[number] for each in texts for text in each])
+            np.testing.assert_allclose(layer.logits, seen @ layer.router.T, rtol=1e-4, atol=1e-4)
+    if mode == "ridge":
+        full = expected(texts)
+        np.testing.assert_allclose([layer.router for layer in layers_seen[0]], full, rtol=1e-3, atol=1e-4)
+
+
+def test_held_out_scores_are_those_of_a_router_of_the_other_half(checkpoint, configure, layers_seen):
+    source = checkpoint("llama-plain")
+    config, options = config_of(configure, source, gate_mode="cheap_embed")
+    routes_before(config, "config.yml", options)
+    base = Base(source)
+    texts = [[base.text(prompt) for prompt in each] for each in PROMPTS]
+    embedding = base.model.get_input_embeddings().weight.detach().double().numpy()
+
+    def router(parts) -> np.ndarray:
+        rows = [sum(embedding[[*base.bos, *text.ids]].sum(axis=0) for text in part) for part in parts]
+        return np.stack([row / np.linalg.norm(row) for row in rows])
+
+    in_half = [halves_in_order(each, base) for each in texts]
+    for number, layer in enumerate(layers_seen[0]):
+        wanted = []
+        for each, half_of in zip(texts, in_half, strict=True):
+            for text, half in zip(each, half_of, strict=True):
+                others = [
+                    [other for other, its in zip(all_of, its_halves, strict=True) if its != half]
+                    for all_of, its_halves in zip(texts, in_half, strict=True)
+                ]
+                wanted.append(text.seen[number] @ router(others).T)
+        np.testing.assert_allclose(layer.logits, np.concatenate(wanted), rtol=1e-4, atol=1e-4)
+
+
+def halves_in_order(texts, base) -> list[int]:
+    """Prompts in the order of the config, each to the half that has fewer tokens, BOS counted."""
+    sizes, found = [0, 0], []
+    for text in texts:
+        found.append(int(sizes[0] > sizes[1]))
+        sizes[found[-1]] += len(base.bos) + len(text.ids)
+    return found
+
+
+def test_an_expert_with_one_prompt_is_not_held_out(checkpoint, configure):
+    source = checkpoint("llama-plain")
+    config, options = config_of(configure, source, [["Say ah"], *PROMPTS[1:]], gate_mode="hidden")
+    found = routes_before(config, "config.yml", options)
+    assert [text.held_out for text in found.texts] == [False, True, True]
+
+
+def test_text_of_files_is_routed_by_the_final_router(checkpoint, configure, layers_seen, tmp_path):
+    source = checkpoint("llama-plain")
+    (tmp_path / "story.txt").write_text("light a torch and go down")
+    config, options = config_of(configure, source, gate_mode="ridge")
+    found = routes_before(config, "config.yml", options, [str(tmp_path / "story.txt")])
+    text = Base(source).text("light a torch and go down")
+    assert (found.texts[-1].name, found.texts[-1].expert) == (str(tmp_path / "story.txt"), None)
+    for number, layer in enumerate(layers_seen[0]):
+        wanted = text.seen[number] @ layer.router.T
+        np.testing.assert_allclose(layer.logits[-len(text) :], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
+def test_a_finished_model_is_scored_through_its_own_layers(case, checkpoint, merge, layers_seen):
+    sources = [checkpoint(f"{case.source}-plain", seed) for seed in range(3)]
+    experts = [
+        {"source_model": source, "positive_prompts": each} for source, each in zip(sources, PROMPTS, strict=True)
+    ]
+    shared = {"positive_prompts": ["Listen."]} if has_gate(case) else {}
+    out = merge(sources[0], experts, gate_mode="ridge", **case.settings(sources[0], **shared))
+    found = routes_after(out, Options())
+    base = Base(sources[0])
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    wanted: list[list[np.ndarray]] = [[] for _ in layers_seen[0]]
+    for prompt in (prompt for each in PROMPTS for prompt in each):
+        ids = torch.tensor([[*base.bos, *base.tokenizer(prompt, add_special_tokens=False).input_ids]])
+        with torch.inference_mode():
+            of_layers = model(ids, output_router_logits=True).router_logits
+        for layer, of_layer in zip(wanted, of_layers, strict=True):
+            layer.append(of_layer[len(base.bos) :].float().numpy())
+    for layer, of_layer in zip(layers_seen[0], map(np.concatenate, wanted), strict=True):
+        probabilities = np.exp(layer.logits) / np.exp(layer.logits).sum(axis=1, keepdims=True)
+        is_softmax = np.allclose(of_layer.sum(axis=1), 1, atol=1e-4)  # what some versions call logits
+        ours = probabilities if is_softmax else layer.logits
+        np.testing.assert_allclose(ours, of_layer, rtol=1e-3, atol=1e-4)
+    assert [text.tokens for text in found.texts] == [sum(len(base.text(p)) for p in each) for each in PROMPTS]
+    assert not any(text.held_out for text in found.texts)
+    assert found.gate_mode == "ridge"
+
+
+def test_a_finished_deepseek_is_refused(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    out = merge(source, [source, source], architecture="deepseek")
+    with pytest.raises(UserError, match=r"transformers has no DeepSeek MoE of its own.* give the YAML file"):
+        routes_after(out, Options())
+
+
+def cli(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moeplan", "routes", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_a_report_and_writes_a_page_and_json(checkpoint, configure, tmp_path):
+    source = checkpoint("llama-plain")
+    config_of(configure, source, gate_mode="ridge")
+    shown = cli(tmp_path / "0.yml", "--html", tmp_path / "report.html")
+    assert shown.returncode == 0, shown.stderr
+    assert "layer" in shown.stdout
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    as_json = cli(tmp_path / "0.yml", "--json", "--quiet")
+    data = json.loads(as_json.stdout)["routes"]
+    assert len(data["layers"]) == 3
+    assert data["subject"] == str(tmp_path / "0.yml")
+
+
+def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp_path):
+    source = checkpoint("llama-plain")
+    configure(source, [source, source])  # random, no prompts
+    for args, message in (
+        ([tmp_path / "0.yml"], "there is no text to route; give the experts prompts, or a text file with --text"),
+        ([tmp_path / "0.yml", "--text", tmp_path / "none"], "none: cannot be read: No such file or directory"),
+        ([source], "model_type is 'llama', which is no model that moeplan makes"),
+        ([tmp_path / "none.yml"], "none.yml: no such file"),
+    ):
+        refused = cli(*args)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_a_finished_model_that_does_not_fit_memory_is_refused(checkpoint, configure, merge):
+    source = checkpoint("llama-plain")
+    out = merge(source, [source, source])
+    refused = cli(out, "--max-memory", "100kB")
+    assert refused.returncode == 2
+    assert "MiB may be taken; the YAML file of the merge takes little" in refused.stderr
