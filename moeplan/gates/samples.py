@@ -108,13 +108,16 @@ def sample(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, we
     """Draw `output`, `[number, TOKENS]`, from a model's matrices and other tensors."""
     import numpy as np
     import torch
-    from transformers import DynamicCache
 
     tensors = dict(zip(params["tensors"], inputs, strict=True))
     matrices = dict(zip(params["matrices"], weights.matrices, strict=True))
     head = matrices[HEAD if HEAD in matrices else EMBEDDING]
     skeleton = skeleton_of(params)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(params["seed"])))
+    # Not before the skeleton's module is there: until then, another thread may be importing transformers, and be half
+    # through.
+    from transformers import DynamicCache
+
     cache = DynamicCache()
     with torch.inference_mode(), ExitStack() as served:
         layers = [
