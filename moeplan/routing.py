@@ -61,8 +61,7 @@ def cosines(router: np.ndarray) -> np.ndarray:
     rows = np.asarray(router, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        found: np.ndarray = rows @ rows.T
-    return found
+        return np.asarray(np.clip(rows @ rows.T, -1, 1))
 
 
 def router_facts(routers: Iterable[np.ndarray]) -> RouterFacts:

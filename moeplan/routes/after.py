@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from moeplan.routes.statistics import Layer, Routes, Text, routes
 
 from executor.reader import name_of
 from moeplan import architectures
@@ -24,6 +23,7 @@ from moeplan.merging import naming_prompts
 from moeplan.model_card import CONFIG_COPY
 from moeplan.options import Options, memory_nbytes
 from moeplan.output import CONFIG
+from moeplan.routes.statistics import Layer, Routes, Text, routes
 
 if TYPE_CHECKING:
     import numpy as np

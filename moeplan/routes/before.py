@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from moeplan.routes.statistics import Layer, Routes, Text, routes
-
 from moeplan import gates
 from moeplan.config import MergeConfig
 from moeplan.gates.evaluation import IMPORTS
@@ -17,6 +15,7 @@ from moeplan.gates.scores import Scored, Tokens, kernels, scored
 from moeplan.memory import memory_cap
 from moeplan.merging import compile_within, naming_prompts, open_models
 from moeplan.options import Options
+from moeplan.routes.statistics import Layer, Routes, Text, routes
 from planner.graph import TensorGraph
 
 if TYPE_CHECKING:

@@ -15,13 +15,10 @@ import numpy as np
 
 from moeplan.errors import UserError
 from moeplan.routes.advice import advice
-from moeplan.routing import MAX_CONDITION
+from moeplan.routing import MAX_CONDITION, condition, cosines
 
 BLOCK_TOKENS = 16384
 """How many tokens are counted at a time: 64 experts' scores of so many take 8 MiB in float64."""
-
-EQUAL = 2.0**-8
-"""Rows that differ by less than this share of their length are equal to what bfloat16 rounds."""
 
 
 @dataclass(frozen=True)
@@ -154,26 +151,6 @@ def routes(
     )
 
 
-def condition(router: np.ndarray) -> float:
-    """How much better a router `[num_experts, hidden_size]` tells some experts apart than others: 1 is equally well.
-
-    It is the condition number of what sets the rows apart, their differences from their mean, for a vector that is
-    added to all rows changes no softmax and no choice. (Rows that a fit without a bias gives sum to zero, so the
-    condition number of the router as it is would be infinite.) Infinite, where some experts cannot be told apart.
-    """
-    num_experts = len(router)
-    if num_experts == 1:
-        return 1.0
-    rows = np.asarray(router, dtype=np.float64)
-    if not np.isfinite(rows).all():
-        return math.inf
-    sizes = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
-    if len(sizes) < num_experts - 1 or sizes[0] <= EQUAL * np.linalg.norm(rows):
-        return math.inf
-    smallest = float(sizes[num_experts - 2])
-    return float(sizes[0]) / smallest if smallest > 0 else math.inf
-
-
 @dataclass(frozen=True)
 class _Sums:
     """Over the tokens of each text."""
@@ -194,7 +171,7 @@ def _layer_routes(layer: Layer, texts: Sequence[Text], num_experts: int, k: int)
         )
     sums = _sums(layer.logits, texts, k)
     conditioned = condition(layer.router)
-    return LayerRoutes(_numbers(sums, texts, k, _cosine(layer.router)), conditioned, not conditioned <= MAX_CONDITION)
+    return LayerRoutes(_numbers(sums, texts, k, cosines(layer.router)), conditioned, not conditioned <= MAX_CONDITION)
 
 
 def _sums(logits: np.ndarray, texts: Sequence[Text], k: int) -> _Sums:
@@ -272,14 +249,6 @@ def _agreement(weights: np.ndarray, counts: np.ndarray, labelled: list[tuple[int
     if not labelled:
         return math.nan
     return float(sum(weights[text] * counts[text, expert] for text, expert in labelled))
-
-
-def _cosine(router: np.ndarray) -> np.ndarray:
-    """`[num_experts, num_experts]`: between the rows of a router; NaN of rows that are zero, or not finite."""
-    rows = np.asarray(router, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        return np.asarray(np.clip(unit @ unit.T, -1, 1))
 
 
 def _mean(numbers: Sequence[Numbers]) -> Numbers:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeplan.routes.statistics import Routes
-
 from moeplan.config import load_config
 from moeplan.options import Options
 from moeplan.routes.after import routes_after
 from moeplan.routes.before import routes_before
+from moeplan.routes.statistics import Routes
 
 if TYPE_CHECKING:
     from executor.engine import Progress

@@ -16,7 +16,8 @@ from routes_cases import HIDDEN_SIZE, example, layers_of, texts_of
 
 from moeplan.errors import UserError
 from moeplan.routes import statistics
-from moeplan.routes.statistics import Layer, LayerRoutes, Numbers, Routes, Text, condition, routes
+from moeplan.routes.statistics import Layer, LayerRoutes, Numbers, Routes, Text, routes
+from moeplan.routing import condition
 
 EXPERTS = ("a", "b", "c")
 ORTHOGONAL = np.eye(3, 8, dtype=np.float32)
