@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -171,7 +172,7 @@ def _said(routers: dict[str, Any], path: str) -> list[str]:
     first, second = routers["closest_experts"]
     degenerate = len(routers["degenerate_layers"])
     return [
-        f"experts {first} and {second} are most alike: cosine {routers['cosine']:.2f}, the mean of "
+        f"experts {first} and {second} are most alike: cosine {round(routers['cosine'], 2) + 0.0:.2f}, the mean of "
         f"{_count(routers['layers'], 'layer')}",
         f"degenerate in {degenerate or 'none'} of them",
         f"where tokens go: moeplan routes {printable(path)}",
@@ -256,13 +257,17 @@ def _roles(used_as: list[str]) -> str:
 
 
 def _evaluations(plan: Plan) -> list[dict[str, Any]]:
-    """Each kernel that goes through weights, in order: which form they have, and what that costs.
+    """Each kernel that goes through weights, in order: what of (`layer`: of the base), which form they have, and what
+    that costs.
 
     `resident`: whole in memory, read once for the kernel and the copy. `streamed`, where they do not fit: read again as
     they are used, so many times. `memory_nbytes` is all that is in buffers meanwhile, chunks of the copy included.
     """
     return [
         {
+            "kernel": step.kernel,
+            "layer": json.loads(step.params).get("layer"),
+            "shape": list(step.output.shape),
             "form": "streamed" if step.streamed else "resident",
             "weights_nbytes": sum(math.prod(view.shape) * view.dtype.itemsize for view in step.weights),
             "memory_nbytes": memory_nbytes,
@@ -276,24 +281,35 @@ def _evaluations(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _router(router: dict[str, Any]) -> list[str]:
-    mode, layers = router["gate_mode"], router["evaluations"]
-    if not layers:
-        return [mode]
-    lines = [f"{mode}: the prompts run through {_count(len(layers), 'layer')} of the base, one at a time"]
-    resident, streamed = ([layer for layer in layers if layer["form"] == form] for form in ("resident", "streamed"))
+    mode, evaluations = router["gate_mode"], router["evaluations"]
+    lines = []
+    for drawn in (each for each in evaluations if each["kernel"] == "sample"):
+        number, tokens = drawn["shape"]
+        again = f", which reads {decimal(drawn['read_again_nbytes'])}" if drawn["times"] else ""
+        lines.append(f"(an expert writes {_count(number, 'passage')} of {tokens} tokens{again})")
+    of_layers: dict[int, list[dict[str, Any]]] = {}
+    for each in evaluations:
+        if each["layer"] is not None:
+            of_layers.setdefault(each["layer"], []).append(each)
+    if not of_layers:
+        return [mode, *lines]
+    lines.insert(0, f"{mode}: the prompts run through {_count(len(of_layers), 'layer')} of the base, one at a time")
+    streamed = [of_layer for of_layer in of_layers.values() if any(each["times"] for each in of_layer)]
+    resident = [of_layer for of_layer in of_layers.values() if of_layer not in streamed]
     if resident:
-        largest = decimal(max(layer["weights_nbytes"] for layer in resident))
+        largest = decimal(max(each["weights_nbytes"] for of_layer in resident for each in of_layer))
         lines.append(f"({_count(len(resident), 'layer')} resident: {largest} fit; read once for this and the copy)")
     if streamed:
+        kernels = [each for of_layer in streamed for each in of_layer]
         largest, blocks, again = (
             decimal(number)
             for number in (
-                max(layer["weights_nbytes"] for layer in streamed),
-                max(layer["blocks_nbytes"] for layer in streamed),
-                sum(layer["read_again_nbytes"] for layer in streamed),
+                max(each["weights_nbytes"] for each in kernels),
+                max(each["blocks_nbytes"] for each in kernels),
+                sum(each["read_again_nbytes"] for each in kernels),
             )
         )
-        times = max(layer["times"] for layer in streamed)
+        times = max(each["times"] for each in kernels)
         lines += [
             f"({_count(len(streamed), 'layer')} streamed: {largest} do not fit, blocks of them take {blocks};",
             f"{again} are read for this alone{f', each layer {times} times' if times > 1 else ''})",

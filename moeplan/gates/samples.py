@@ -114,11 +114,7 @@ def sample(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, we
     head = matrices[HEAD if HEAD in matrices else EMBEDDING]
     skeleton = skeleton_of(params)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(params["seed"])))
-    # Not before the skeleton's module is there: until then, another thread may be importing transformers, and be half
-    # through.
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache = skeleton.cache()
     with torch.inference_mode(), ExitStack() as served:
         layers = [
             served.enter_context(skeleton.layer(layer, _of(layer, tensors), _of(layer, matrices), weights))

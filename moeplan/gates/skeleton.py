@@ -148,6 +148,10 @@ class Skeleton:
         assert entering is not None  # there is at least one layer
         return entering
 
+    def cache(self) -> DynamicCache:
+        """An empty one, for texts to go on from."""
+        return DynamicCache()
+
     def going_on(self, embeddings: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, list[Call]]:
         """The hidden states that the first layer gets for these embeddings, where texts go on of which `cache` has what
         layers have seen; and what each layer is called with beside its hidden states, so that it adds to `cache`."""

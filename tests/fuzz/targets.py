@@ -20,6 +20,7 @@ from hostile.corpus import CASES, make_merge, safetensors_bytes, scalars
 from moeplan.architectures import as_dense_model, choose
 from moeplan.checkpoint import CONFIG, INDEX, WEIGHTS, CheckpointError, open_checkpoint
 from moeplan.config import ConfigError, load_config
+from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.prompts import BOS_FILES, bos_token
 from moeplan.safetensors_header import LENGTH_NBYTES
 
@@ -121,8 +122,21 @@ def tokenizer_config(data: bytes) -> None:
         _check_message(error)
 
 
+def json_lines(data: bytes) -> None:
+    """A file of JSON lines that passages are drawn from; what is one, is text, too."""
+    for name in ("fuzzed.jsonl", "fuzzed.txt"):
+        file = _root / name
+        file.write_bytes(data)
+        try:
+            drawn = passages(str(file), "seed", MAX_NBYTES)
+        except PassageError as error:
+            _check_message(error)
+        else:
+            "".join(drawn).encode()
+
+
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (header, weights, index, config, yaml, tokenizer_config)
+    target.__name__: target for target in (header, weights, index, config, yaml, tokenizer_config, json_lines)
 }
 
 MAX_NBYTES = 4096
@@ -146,8 +160,11 @@ def seeds(name: str) -> list[bytes]:
         "index": [b'{"metadata":{"total_size":12},"weight_map":{"a":"s.safetensors","b":"s.safetensors"}}'],
         "config": [_config],
         "yaml": [_models.read_bytes()],
+        "json_lines": [b'{"text": "one"}\n{"id": 1, "text": "two"}\n', "drei, vier fünf".encode(), b"\xff", b"\0"],
         "tokenizer_config": [b'{"bos_token":{"content":"<s>"},"model_max_length":1000}'],
     }[name]
+    if name not in _FILES:
+        return found
     for case in CASES.values():
         place = Path(tempfile.mkdtemp(dir=_root))
         make_merge(place)
@@ -185,7 +202,29 @@ WORDS = [
     *("model_type", "llama", "mistral", "qwen2", "qwen3", "granite", "num_hidden_layers", "hidden_size", "head_dim"),
     *("rope_scaling", "rope_parameters", "rope_theta", "rope_type", "type", "factor", "longrope", "short_factor"),
     *("yarn", "long_factor", "llama3", "sliding_window", "use_sliding_window", "layer_types", "quantization_config"),
-    *("base_model: ", "experts: ", "- source_model: ", "positive_prompts: ", "gate_mode: ", "cheap_embed", "<<: *a"),
-    *("&a ", "*a", "!!int ", "!!python/name:os.system ", "---", "bos_token", "content", "true", "null", "1e-3", "1:1"),
+    *(
+        "base_model: ",
+        "experts: ",
+        "- source_model: ",
+        "positive_prompts: ",
+        "positive_files: ",
+        "gate_mode: ",
+        "cheap_embed",
+        "<<: *a",
+    ),
+    *(
+        "&a ",
+        "*a",
+        "!!int ",
+        "!!python/name:os.system ",
+        "---",
+        "bos_token",
+        "content",
+        "text",
+        "true",
+        "null",
+        "1e-3",
+        "1:1",
+    ),
 ]
 """What readers know, for the fuzzer to put in."""
