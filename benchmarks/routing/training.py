@@ -1,7 +1,8 @@
 """Trains the base on all domains, and from it, in each variant, an expert for each domain.
 
-All is seeded, and each model is trained in one thread, so that a machine makes the same models each time; experts are
-trained side by side. They are kept: under the digest of what they follow from, this file included.
+All is seeded, and so many threads are at work whatever the machine has, so that it makes the same models each time: two
+for the base, one for each of two experts at a time. They are kept: under the digest of what they follow from, this file
+included.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.1
-NUM_PROCESSES = 2
+NUM_CORES = 2
 CONTEXT = 256
 """What the models are made for. Passages and samples that routers are made from are no longer than that."""
 
@@ -62,8 +63,8 @@ def trained_models(corpus: Corpus, settings: Settings, directory: Path, say: Say
         for path, tokens in zip(paths, corpus.tokens, strict=True)
         if not path.exists()
     ]
-    # New processes, since torch's number of threads is each process's own.
-    with ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    # In processes of their own, since torch's number of threads is a process's.
+    with ProcessPoolExecutor(NUM_CORES, get_context("spawn")) as pool:
         if not base.exists():
             say("training the base")
             trains = [tokens.train for tokens in corpus.tokens]
@@ -83,6 +84,7 @@ def _key(corpus: Corpus, settings: Settings) -> str:
 
 
 def _make_base(path: Path, texts: list[Ids], tokenizer: str, settings: Settings) -> None:
+    torch.set_num_threads(NUM_CORES)
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
@@ -102,6 +104,7 @@ def _make_base(path: Path, texts: list[Ids], tokenizer: str, settings: Settings)
 
 
 def _make_expert(path: Path, base: Path, tokens: Ids, variant: str, settings: Settings) -> None:
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(variant != VARIANTS[0] or ".mlp." in name)
