@@ -33,7 +33,9 @@ def command(
         Path, typer.Option("--dir", help="A directory on the disk to measure. All that is put there is removed.")
     ] = DEFAULT_DIRECTORY,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = DEFAULT_DIRECTORY / "report",
-    large: Annotated[bool, typer.Option("--large", help="Run 8 × 7B of real data, too: 310 GB of disk.")] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="Run 8 × 7B of real data, too, 310 GB of disk, and long gates.")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="One round of everything on tiny models.")] = False,
     mergekit: Annotated[
         Path, typer.Option("--peer", help="The environment that mergekit-moe is installed in.")

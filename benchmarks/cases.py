@@ -14,6 +14,7 @@ from benchmarks.contenders import (
     MATMUL,
     READ_BASE,
     READ_FLOOR,
+    RIDGE_7B_CAPPED,
     UNCHECKED,
     WRITE_FLOOR,
     Contender,
@@ -250,6 +251,15 @@ CASES: tuple[Case, ...] = (
         (moeplan("--plan"),),
     ),
     *(_planning(num_experts) for num_experts in PLANNED_EXPERTS),
+    Case(
+        "ridge-7b-4",
+        "ridge",
+        "4 experts of 7B with 4 layers, ridge gates from 4096 tokens each, under a fixed cap",
+        Models(LLAMA_7B.with_layers(4), 2),
+        (0, 1, 0, 1),
+        (RIDGE_7B_CAPPED,),
+        large=True,  # in minutes
+    ),
     Case(
         "large",
         "large",

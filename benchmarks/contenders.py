@@ -58,3 +58,4 @@ CAP = "384MiB"
 COPY_CAPPED = moeplan("--max-memory", CAP)
 HIDDEN_7B_CAPPED = moeplan("--max-memory", "1GiB", gate_mode="hidden")
 HIDDEN_70B_CAPPED = moeplan("--max-memory", "1.25GiB", gate_mode="hidden")
+RIDGE_7B_CAPPED = moeplan("--max-memory", "2GiB", gate_mode="ridge")

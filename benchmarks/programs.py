@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import page_cache
 from benchmarks.cases import Case
 from benchmarks.contenders import Contender, Program
-from benchmarks.prompts import num_tokens, positive_prompts
+from benchmarks.prompts import long_text, num_tokens, positive_prompts
 
 HERE = Path(__file__).parent
 
@@ -69,7 +69,7 @@ class Task:
         """The YAML file of the merge, written on first use."""
         path = self.directory / f"{gate_mode}.yml"
         experts = [
-            {"source_model": str(self.sources[model]), "positive_prompts": positive_prompts(number)}
+            {"source_model": str(self.sources[model]), **self._text(gate_mode, number)}
             for number, model in enumerate(self.case.experts)
         ]
         config = {
@@ -80,6 +80,14 @@ class Task:
         }
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")  # JSON is YAML
         return path
+
+    def _text(self, gate_mode: str, expert: int) -> dict[str, list[str]]:
+        """What the router of an expert is made of: some prompts, for `ridge` as many tokens as it takes by default."""
+        if gate_mode != "ridge":
+            return {"positive_prompts": positive_prompts(expert)}
+        path = self.directory / f"text-{expert}.txt"
+        path.write_text(long_text(expert), encoding="utf-8")
+        return {"positive_files": [str(path)]}
 
 
 def command(contender: Contender, task: Task, programs: Programs) -> list[str]:

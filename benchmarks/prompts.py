@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from random import Random
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -40,6 +41,13 @@ def positive_prompts(expert: int) -> list[str]:
     prompts = PROMPTS[expert % len(PROMPTS)]
     repeat = expert // len(PROMPTS)
     return [f"Part {repeat}: {prompt}" if repeat else prompt for prompt in prompts]
+
+
+def long_text(expert: int) -> str:
+    """64 KiB of the words of an expert's prompts, in random order."""
+    words = " ".join(positive_prompts(expert)).split()
+    random = Random(expert)
+    return " ".join(random.choice(words) for _ in range(1 << 13))
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

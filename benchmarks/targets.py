@@ -18,6 +18,7 @@ from benchmarks.contenders import (
     HIDDEN_7B_CAPPED,
     HIDDEN_70B_CAPPED,
     READ_FLOOR,
+    RIDGE_7B_CAPPED,
     UNCHECKED,
     WRITE_FLOOR,
     mergekit,
@@ -169,5 +170,10 @@ _TARGETS: tuple[_Target, ...] = (
         6,
         "checksums and journal, 4 × 1.1B: ≤ 1.05 × the time without them",
         partial(slower, "checks", moeplan(), (UNCHECKED,), 1.05),
+    ),
+    _Target(
+        8,
+        "ridge, 7B with 4 layers, 4 × 4096 tokens: peak RSS ≤ 2 GiB",
+        partial(peak, "ridge-7b-4", RIDGE_7B_CAPPED, 2 * GIB),
     ),
 )

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from executor.reader import SourceReader
 from executor.resuming import Work, remaining
 from executor.routing import Alias, Part, Piece, route
 from executor.torch_threads import TorchThreads
-from executor.weights import FileMatrix, Matrix, Weights, WholeMatrix
+from executor.weights import FileMatrix, Matrix, MeanMatrix, Weights, WholeMatrix
 from executor.writer import ShardWriter
 from planner.layout import PAGE
 from planner.plan import (
@@ -49,10 +50,14 @@ from planner.plan import (
     FileSink,
     FileView,
     KernelStep,
+    MeanRoot,
+    MeanView,
     Plan,
+    Root,
     Step,
     StreamStep,
     ZeroRoot,
+    read_once,
 )
 
 if TYPE_CHECKING:
@@ -371,8 +376,7 @@ class _Run:
         """Read, transform and write one chunk; returns the bytes read from and written to files."""
         root = step.root
         nbytes = piece.numel * root.dtype.itemsize
-        # Where the chunk lies in a page is where it lies in its file, so that it can be read, and written, directly.
-        at = (root.offset + piece.first * root.dtype.itemsize) % PAGE if isinstance(root, FileRoot) else 0
+        at = _chunk_in_page(root, piece)
         chunk, scratch = elementwise.cut(slab, nbytes, at)
         read = written = 0
         match root:
@@ -380,6 +384,11 @@ class _Run:
                 offset += piece.first * root.dtype.itemsize
                 self._reader.read_into(source, offset, slab, at, nbytes)
                 read = nbytes
+            case MeanRoot(parts):
+                self._torch.use_one()
+                total = elementwise.as_tensor(chunk, root.dtype, piece.numel)
+                elementwise.average(parts, piece.first, total, scratch, self._read_checked)
+                read = sum(piece.numel * part.dtype.itemsize for part, _ in read_once(parts))
             case BufferRoot(buffer, offset):
                 begin = offset + piece.first * root.dtype.itemsize
                 chunk = self._tensors.get(buffer)[begin : begin + nbytes]
@@ -396,6 +405,12 @@ class _Run:
         if self._check_sources and isinstance(root, FileRoot):
             self._reader.check_again(root.source, offset, slab, at, nbytes)
         return read, written
+
+    def _read_checked(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+        """Fill `slab[begin : begin + nbytes]` from a source, and see at once whether it is what it should be."""
+        self._reader.read_into(source, offset, slab, begin, nbytes)
+        if self._check_sources:
+            self._reader.check_again(source, offset, slab, begin, nbytes)
 
     def _write(self, step: StreamStep, part: Part, first: int, numel: int, data: memoryview) -> int:
         """Write elements to all their places; returns how many bytes went to files."""
@@ -460,17 +475,18 @@ class _Run:
             check=self._check_stopping,
         )
 
-    def _matrix(self, view: BufferView | FileView) -> Matrix:
-        if isinstance(view, BufferView):
-            return WholeMatrix(self._view(view))
-
-        def read_into(offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
-            self._reader.read_into(view.source, offset, slab, begin, nbytes)
-            if self._check_sources:
-                self._reader.check_again(view.source, offset, slab, begin, nbytes)
+    def _matrix(self, view: BufferView | FileView | MeanView) -> Matrix:
+        def read_into(source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+            self._read_checked(source, offset, slab, begin, nbytes)
             self._count(nbytes, 0)
 
-        return FileMatrix(view.shape, view.dtype, view.offset, read_into)
+        match view:
+            case BufferView():
+                return WholeMatrix(self._view(view))
+            case FileView():
+                return FileMatrix(view.shape, view.dtype, view.offset, partial(read_into, view.source))
+            case MeanView():
+                return MeanMatrix(view.shape, view.dtype, view.parts, read_into)
 
     def _view(self, view: BufferView) -> torch.Tensor:
         memory = self._tensors.get(view.buffer)
@@ -504,6 +520,19 @@ def _needs_whole_tensors(step: Step) -> bool:
     if isinstance(step, KernelStep) or isinstance(step.root, BufferRoot) or step.factors():
         return True
     return any(isinstance(sink, BufferSink) for branch in step.branches for sink in branch.sinks)
+
+
+def _chunk_in_page(root: Root, piece: Piece) -> int:
+    """Where in a page a chunk begins: where it lies in its file, so that it can be read, and written, directly.
+
+    A mean lies where it does in the file that it is written to as it is.
+    """
+    match root:
+        case FileRoot(_, offset, dtype):
+            return (offset + piece.first * dtype.itemsize) % PAGE
+        case MeanRoot():
+            return next((_place_in_page(part, piece.first) for part in piece.parts if not part.branch.ops), 0)
+    return 0
 
 
 def _place_in_page(part: Part, first: int) -> int:

@@ -1,4 +1,4 @@
-"""Operations on chunks: cast, scale, add noise, add a low-rank product.
+"""Operations on chunks: take the mean of several, cast, scale, add noise, add a low-rank product.
 
 A chunk is worked on in place of a slab that the caller cuts up, so nothing here allocates::
 
@@ -6,7 +6,8 @@ A chunk is worked on in place of a slab that the caller cuts up, so nothing here
 
 Regions begin at pages, but for the first, which lies in its page as in the file it was read from, and the last, which
 lies as in the file that it goes to: so both can be moved directly. Those that a stream's operations do not need are not
-there (`planner.schedule` sizes chunks by the same rule).
+there (`planner.schedule` sizes chunks by the same rule). Of a mean, the chunk is where its parts are added up, and each
+part is read into what lies behind it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from planner.expr import BLOCK, LOW_RANK_TILE, AddNoise, Cast, DType, Scale
 from planner.layout import PAGE
-from planner.plan import ChunkOp, LowRank
+from planner.plan import ChunkOp, FileRoot, LowRank, read_once
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,35 @@ def as_tensor(memory: memoryview, dtype: DType, numel: int) -> torch.Tensor:
     if numel == 0:
         return torch.empty(0, dtype=torch_dtype(dtype))
     return torch.frombuffer(memory, dtype=torch_dtype(dtype), count=numel)
+
+
+def average(
+    parts: Sequence[FileRoot],
+    first: int,
+    total: torch.Tensor,
+    scratch: memoryview,
+    read_into: Callable[[int, int, memoryview, int, int], None],
+) -> None:
+    """Fill flat float32 `total` with the mean of `parts`, each from its element `first` on, reading one at a time.
+
+    `read_into(source, offset, slab, begin, nbytes)` fills `slab[begin : begin + nbytes]` from a source, and may
+    overwrite up to a page before and after that. `slab` is `scratch`, which begins at a page.
+    """
+    numel, added = len(total), 0
+    for part, times in read_once(parts):
+        offset, nbytes = part.offset + first * part.dtype.itemsize, numel * part.dtype.itemsize
+        read_into(part.source, offset, scratch, offset % PAGE, nbytes)
+        read, _ = cut(scratch, nbytes, offset % PAGE)
+        x = as_tensor(read, part.dtype, numel)
+        for _ in range(times):
+            if added == 0:
+                total.copy_(x)
+            else:
+                # A block at a time, since torch makes a float32 copy of what it adds.
+                for begin in range(0, numel, BLOCK):
+                    total[begin : begin + BLOCK].add_(x[begin : begin + BLOCK])
+            added += 1
+    total.div_(added)
 
 
 def clear(memory: memoryview) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 from threading import Event, Thread, local
 
-from planner.plan import KernelStep, Plan
+from planner.plan import KernelStep, MeanRoot, Plan, Step
 
 
 class TorchThreads:
@@ -25,7 +25,7 @@ class TorchThreads:
         self._imports = imports
         self._loaded = Event()
         self._worker = local()
-        if any(isinstance(step, KernelStep) or any(branch.ops for branch in step.branches) for step in plan.steps):
+        if any(map(_computes, plan.steps)):
             Thread(target=self._load, name="import torch", daemon=True).start()
 
     def _load(self) -> None:
@@ -59,3 +59,9 @@ class TorchThreads:
 
             torch.set_num_threads(1)
             self._worker.prepared = True
+
+
+def _computes(step: Step) -> bool:
+    if isinstance(step, KernelStep) or isinstance(step.root, MeanRoot):
+        return True
+    return any(branch.ops for branch in step.branches)

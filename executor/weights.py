@@ -1,4 +1,4 @@
-"""A kernel's weights: matrices that it takes a block of rows at a time, whether they are whole in memory or in a file.
+"""A kernel's weights: matrices that it takes a block of rows at a time, whether they are whole in memory or in files.
 
 Blocks are independent of each other. A few workers take them in order, with memory of their own each, and read them,
 turn them into float32 and compute; so reading and computing overlap without a queue. Each computes in one thread, and
@@ -7,7 +7,8 @@ workers, nor on where the weights are.
 
     memory   ├─ rows in float32 ─┤├─ rows as read ─┤
 
-As for any chunk, rows that are read lie in their page as in the file, so that they can be read directly.
+As for any chunk, rows that are read lie in their page as in the file, so that they can be read directly. Of a mean of
+several matrices, their rows are read there one after the other.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol
 
 from executor.buffers import SlabPool
-from executor.kernels import as_tensor, cut
+from executor.kernels import as_tensor, average, cut
 from planner.expr import DType, Shape
 from planner.layout import PAGE
+from planner.plan import FileRoot
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +37,7 @@ class Matrix(Protocol):
         """`[rows, columns]`."""
 
     def read(self, begin: int, end: int, memory: memoryview) -> None:
-        """Wait for what `rows` needs. Computes nothing."""
+        """Wait for what `rows` needs. Computes no more than the means of what it reads."""
 
     def rows(self, begin: int, end: int, memory: memoryview) -> torch.Tensor:
         """Rows `begin` to `end` in float32, after `read` with the same arguments. They may lie in `memory`."""
@@ -88,6 +90,32 @@ class FileMatrix:
         row_nbytes = self.shape[1] * self.dtype.itemsize
         _, rest = cut(memory, (end - begin) * self.shape[1] * DType.F32.itemsize)
         return self.offset + begin * row_nbytes, (end - begin) * row_nbytes, rest
+
+
+@dataclass(frozen=True)
+class MeanMatrix:
+    """The mean of matrices that lie in files, rounded to `dtype`. `read_into` is that of `executor.kernels.average`."""
+
+    shape: Shape
+    dtype: DType
+    parts: Sequence[FileRoot]
+    read_into: Callable[[int, int, memoryview, int, int], None]
+
+    def read(self, begin: int, end: int, memory: memoryview) -> None:
+        block, rest = self._place(begin, end, memory)
+        average(self.parts, begin * self.shape[1], block, rest, self.read_into)
+
+    def rows(self, begin: int, end: int, memory: memoryview) -> torch.Tensor:
+        block, rest = self._place(begin, end, memory)
+        if self.dtype is not DType.F32:
+            block.copy_(as_tensor(rest, self.dtype, len(block)).copy_(block))
+        return block.view(end - begin, self.shape[1])
+
+    def _place(self, begin: int, end: int, memory: memoryview) -> tuple[torch.Tensor, memoryview]:
+        """The rows' elements, flat, and what is left of `memory` behind them."""
+        numel = (end - begin) * self.shape[1]
+        block, rest = cut(memory, numel * DType.F32.itemsize)
+        return as_tensor(block, DType.F32, numel), rest
 
 
 class Weights:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,15 @@ class LowRankDelta:
 class Adapter:
     """An opened adapter: what it adds to a model's MLP matrices and which of them it replaces, by their names.
 
-    `path` is the directory of its small files, `label` what the user calls it. What it does to anything else is left
-    out, since an expert gives its MLPs alone.
+    `path` is the directory of its small files, `label` what the user calls it. What it does to anything else, by the
+    tensors named in `left_out`, is left out, since an expert gives its MLPs alone.
     """
 
     path: Path
     label: str
     added: Mapping[str, LowRankDelta]
     replaced: Mapping[str, Read]
+    left_out: Sequence[str]
 
     @property
     def reads(self) -> list[Read]:
@@ -126,6 +127,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
     tensors, _ = read_tensors(place, file.name, MAX_HEADERS_NBYTES)
     factors: dict[str, dict[str, Read]] = {}
     replaced: dict[str, Read] = {}
+    left_out: list[str] = []
     for key, read in tensors.items():
         if not key.startswith(_PREFIX):
             raise CheckpointError(
@@ -141,6 +143,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
                 + MERGE_ADAPTER
             )
         if ".mlp." not in name:
+            left_out.append(name)
             continue
         if suffix is None:
             _check_shape(file, key, read, weights[weight].shape)
@@ -151,7 +154,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
     twice = added.keys() & replaced.keys()
     if twice:
         raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
-    return Adapter(path, place.label, added, replaced)
+    return Adapter(path, place.label, added, replaced, left_out)
 
 
 @dataclass(frozen=True)

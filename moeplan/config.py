@@ -37,6 +37,7 @@ from moeplan.errors import MoeplanWarning, UserError
 
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "ridge", "cheap_embed", "random", "uniform_random"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
+Backbone = Literal["base", "average"]
 KeyPath = tuple[str | int, ...]
 
 ALLOW_ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
@@ -153,9 +154,11 @@ class Expert(BaseModel):
 
 
 class MergeConfig(BaseModel):
-    """What to merge: attention, norms and embeddings from `base_model`, MLPs from `experts`.
+    """What to merge: MLPs from `experts`, and attention, norms and embeddings, the backbone, from `base_model`.
 
-    `dtype` None means the base model's own; `architecture` None means the family that fits the sources. `ridge` is the
+    With the `backbone` "average" these are the mean over the experts instead, as in Branch-Train-MiX (Sukhbaatar et
+    al., "Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM", 2024, arXiv 2403.07816). `dtype` None
+    means the base model's own; `architecture` None means the family that fits the sources. `ridge` is the
     regularisation λ of that gate mode, `gate_tokens` how many tokens of its `positive_files` each expert gets at most.
 
     Raises pydantic's `ValidationError` (a `ValueError`) where a value or a combination of values is refused.
@@ -172,6 +175,7 @@ class MergeConfig(BaseModel):
     dtype: DTypeName | None = None
     experts_per_token: StrictInt = 2
     architecture: FamilyName | None = None
+    backbone: Backbone = "base"
 
     _places: _Places = PrivateAttr(default_factory=_Places)
 
@@ -620,6 +624,8 @@ def _explain(error: ErrorDetails, places: Mapping[KeyPath, _Place]) -> tuple[Key
             return path, f"must be a number from {least} to 3.4e38, which is finite in float32, not {_shown(node)}"
         case "literal_error" if path == ("dtype",):
             return path, _one_of(get_args(DTypeName), node, _nearest_dtype(_typed(node)))
+        case "literal_error" if path == ("backbone",):
+            return path, _one_of(get_args(Backbone), node, _nearest(_typed(node), get_args(Backbone), 0.6))
         case "literal_error":
             return path, _one_of(get_args(GateMode), node, _nearest(_typed(node), get_args(GateMode), 0.6))
         case _:  # of a pydantic that tells more errors apart

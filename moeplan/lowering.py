@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.dense import DenseModel, TensorSpec
 from moeplan.architectures.family import Family, MlpTensor
-from moeplan.checkpoint import CheckpointError
+from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.untrusted_json import show
-from planner.expr import Concat, DType, Expr, Opaque, Zeros, add_noise, cast, rows, scale
+from planner.expr import Concat, DType, Expr, Opaque, Read, Zeros, add_noise, cast, mean, rows, scale
 from planner.graph import TensorGraph
 
 MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
 SHOULD_AGREE = ("rope_theta", "vocab_size")
+MUST_AGREE_TO_AVERAGE = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 EMBEDDINGS = "model.embed_tokens.weight"
 OUTPUT_MATRIX = "lm_head.weight"
@@ -65,7 +66,9 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 f"{where}: {expert.checkpoint.label} is a {expert.name} model and the base {base.checkpoint.label} a "
                 f"{base.name} model; all must be of one family"
             )
-        for key in (*MUST_AGREE, *SHOULD_AGREE):
+        is_averaged = config.backbone == "average" and place[0] == "experts"
+        must_agree = (*MUST_AGREE, *(MUST_AGREE_TO_AVERAGE if is_averaged else ()))
+        for key in dict.fromkeys((*must_agree, *SHOULD_AGREE)):
             its, bases = _setting(expert, key), _setting(base, key)
             if its == bases:
                 continue
@@ -73,10 +76,42 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 f"{where}: {key} is {show(its)} in {expert.checkpoint.label} and {show(bases)} in the base "
                 f"{base.checkpoint.label}"
             )
-            if key in MUST_AGREE:
-                raise CheckpointError(f"{difference}; they must be equal")
+            if key in must_agree:
+                why = "" if key in MUST_AGREE else ", since all that is not an MLP is averaged (backbone: average)"
+                raise CheckpointError(f"{difference}; they must be equal{why}")
             warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
-        _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if ".mlp." in n])
+        _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if is_averaged or ".mlp." in n])
+        if is_averaged:
+            _check_backbone(family, base, expert, where)
+
+
+def _check_backbone(family: Family, base: DenseModel, expert: DenseModel, where: str) -> None:
+    """Refuse what cannot be a part of the mean over the experts' backbones."""
+    label = expert.checkpoint.label
+    if expert.adapter is not None and expert.adapter.left_out:
+        name, *others = expert.adapter.left_out
+        more = f" (and {len(others)} more)" if others else ""
+        raise CheckpointError(
+            f"{where}: {expert.adapter.label} has {show(name)}{more}, and adapters are applied to MLPs alone, so the "
+            f"mean of all else (backbone: average) would be without it; {MERGE_ADAPTER}"
+        )
+    if not expert.settings["tie_word_embeddings"]:
+        if OUTPUT_MATRIX not in expert.checkpoint.tensors:
+            raise CheckpointError(
+                f"{where}: {label}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
+                "embeddings (tie_word_embeddings)"
+            )
+        if base.settings["tie_word_embeddings"] and family.tied:
+            raise CheckpointError(
+                f"{where}: {label} has a tensor {OUTPUT_MATRIX} of its own, and the base {base.checkpoint.label} ties "
+                "it to the embeddings (tie_word_embeddings), so the merged model cannot hold the mean (backbone: "
+                "average); untie it in the base"
+            )
+    try:
+        for name, spec, _ in expert.specs():
+            expert.tensor(name, spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _setting(model: DenseModel, key: str) -> Any:
@@ -97,12 +132,35 @@ def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]
         )
 
 
+def averaged(config: MergeConfig, sources: Sources, dtype: DType) -> dict[str, Expr]:
+    """What the merged model has in the place of the base's tensors that are no MLPs, by their names, in `dtype`.
+
+    That is the mean over the experts where the config wants it, else nothing.
+    """
+    if config.backbone == "base":
+        return {}
+    return {
+        name: cast(mean([_of_backbone(expert, name, spec) for expert in sources.experts]), dtype)
+        for name, spec, _ in sources.base.specs()
+        if ".mlp." not in name
+    }
+
+
+def _of_backbone(model: DenseModel, name: str, spec: TensorSpec) -> Read:
+    """A tensor that is no MLP's, as the model has it: an output matrix that is tied is the embeddings."""
+    if name == OUTPUT_MATRIX and model.settings["tie_word_embeddings"]:
+        return model.checkpoint.tensors[EMBEDDINGS]
+    read = model.tensor(name, spec)
+    assert read is not None  # or `check_fit` would have refused the model
+    return read
+
+
 @dataclass(frozen=True)
 class Lowering:
     """A merge to be put into expressions, every output tensor in `dtype`.
 
     `routers` has a kernel for each layer: a row for each expert, then one for the shared expert where it has a gate,
-    `[num_rows, hidden_size]`.
+    `[num_rows, hidden_size]`. `averaged` is what the function of that name gives.
     """
 
     config: MergeConfig
@@ -112,6 +170,7 @@ class Lowering:
     dtype: DType
     layout: str
     seed: int
+    averaged: Mapping[str, Expr] = field(default_factory=dict)
 
     def graph(self) -> TensorGraph:
         """The output tensors, layer after layer.
@@ -128,7 +187,7 @@ class Lowering:
                 self._add_zeros(graph, layer)
             if ".mlp." in name:
                 continue
-            expr: Expr | None = base.tensor(name, spec)
+            expr = self.averaged.get(name) or base.tensor(name, spec)
             if name == OUTPUT_MATRIX:
                 expr = self._output_matrix(expr)
             if expr is not None:
@@ -140,9 +199,11 @@ class Lowering:
 
         `.bin` files name the embeddings a second time for it; safetensors leave it out.
         """
+        is_tied = self.sources.base.settings["tie_word_embeddings"]
+        if self.averaged:
+            return None if is_tied and self.family.tied else stored
         embeddings = self.sources.base.checkpoint.tensors[EMBEDDINGS]
-        is_tied = stored is embeddings and self.sources.base.settings["tie_word_embeddings"]
-        if stored is not None and not is_tied:
+        if stored is not None and not (is_tied and stored is embeddings):
             return stored
         return None if self.family.tied else embeddings
 

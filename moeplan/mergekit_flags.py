@@ -52,7 +52,7 @@ FLAGS = (
         Fate.UNNEEDED,
         "all models must be of one family, here as in mergekit-moe",
     ),
-    Flag(("--unsafe-truncate-embeddings",), Fate.UNNEEDED, "the embeddings are the base's alone, so all rows fit"),
+    Flag(("--unsafe-truncate-embeddings",), Fate.UNNEEDED, "embeddings of different sizes are never put together"),
     Flag(("--no-unsafe-truncate-embeddings",), Fate.WORKS, "never done"),
     Flag(
         ("--trust-remote-code", "--no-trust-remote-code"),

@@ -138,6 +138,12 @@ class Models:
     sources: Sources
     families: tuple[Family, ...]
 
+    def dtype(self, config: MergeConfig) -> DType:
+        """What the output is stored as: the base's own, where the config does not say."""
+        return next((d for d, name in DTYPE_NAMES.items() if name == config.dtype), None) or stored_dtype(
+            self.sources.base
+        )
+
     def gate_request(self, config: MergeConfig, options: Options, texts: tuple[str, ...] = ()) -> gates.GateRequest:
         """What the routers are made for and of; `texts` are evaluated beside that."""
         shared = self.families[0].shared
@@ -153,6 +159,7 @@ class Models:
             seed=options.random_seed,
             bits=options.bits,
             trust_remote_code=options.trust_remote_code,
+            averaged=lowering.averaged(config, self.sources, self.dtype(config)),
             texts=texts,
         )
 
@@ -185,7 +192,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     hub, sources, family = models.hub, models.sources, models.families[0]
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)
-    dtype = next((d for d, name in DTYPE_NAMES.items() if name == config.dtype), None) or stored_dtype(sources.base)
+    dtype = models.dtype(config)
     count = len(config.experts)
     if count & (count - 1):
         warnings.warn(
@@ -194,8 +201,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             stacklevel=2,
         )
     mode = gates.gate_mode(config.gate_mode)
+    request = models.gate_request(config, options)
     with naming_prompts(config):
-        routers = mode.routers(models.gate_request(config, options))
+        routers = mode.routers(request)
     graph = Lowering(
         config=config,
         family=family,
@@ -204,6 +212,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         dtype=dtype,
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
+        averaged=request.averaged,
     ).graph()
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:

@@ -148,11 +148,12 @@ def metadata(merged: Sequence[Source]) -> dict[str, Any]:
 def model_card(plan: MergePlan) -> str:
     """The text of the card of what `plan` merges, in Markdown."""
     config, family = plan.config, plan.family.name
+    backbone = "the base's" if config.backbone == "base" else "the mean over the experts'"
     lines = [
         f"# {family} of {len(config.experts)} experts",
         "",
         f"A {family} model, merged with moeplan {version('moeplan')} from the models below: attention, norms and",
-        "embeddings are the base's, and each expert is the MLPs of one model. Of the "
+        f"embeddings are {backbone}, and each expert is the MLPs of one model. Of the "
         f"{len(config.experts)} experts, {config.experts_per_token}",
         f"work{'s' * (config.experts_per_token == 1)} on a token.",
         "",

@@ -35,6 +35,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
         "dtype": DTYPE_NAMES[merge_plan.dtype],
         "num_experts": len(config.experts),
         "experts_per_token": config.experts_per_token,
+        "backbone": config.backbone,
         "sources": _sources(merge_plan),
         "hub": _hub(merge_plan),
         "read": {"nbytes": plan.read_nbytes, "more_than_once_nbytes": plan.reread_nbytes},
@@ -207,6 +208,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
             [
                 f"{data['architecture']} of {_count(data['num_experts'], 'expert')}, {data['experts_per_token']} "
                 f"per token, in {data['dtype']}",
+                *_backbone(data["backbone"], data["num_experts"]),
                 f"{decimal(output['nbytes'])}: {_count(output['tensors'], 'tensor')} in "
                 f"{_count(len(output['shards']), 'file')}, {len(output['copied_files'])} more copied from the base",
                 *_choice(data["architecture"], data["would_fit_too"]),
@@ -225,6 +227,13 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ),
         ("disk", [f"{decimal(disk['needed_nbytes'])} needed, {decimal(disk['free_nbytes'])} free"]),
     ]
+
+
+def _backbone(backbone: str, num_experts: int) -> list[str]:
+    """Where what is not an MLP comes from, where that is not the base."""
+    if backbone == "base":
+        return []
+    return [f"attention, norms and embeddings: the mean over {_count(num_experts, 'expert')}"]
 
 
 def _choice(chosen: str, others: list[str]) -> list[str]:
@@ -391,7 +400,8 @@ def _shared(merge_plan: MergePlan) -> dict[str, int]:
         if count > 1:
             tensors += 1
             places += count
-            saved += (count - 1) * step.numel * step.root.dtype.itemsize
+            once = sum(nbytes for _, nbytes in step.reads()) or step.numel * step.root.dtype.itemsize
+            saved += (count - 1) * once
     return {"tensors": tensors, "places": places, "saved_nbytes": saved}
 
 

@@ -1,8 +1,8 @@
 """Tensor expressions: what an output tensor is made of, as immutable, hash-consed nodes.
 
 Nothing here moves a byte. An expression says where bytes come from (`Read`), what is done to each element on the
-way (`Elementwise`), which product of small matrices is added (`AddLowRank`), how tensors are strung together
-(`Concat`), and what only a named kernel can compute (`Opaque`).
+way (`Elementwise`), of which tensors the mean is taken (`Mean`), which product of small matrices is added
+(`AddLowRank`), how tensors are strung together (`Concat`), and what only a named kernel can compute (`Opaque`).
 
 Two equal expressions are ONE object::
 
@@ -139,6 +139,32 @@ class Zeros(Expr):
     shape: Shape
 
 
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Mean(Expr):
+    """The elementwise mean of equally shaped `parts`, in float32: their sum, in their order, divided by their number.
+
+    They may be of different dtypes, and one may stand there several times: where it follows itself, it is read once.
+    """
+
+    parts: tuple[Read, ...]
+
+    def __post_init__(self) -> None:
+        if len({part.shape for part in self.parts}) != 1:
+            raise ValueError("the parts of a Mean must be of one shape")
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.parts
+
+    @property
+    def dtype(self) -> DType:  # type: ignore[override]
+        return DType.F32
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.parts[0].shape
+
+
 @dataclass(frozen=True, slots=True)
 class Cast:
     """Round to `dtype`, to nearest even."""
@@ -258,10 +284,10 @@ class Concat(Expr):
 class Opaque(Expr):
     """What the kernel named `kernel` computes from `args`, which are whole in memory, and `weights`.
 
-    `params` is a JSON text that only the kernel understands. Of `weights` the kernel takes some rows at a time: so they
-    may be whole in memory, or stay in their file and be read as they are used, `passes` times over. `workspace_nbytes`
-    is the most memory that the kernel uses beside its inputs and its result; `block_nbytes` what it takes to work on
-    one block of rows, of which several may be under way at a time.
+    `params` is a JSON text that only the kernel understands. Of `weights`, each a `Read` or a `Mean`, cast or not, the
+    kernel takes some rows at a time: so they may be whole in memory, or stay in their files and be read as they are
+    used, `passes` times over. `workspace_nbytes` is the most memory that the kernel uses beside its inputs and its
+    result; `block_nbytes` what it takes to work on one block of rows, of which several may be under way at a time.
     """
 
     kernel: str
@@ -270,9 +296,14 @@ class Opaque(Expr):
     dtype: DType
     shape: Shape
     workspace_nbytes: int = 0
-    weights: tuple[Read, ...] = ()
+    weights: tuple[Expr, ...] = ()
     block_nbytes: int = 0
     passes: int = 1
+
+    def __post_init__(self) -> None:
+        for weight in self.weights:
+            if not isinstance(_uncast(weight), Read | Mean):
+                raise ValueError("the weights of a kernel must be read from files, and no more than averaged and cast")
 
     @property
     def inputs(self) -> tuple[Expr, ...]:
@@ -305,10 +336,44 @@ class Slice(Expr):
         return self.input.dtype
 
 
-def rows(x: Opaque, begin: int, end: int) -> Expr:
-    """`x[begin:end]`; `x` itself where that is all of it."""
-    width = math.prod(x.shape[1:])
-    return x if (begin, end) == (0, x.shape[0]) else Slice(x, begin * width, (end - begin, *x.shape[1:]))
+def _uncast(x: Expr) -> Expr:
+    return x.input if isinstance(x, Elementwise) and isinstance(x.op, Cast) else x
+
+
+def reads_of(x: Expr) -> tuple[Read, ...]:
+    """The ranges that a `Read` or a `Mean`, cast or not, is made of, in order; none for anything else."""
+    root = _uncast(x)
+    return root.parts if isinstance(root, Mean) else (root,) if isinstance(root, Read) else ()
+
+
+def rows(x: Expr, begin: int, end: int) -> Expr:
+    """`x[begin:end]` of a kernel's result, or of what is in files, averaged and cast or not; `x` where that is all."""
+    if (begin, end) == (0, x.shape[0]):
+        return x
+    match x:
+        case Opaque():
+            return Slice(x, begin * math.prod(x.shape[1:]), (end - begin, *x.shape[1:]))
+        case Read():
+            return _rows_of_read(x, begin, end)
+        case Mean(parts):
+            return Mean(tuple(_rows_of_read(part, begin, end) for part in parts))
+        case Elementwise(Cast(dtype), of):
+            return cast(rows(of, begin, end), dtype)
+    raise TypeError(f"there are no rows to be had of {type(x).__name__}")
+
+
+def _rows_of_read(x: Read, begin: int, end: int) -> Read:
+    row_nbytes = math.prod(x.shape[1:]) * x.dtype.itemsize
+    return Read(x.file, x.offset + begin * row_nbytes, x.dtype, (end - begin, *x.shape[1:]))
+
+
+def mean(parts: Sequence[Read]) -> Read | Mean:
+    """The mean of `parts`, in float32; the part itself where all are one.
+
+    Equal ones are put together, where the first of them stands, so that each is read once.
+    """
+    together = tuple(sorted(parts, key=parts.index))
+    return together[0] if len({*together}) == 1 else Mean(together)
 
 
 def cast(x: Expr, dtype: DType) -> Expr:

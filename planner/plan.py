@@ -10,17 +10,18 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from itertools import groupby
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from planner.errors import UserError
 from planner.expr import DType, Op, Shape, Source
 from planner.layout import Shard
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,17 @@ class FileRoot:
     source: int
     offset: int
     dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class MeanRoot:
+    """A stream's elements are the means of those of `parts`, in float32: added up in their order, then divided."""
+
+    parts: tuple[FileRoot, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return DType.F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,13 @@ class ZeroRoot:
     dtype: DType
 
 
-Root = FileRoot | BufferRoot | ZeroRoot
+Root = FileRoot | MeanRoot | BufferRoot | ZeroRoot
+
+
+def read_once(parts: Iterable[FileRoot]) -> Iterator[tuple[FileRoot, int]]:
+    """The parts of a mean as they are read, each with the times that it counts: what follows itself is read once."""
+    for part, same in groupby(parts):
+        yield part, sum(1 for _ in same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +130,14 @@ class StreamStep:
     branches: tuple[Branch, ...]
     frees: tuple[int, ...]
 
+    def reads(self) -> Iterator[tuple[FileRoot, int]]:
+        """Each range that is read from a source, with its size in bytes."""
+        if isinstance(self.root, FileRoot):
+            yield self.root, self.numel * self.root.dtype.itemsize
+        elif isinstance(self.root, MeanRoot):
+            for part, _ in read_once(self.root.parts):
+                yield part, self.numel * part.dtype.itemsize
+
     def factors(self) -> set[int]:
         """The buffers that must be whole before it runs, since their products are added on the way."""
         return {buffer for branch in self.branches for buffer in branch.factors()}
@@ -135,20 +161,38 @@ class FileView:
     dtype: DType
     shape: Shape
 
+    def reads(self) -> Iterator[tuple[FileRoot, int]]:
+        """Each range that is read from a source, with its size in bytes."""
+        yield FileRoot(self.source, self.offset, self.dtype), math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class MeanView:
+    """The mean of `parts`, rounded to `dtype`: they stay in their files, and rows of all are read as they are used."""
+
+    parts: tuple[FileRoot, ...]
+    dtype: DType
+    shape: Shape
+
+    def reads(self) -> Iterator[tuple[FileRoot, int]]:
+        """Each range that is read from a source, with its size in bytes."""
+        for part, _ in read_once(self.parts):
+            yield part, math.prod(self.shape) * part.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class KernelStep:
     """Run the kernel named `kernel`. `frees` are the buffers that nothing needs afterwards.
 
     `inputs` are whole in memory; of `weights`, all of which are whole or none, it takes blocks of rows, `workers` at a
-    time with `block_nbytes` of memory each. Those that are in a file are read `passes` times. The `beside` steps that
+    time with `block_nbytes` of memory each. Those that are in files are read `passes` times. The `beside` steps that
     follow are streams, and run while it does.
     """
 
     kernel: str
     params: str
     inputs: tuple[BufferView, ...]
-    weights: tuple[BufferView | FileView, ...]
+    weights: tuple[BufferView | FileView | MeanView, ...]
     output: BufferView
     workspace_nbytes: int
     block_nbytes: int
@@ -158,14 +202,19 @@ class KernelStep:
     frees: tuple[int, ...]
 
     @property
-    def streamed(self) -> tuple[FileView, ...]:
+    def streamed(self) -> tuple[FileView | MeanView, ...]:
         """The weights that are read as they are used."""
-        return tuple(weight for weight in self.weights if isinstance(weight, FileView))
+        return tuple(weight for weight in self.weights if not isinstance(weight, BufferView))
+
+    def reads(self) -> Iterator[tuple[FileRoot, int]]:
+        """Each range that is read from a source, with its size in bytes, as often as it is read."""
+        for view in self.streamed * self.passes:
+            yield from view.reads()
 
     @property
     def streamed_nbytes(self) -> int:
         """The bytes that are read of them, all passes together."""
-        return self.passes * sum(math.prod(view.shape) * view.dtype.itemsize for view in self.streamed)
+        return sum(nbytes for _, nbytes in self.reads())
 
 
 Step = StreamStep | KernelStep
@@ -214,12 +263,7 @@ class Plan:
     def reads(self) -> Iterator[tuple[FileRoot, int]]:
         """Each range that is read from a source, with its size in bytes."""
         for step in self.steps:
-            if isinstance(step, StreamStep) and isinstance(step.root, FileRoot):
-                yield step.root, step.numel * step.root.dtype.itemsize
-            elif isinstance(step, KernelStep):
-                for view in step.streamed * step.passes:
-                    nbytes = math.prod(view.shape) * view.dtype.itemsize
-                    yield FileRoot(view.source, view.offset, view.dtype), nbytes
+            yield from step.reads()
 
     @property
     def read_nbytes(self) -> int:

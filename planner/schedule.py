@@ -2,7 +2,7 @@
 
 Every output tensor, and every tensor that is needed whole, is a *place*. A place is filled by streams: the leaves of
 its expression, each at its own byte offset (that is all that a `Concat` means). Leaves of all places that come from
-one root, a source range or a kernel's result, make ONE step, which reads the root once::
+one root, a source range, the mean of several or a kernel's result, make ONE step, which reads the root once::
 
     Read(down_proj) ──┬─ (copy) ─────────────▶ expert 0 · expert 1 · a kernel's buffer
                       └─ scale 0.5 ─ cast ───▶ expert 2
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
@@ -46,12 +46,14 @@ from planner.expr import (
     DType,
     Elementwise,
     Expr,
+    Mean,
     Opaque,
     Read,
     Slice,
     Source,
     SourceFile,
     Zeros,
+    reads_of,
 )
 from planner.graph import TensorGraph, digest, opaque_in_order, walk
 from planner.layout import PAGE, Shard, lay_out
@@ -67,6 +69,8 @@ from planner.plan import (
     FileView,
     KernelStep,
     LowRank,
+    MeanRoot,
+    MeanView,
     Plan,
     Pool,
     Root,
@@ -82,7 +86,7 @@ MAX_SLAB_NBYTES = 4 << 20
 READ_AHEAD = 2
 """How many more blocks of a streamed weight are under way than are computed on."""
 
-Leaf = Read | Zeros | Opaque | Slice
+Leaf = Read | Mean | Zeros | Opaque | Slice
 """What a stream may start from."""
 
 Sink = FileSink | BufferSink
@@ -106,8 +110,8 @@ class _Stream:
         return [buffer for op in products for buffer in (op.b, op.a)]
 
     def computes(self) -> bool:
-        """Whether anything is done to its elements on the way."""
-        return any(ops for ops, _ in self.sinks)
+        """Whether its elements are anything else than copied."""
+        return isinstance(self.root, Mean) or any(ops for ops, _ in self.sinks)
 
     def position(self) -> tuple[int, int]:
         """Where in the output it first writes."""
@@ -217,10 +221,8 @@ def _more_workers(kernel: Opaque, wanted: int, free_nbytes: int) -> int:
 
 def _reads(draft: _Draft) -> Iterator[Read]:
     for node in draft.order:
-        if isinstance(node, Opaque):
-            yield from node.weights
-        elif isinstance(node.root, Read):
-            yield node.root
+        for expr in node.weights if isinstance(node, Opaque) else (node.root,):
+            yield from reads_of(expr)
 
 
 def block_nbytes(num_rows: int, num_columns: int, dtype: DType) -> int:
@@ -264,11 +266,11 @@ def _streams(
         if not isinstance(expr, Opaque)
         for root, chain, offset in _leaves(expr, 0, buffers)
     ]
-    widest = _widest(read for read in (*streams, *(root for _, root, _, _ in filled)) if isinstance(read, Read))
+    widest = _widest(leaf for leaf in (*streams, *(root for _, root, _, _ in filled)) if isinstance(leaf, Read | Mean))
     for is_factor, root, chain, sink in sorted(filled, key=lambda item: item[0]):
-        if isinstance(root, Read) and not is_factor and not chain[0]:
-            root, part = widest[root], root
-            sink = replace(sink, first=(part.offset - root.offset) // root.dtype.itemsize)
+        if isinstance(root, Read | Mean) and not is_factor and all(isinstance(op, Cast) for op in chain[0]):
+            root, first = widest[root]
+            sink = replace(sink, first=first)
         stream = streams.setdefault(root, _Stream(root))
         if is_factor and stream.factors():
             # What a stream waits for, it cannot fill itself: that takes a step of its own, which reads first.
@@ -277,21 +279,25 @@ def _streams(
     return [*streams.values(), *feeders.values()]
 
 
-def _widest(reads: Iterable[Read]) -> dict[Read, Read]:
-    """For each of `reads`, the one of them that it is a part of: the widest, itself where there is none."""
-
-    def end(read: Read) -> int:
-        return read.offset + read.nbytes
-
-    widest: dict[Read, Read] = {}
-    last: dict[tuple[Source, DType], Read] = {}
-    for read in sorted(reads, key=lambda read: (read.offset, -read.nbytes)):
-        kind = read.file, read.dtype
-        whole = last.setdefault(kind, read)
-        if end(read) > end(whole):
-            whole = last[kind] = read
-        widest[read] = read if (read.offset - whole.offset) % read.dtype.itemsize else whole
+def _widest(leaves: Iterable[Read | Mean]) -> dict[Read | Mean, tuple[Read | Mean, int]]:
+    """For each of `leaves`, the one of them that it is a part of, and from which element on: the widest, or itself."""
+    widest: dict[Read | Mean, tuple[Read | Mean, int]] = {}
+    last: dict[Hashable, tuple[Read | Mean, int]] = {}
+    placed = [(*_place(leaf), leaf) for leaf in leaves]
+    for kind, begin, leaf in sorted(placed, key=lambda item: (item[1], -item[2].numel)):
+        whole, start = last.setdefault(kind, (leaf, begin))
+        if begin + leaf.numel > start + whole.numel:
+            whole, start = last[kind] = leaf, begin
+        widest[leaf] = whole, begin - start
     return widest
+
+
+def _place(leaf: Read | Mean) -> tuple[Hashable, int]:
+    """What a leaf's elements are counted in, the same for all that it may be a part of, and the number of its first."""
+    first, *_ = parts = reads_of(leaf)
+    begin = first.offset // first.dtype.itemsize
+    starts = tuple((part.file, part.dtype, part.offset - begin * part.dtype.itemsize) for part in parts)
+    return (type(leaf), starts), begin
 
 
 def _leaves(expr: Expr, offset: int, buffers: Mapping[Expr, int]) -> Iterator[tuple[Leaf, Chain, int]]:
@@ -436,7 +442,7 @@ def _stream_step(
         root=_root(root, sources, buffers),
         numel=root.numel,
         head_numel=_head_numel(list(stream.sinks.items())),
-        chunk_numel=_chunk_numel(root.dtype, list(stream.sinks), slab_nbytes),
+        chunk_numel=_chunk_numel(root, list(stream.sinks), slab_nbytes),
         branches=tuple(Branch(ops, dtype, tuple(sinks)) for (ops, dtype), sinks in stream.sinks.items()),
         frees=frees,
     )
@@ -445,7 +451,9 @@ def _stream_step(
 def _root(leaf: Leaf, sources: dict[Source, int], buffers: Mapping[Expr, int]) -> Root:
     match leaf:
         case Read():
-            return FileRoot(sources[leaf.file], leaf.offset, leaf.dtype)
+            return _file_root(leaf, sources)
+        case Mean():
+            return MeanRoot(tuple(_file_root(part, sources) for part in leaf.parts))
         case Zeros():
             return ZeroRoot(leaf.dtype)
         case Opaque():
@@ -454,15 +462,21 @@ def _root(leaf: Leaf, sources: dict[Source, int], buffers: Mapping[Expr, int]) -
             return BufferRoot(buffers[leaf.input], leaf.begin * leaf.dtype.itemsize, leaf.dtype)
 
 
-def _chunk_numel(dtype: DType, chains: Sequence[Chain], slab_nbytes: int) -> int:
+def _file_root(read: Read, sources: dict[Source, int]) -> FileRoot:
+    return FileRoot(sources[read.file], read.offset, read.dtype)
+
+
+def _chunk_numel(root: Leaf, chains: Sequence[Chain], slab_nbytes: int) -> int:
     """How many elements, with all that is computed from them at a time, fit a slab: see `executor.kernels`."""
     ops = [op for chain, _ in chains for op in chain]
-    itemsize = dtype.itemsize
+    scratch = max((dtype.itemsize for ops, dtype in chains if ops), default=0)
     if any(not isinstance(op, Cast) for op in ops):
-        itemsize += DType.F32.itemsize
+        scratch += DType.F32.itemsize
     if any(isinstance(op, AddNoise) for op in ops):
-        itemsize += DType.F32.itemsize
-    itemsize += max((dtype.itemsize for ops, dtype in chains if ops), default=0)
+        scratch += DType.F32.itemsize
+    if isinstance(root, Mean):  # its parts are read there, one by one, before anything is done to their mean
+        scratch = max(scratch, *(part.dtype.itemsize for part in root.parts))
+    itemsize = root.dtype.itemsize + scratch
     # A page to move the chunk within, so that it can be read directly, and one for the result.
     fixed = 2 * PAGE
     if any(isinstance(op, LowRank) for op in ops):
@@ -496,14 +510,18 @@ def _kernel_step(
     def view(expr: Expr) -> BufferView:
         return BufferView(buffers[expr], expr.dtype, expr.shape)
 
-    def weight(read: Read) -> BufferView | FileView:
-        return view(read) if read in buffers else FileView(sources[read.file], read.offset, read.dtype, read.shape)
+    def weight(expr: Expr) -> BufferView | FileView | MeanView:
+        if expr in buffers:
+            return view(expr)
+        if isinstance(expr, Read):
+            return FileView(sources[expr.file], expr.offset, expr.dtype, expr.shape)
+        return MeanView(tuple(_file_root(read, sources) for read in reads_of(expr)), expr.dtype, expr.shape)
 
     return KernelStep(
         kernel=kernel.kernel,
         params=kernel.params,
         inputs=tuple(view(arg) for arg in kernel.args),
-        weights=tuple(weight(read) for read in kernel.weights),
+        weights=tuple(weight(expr) for expr in kernel.weights),
         output=view(kernel),
         workspace_nbytes=kernel.workspace_nbytes,
         block_nbytes=kernel.block_nbytes,

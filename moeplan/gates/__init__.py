@@ -7,7 +7,7 @@ that compute the opaque ones. Planning imports neither torch nor transformers: k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from executor.engine import Kernel
     from moeplan.architectures.dense import DenseModel
     from moeplan.config import Expert
-    from planner.expr import Opaque, Shape
+    from planner.expr import Expr, Opaque, Shape
 
 MODULES = {
     "hidden": "hidden",
@@ -37,7 +37,8 @@ class GateRequest:
 
     A `shared` expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
     quantised, else 0. With `trust_remote_code` code that the base brings with it is run. `ridge` and `gate_tokens` are
-    the config's. `models` are those of the rows, for modes that draw text from them.
+    the config's. `models` are those of the rows, for modes that draw text from them. `averaged` has the weights that
+    the merged model has in the place of the base's, by their names: with those the base is evaluated.
 
     For `moeplan routes`: the passages of the files `texts` are evaluated beside the prompts, and routers are made
     `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
@@ -53,6 +54,7 @@ class GateRequest:
     seed: int = 0
     bits: int = 0
     trust_remote_code: bool = False
+    averaged: Mapping[str, Expr] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     without: int | None = None
 
@@ -65,6 +67,10 @@ class GateRequest:
     def router_shape(self) -> Shape:
         """`(num_rows, hidden_size)`."""
         return len(self.rows), self.base.hidden_size
+
+    def weight(self, name: str) -> Expr:
+        """The base's weight `name`, as it is to be evaluated."""
+        return self.averaged.get(name, self.base.checkpoint.tensors[name])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         "positive": [counts(indices) for indices in positive],
         "negative": [counts(indices) for indices in negative],
     }
-    rows = embedding_rows(request.base, vocabulary)
+    rows = embedding_rows(request, vocabulary)
     workspace = 2 * 4 * rows.numel
     router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, request.router_shape, workspace)
     return [router] * request.base.num_layers

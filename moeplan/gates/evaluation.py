@@ -28,12 +28,18 @@ from typing import TYPE_CHECKING, Any
 from moeplan.architectures.attention import rope_switch
 from moeplan.architectures.dense import DenseModel
 from moeplan.gates import GateRequest
-from moeplan.gates.layers import layer_weights, matrix_block_nbytes, model_params, skeleton_of, token_nbytes
+from moeplan.gates.layers import (
+    layer_weights,
+    matrix_block_nbytes,
+    model_params,
+    rows_nbytes,
+    skeleton_of,
+    token_nbytes,
+)
 from moeplan.gates.prompts import EMBEDDING, Prompts, embedding_rows, kept, tokenize
 from moeplan.gates.samples import sample, samples
 from moeplan.options import OptionError
-from planner.expr import DType, Opaque, Read
-from planner.schedule import block_nbytes
+from planner.expr import DType, Expr, Opaque
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +113,8 @@ class Evaluation:
             "rows": [row[token] for ids in prompts.tokens for token in ids],
             "start": prompts.start,
         }
-        table = base.checkpoint.tensors[EMBEDDING]
-        rows = embedding_rows(base, vocabulary) if vocabulary else None
+        table = self.request.weight(EMBEDDING)
+        rows = embedding_rows(self.request, vocabulary) if vocabulary else None
         shape = (sum(self.lengths), base.hidden_size)
         stream = Opaque(
             "embed",
@@ -118,7 +124,7 @@ class Evaluation:
             shape,
             4 * len(vocabulary) * base.hidden_size + self._workspace_nbytes,
             weights=(table,) if drawn else (),
-            block_nbytes=block_nbytes(1, base.hidden_size, table.dtype) if drawn else 0,
+            block_nbytes=rows_nbytes(1, table) if drawn else 0,
         )
         yield stream
         for layer in range(base.num_layers - 1):
@@ -134,7 +140,7 @@ class Evaluation:
         """What `kernel` makes of the stream that enters `layer`, and of that layer's weights, or all but those of its
         matrices whose names begin so."""
         base, bits = self.request.base, self.request.bits
-        matrices, tensors = layer_weights(base, layer)
+        matrices, tensors = layer_weights(base, layer, self.request.weight)
         if without is not None:
             matrices = {name: tensor for name, tensor in matrices.items() if not name.startswith(without)}
         params = {
@@ -187,7 +193,7 @@ def _check_bitsandbytes(bits: int) -> None:
         )
 
 
-def _quantised_nbytes(matrix: Read, bits: int) -> int:
+def _quantised_nbytes(matrix: Expr, bits: int) -> int:
     """What `matrix` takes in so many bits, its scales included: see `moeplan.gates.quantised`."""
     return {0: 0, 8: matrix.numel + 4 * matrix.shape[0], 4: matrix.numel // 2 + matrix.numel // 16 + 8}[bits]
 

@@ -4,13 +4,13 @@ and activations take."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.dense import LAYER, DenseModel
 from moeplan.checkpoint import CONFIG
 from moeplan.errors import MoeplanWarning
-from planner.expr import Read
+from planner.expr import Expr, reads_of
 from planner.schedule import block_nbytes
 
 if TYPE_CHECKING:
@@ -25,10 +25,16 @@ def block_rows(num_columns: int) -> int:
     return max(1, BLOCK_NBYTES // (64 * 4 * num_columns)) * 64
 
 
-def matrix_block_nbytes(matrix: Read, num_tokens: int) -> int:
+def matrix_block_nbytes(matrix: Expr, num_tokens: int) -> int:
     """What it takes to multiply so many tokens by a block of `matrix`: the block and the product."""
     rows = min(block_rows(matrix.shape[1]), matrix.shape[0])
-    return block_nbytes(rows, matrix.shape[1], matrix.dtype) + 4 * rows * num_tokens
+    return rows_nbytes(rows, matrix) + 4 * rows * num_tokens
+
+
+def rows_nbytes(num_rows: int, matrix: Expr) -> int:
+    """What it takes to read so many rows of `matrix`."""
+    widest = max((read.dtype for read in reads_of(matrix)), key=lambda dtype: dtype.itemsize)
+    return block_nbytes(num_rows, matrix.shape[1], widest)
 
 
 def token_nbytes(base: DenseModel) -> int:
@@ -38,12 +44,14 @@ def token_nbytes(base: DenseModel) -> int:
     return 4 * (6 * sizes["hidden_size"] + max(attention, 4 * sizes["intermediate_size"]))
 
 
-def layer_weights(model: DenseModel, layer: int) -> tuple[dict[str, Read], dict[str, Read]]:
-    """The matrices and the other tensors of a layer, by their names in it."""
+def layer_weights(
+    model: DenseModel, layer: int, weight: Callable[[str], Expr]
+) -> tuple[dict[str, Expr], dict[str, Expr]]:
+    """The matrices and the other tensors of a layer, by their names in it; `weight` gives each, by its whole name."""
     prefix = LAYER.format(layer=layer)
     weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in model.checkpoint.tensors.items()
+        name.removeprefix(prefix): weight(name)
+        for name in model.checkpoint.tensors
         if name.startswith(prefix) and "rotary_emb" not in name
     }
     matrices = {name: tensor for name, tensor in weights.items() if len(tensor.shape) == 2}

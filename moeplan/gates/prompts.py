@@ -26,7 +26,7 @@ from moeplan.gates import GateRequest
 from moeplan.gates.passages import PassageError, passages
 from moeplan.output import TOKENIZER_FILES
 from moeplan.untrusted_json import show
-from planner.expr import Concat, Read
+from planner.expr import Concat, rows
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -213,13 +213,10 @@ def _texts(number: int, request: GateRequest) -> Iterator[_Text]:
         yield from (_Text(text, place) for text in drawn)
 
 
-def embedding_rows(base: DenseModel, token_ids: Sequence[int]) -> Concat:
+def embedding_rows(request: GateRequest, token_ids: Sequence[int]) -> Concat:
     """The embeddings of `token_ids`, `[len(token_ids), hidden_size]`, reading these rows and no others."""
-    table = base.checkpoint.tensors[EMBEDDING]
-    width = table.shape[1]
-    row_nbytes = width * table.dtype.itemsize
-    rows = tuple(Read(table.file, table.offset + token * row_nbytes, table.dtype, (1, width)) for token in token_ids)
-    return Concat(rows, (len(rows), width))
+    table = request.weight(EMBEDDING)
+    return Concat(tuple(rows(table, token, token + 1) for token in token_ids), (len(token_ids), table.shape[1]))
 
 
 def _what_is_wrong(text: str, tokens: tuple[int, ...], base: DenseModel) -> str | None:

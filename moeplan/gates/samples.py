@@ -16,7 +16,7 @@ from moeplan.architectures.dense import DenseModel
 from moeplan.gates import GateRequest
 from moeplan.gates.layers import layer_weights, matrix_block_nbytes, model_params, skeleton_of, token_nbytes
 from moeplan.gates.prompts import EMBEDDING, PromptError, PromptPlace, Prompts
-from planner.expr import DType, Opaque, Read
+from planner.expr import DType, Expr, Opaque
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,15 +75,15 @@ def _passages(number: int, count: int, request: GateRequest, prompts: Prompts) -
     )
 
 
-def _weights(model: DenseModel) -> tuple[dict[str, Read], dict[str, Read]]:
+def _weights(model: DenseModel) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """All matrices of a model, and its other tensors: those of layers under `LAYER NAME`."""
     stored = model.checkpoint.tensors
-    matrices = {EMBEDDING: stored[EMBEDDING]}
+    matrices: dict[str, Expr] = {EMBEDDING: stored[EMBEDDING]}
     if HEAD in stored and not model.settings["tie_word_embeddings"]:
         matrices[HEAD] = stored[HEAD]
-    tensors = {NORM: stored[NORM]}
+    tensors: dict[str, Expr] = {NORM: stored[NORM]}
     for layer in range(model.num_layers):
-        of_layer = layer_weights(model, layer)
+        of_layer = layer_weights(model, layer, stored.__getitem__)
         for all_named, named in zip((matrices, tensors), of_layer, strict=True):
             all_named |= {f"{layer} {name}": read for name, read in named.items()}
     return matrices, tensors

@@ -49,7 +49,6 @@ svg text { font-family: inherit !important; }
 svg image { image-rendering: pixelated; }
 .scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--blue); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--muted); padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } thead th { color: var(--muted); }
 .text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
@@ -274,7 +273,10 @@ def _layers_table(data: dict[str, Any]) -> str:
     ]
     rows.append(["all", *layer_cells(data, layers), ""])
     columns = ["layer", *layer_columns(data), ""]
-    said = "In the last row: means, but the worst condition number and the closest rows."
+    said = (
+        "Agree: tokens whose own expert comes first, or is among so many. Weight: of the first. Balance: of the load. "
+        "Cosine: of the closest two rows. In the last row: means, but the worst condition number and the closest rows."
+    )
     return _table("Layers in numbers", said, columns, rows)
 
 
@@ -310,8 +312,8 @@ def _table(
     )
     return f"""<details{" open" * (is_open and len(rows) <= MAX_OPEN_ROWS)}>
 <summary>{title}</summary>
-<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>
-<caption>{said}</caption>
+<p class="muted">{said}</p>
+<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table aria-label="{title}">
 <thead><tr>{head}</tr></thead>
 <tbody>
 {body}</tbody>

@@ -101,7 +101,9 @@ def heat_map(
     if numbered:
         _write_numbers(axes, values, signed)
     for row, column in outlined:
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2))
+        axes.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.2 if numbered else 0.35)
+        )
     _draw_scale(scale, most, signed, is_cut=bool((values > most).any()))
     return _svg(figure, label)
 

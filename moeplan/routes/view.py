@@ -195,11 +195,11 @@ def _confusion(data: dict[str, Any]) -> RenderableType:
             if data["texts"][index]["expert"] is not None
         )
         return HeatMap(title, np.array([shares[index] for index in shown], dtype=float), names, marked)
-    table = _numbers_table(("text", "its expert>", "most of it goes to"))
+    table = _numbers_table(("text", "its expert>", "most of it goes to"), gap=2)
     for name, index in zip(names, shown, strict=True):
         expert = data["texts"][index]["expert"]
         own = "" if expert is None else f"{expert}: {percent(shares[index][expert])}"
-        table.add_row(shortened(name, 32), own, best(shares[index]))
+        table.add_row(shortened(name, 28), own, best(shares[index]))
     return Group(Text(title, style="bold"), table)
 
 
@@ -235,9 +235,9 @@ def _advice(data: dict[str, Any]) -> RenderableType:
     return Group(Text("advice", style="bold"), sentences)
 
 
-def _numbers_table(columns: Sequence[str]) -> Table:
+def _numbers_table(columns: Sequence[str], gap: int = 1) -> Table:
     """A table without lines. A column whose name ends in `>` is for numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
     return table

@@ -7,12 +7,12 @@ from typing import Any
 
 
 def percent(share: float | None) -> str:
-    """`0.4 %`, `38 %`: a share, to whole points or, below one, to tenths; nothing where it is not known."""
+    """`38 %`, `1.6 %`, `0 %`: a share to two digits, and to tenths at most; nothing where it is not known."""
     if share is None:
         return ""
     if 0 < share < 0.0005:
         return "< 0.1 %"
-    return f"{100 * share:.1f} %" if 0 < share < 0.0095 else f"{100 * share:.0f} %"
+    return f"{100 * share:.1f} %" if 0 < share < 0.0995 else f"{100 * share:.0f} %"
 
 
 def decimals(number: float | None) -> str:

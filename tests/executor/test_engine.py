@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,7 +16,21 @@ from safetensors.torch import load_file, save_file
 from executor.engine import Progress, run
 from executor.errors import RunError
 from moeplan.safetensors_header import LENGTH_NBYTES
-from planner.expr import DType, Expr, Opaque, Read, SourceFile, add_low_rank, add_noise, cast, scale, stack
+from planner.expr import (
+    DType,
+    Expr,
+    Opaque,
+    Read,
+    SourceFile,
+    Zeros,
+    add_low_rank,
+    add_noise,
+    cast,
+    mean,
+    rows,
+    scale,
+    stack,
+)
 from planner.graph import TensorGraph
 from planner.plan import Plan
 from planner.schedule import compile
@@ -66,7 +81,18 @@ def tensors() -> dict[str, torch.Tensor]:
         "row": torch.randn(1, 7, generator=generator),
         "b": torch.randn(3000, 6, generator=generator),
         "a": torch.randn(6, 1000, generator=generator).bfloat16(),
+        "float32": torch.randn(700, 1001, generator=generator),
+        "float16": torch.randn(700, 1001, generator=generator).half(),
+        "bfloat16": torch.randn(700, 1001, generator=generator).bfloat16(),
     }
+
+
+def mean_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their float32 mean, in the order of `tensors`."""
+    total = tensors[0].float()
+    for tensor in tensors[1:]:
+        total = total + tensor.float()
+    return total / len(tensors)
 
 
 @pytest.fixture
@@ -77,6 +103,8 @@ def outputs(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Expr]
     sums = Opaque("column_sums", "2", (large,), DType.F32, (1000,))
     adapted = add_low_rank(large, reads["b"], reads["a"], 0.25)
     adapted_small = add_low_rank(small, reads["column"], reads["row"], 1.0)
+    averaged = mean([reads[name] for name in ("float32", "float16", "bfloat16", "float32")])
+    weights = (cast(averaged, DType.BF16),)
     return {
         "copy": large,
         "copy again": large,
@@ -92,6 +120,14 @@ def outputs(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Expr]
         "adapted and noisy": add_noise(adapted, 0.1, seed=3),
         "adapted sums": Opaque("column_sums", "1", (adapted_small,), DType.F32, (7,)),
         "factor": reads["a"],
+        "mean": cast(averaged, DType.BF16),
+        "mean again": cast(averaged, DType.BF16),
+        "mean in full": averaged,
+        "half the mean and noise": cast(scale(add_noise(averaged, 0.1, seed=3), 0.5), DType.F16),
+        "sums of a mean": Opaque("column_sums", "3", weights, DType.F32, (1001,)),
+        "sums of some rows": Opaque("column_sums", "1", (rows(weights[0], 600, 603),), DType.F32, (1001,)),
+        "some of the sums": rows(sums, 300, 700),
+        "zeros": Zeros(DType.BF16, (5, 3)),
     }
 
 
@@ -122,6 +158,16 @@ def test_every_kind_of_expression_comes_out_as_torch_computes_it(
     adapted_small = small.float() + tensors["column"] * tensors["row"]
     torch.testing.assert_close(loaded["adapted sums"], adapted_small.sum(dim=0), rtol=1e-6, atol=1e-6)
     assert torch.equal(loaded["factor"], tensors["a"])
+    averaged = mean_of([tensors[name] for name in ("float32", "float32", "float16", "bfloat16")])
+    assert torch.equal(loaded["mean in full"], averaged)
+    assert torch.equal(loaded["mean"], averaged.bfloat16())
+    assert torch.equal(loaded["mean again"], loaded["mean"])
+    rough = loaded["half the mean and noise"].float() - averaged / 2
+    assert abs(rough.std() - 0.05) < 0.001
+    assert torch.equal(loaded["sums of a mean"], loaded["mean"].float().sum(dim=0) * 3)
+    assert torch.equal(loaded["sums of some rows"], loaded["mean"][600:603].float().sum(dim=0))
+    assert torch.equal(loaded["some of the sums"], loaded["sums in full"][300:700])
+    assert torch.equal(loaded["zeros"], torch.zeros(5, 3, dtype=torch.bfloat16))
     assert result.read_nbytes == plan.read_nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert result.written_nbytes == plan.written_nbytes
     assert {name: tuple(t.shape) for name, t in loaded.items()} == {n: e.shape for n, e in outputs.items()}
@@ -198,6 +244,43 @@ def test_a_low_rank_product_is_the_same_to_the_bit_however_a_tensor_is_cut(
     x, b, a = (tensors[name].double() for name in "xba")
     torch.testing.assert_close(results[0]["adapted"], (x + 0.5 * b @ a).float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0]["twice"], (x + 0.25 * b @ a).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_mean_is_the_float32_mean_to_the_bit_whatever_lies_where_and_however_it_is_cut(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for number, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16]):
+        of = {"odd": torch.zeros(number), "x": torch.randn(333, 1001, generator=generator).to(dtype)}
+        parts.append((of["x"], source(tmp_path / f"{number}.safetensors", of)["x"]))
+    expected = mean_of([tensor for tensor, _ in parts])
+    # torch's own mean adds up five or more in another order; numpy's goes through them one by one.
+    assert np.array_equal(expected.numpy(), np.stack([tensor.float().numpy() for tensor, _ in parts]).mean(axis=0))
+    averaged = mean([read for _, read in parts])
+    outputs: dict[str, Expr] = {
+        "odd": Zeros(DType.BF16, (3,)),
+        "float32": averaged,
+        "bfloat16": cast(averaged, DType.BF16),
+        "float16": cast(averaged, DType.F16),
+    }
+    for budget in (1 << 20, 3 << 20, 64 << 20):
+        plan = planned(outputs, budget)
+        out = tmp_path / str(budget)
+        out.mkdir()
+        result = run(plan, out, check_sources=True)
+        assert result.peak_buffer_nbytes <= plan.peak_nbytes <= budget
+        assert result.read_nbytes == plan.read_nbytes == sum(tensor.nbytes for tensor, _ in parts)
+        loaded = load(plan, out)
+        assert torch.equal(loaded["float32"], expected)
+        assert torch.equal(loaded["bfloat16"], expected.bfloat16())
+        assert torch.equal(loaded["float16"], expected.half())
+
+
+def test_a_mean_that_nothing_else_is_computed_beside_is_computed(tmp_path: Path) -> None:
+    reads = source(tmp_path / "source.safetensors", {"a": torch.full((3,), 0.1), "b": torch.full((3,), 0.2)})
+    plan = planned({"mean": mean([reads["a"], reads["b"]])})
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out")
+    assert torch.equal(load(plan, tmp_path / "out")["mean"], (torch.full((3,), 0.1) + torch.full((3,), 0.2)) / 2)
 
 
 def test_progress_ends_at_all_bytes_read_and_written(tmp_path: Path, outputs: dict[str, Expr]) -> None:

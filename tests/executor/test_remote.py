@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.remote import RemoteReader
 from executor.routing import physical_nbytes
-from planner.expr import DType, Expr, Read, RemoteFile, cast, scale
+from executor.weights import Weights
+from planner.expr import DType, Expr, Opaque, Read, RemoteFile, cast, mean, scale
 from planner.plan import Plan
+from planner.schedule import block_nbytes
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 MIB = 1 << 20
@@ -86,6 +89,37 @@ def test_a_remote_source_gives_the_bytes_that_a_local_one_gives_and_only_what_is
     assert chunks >= 6
     assert len(hub.requests) - chunks <= plan.pool.workers  # who knows where the file is asks there at once
     assert physical_nbytes(plan, tmp_path) >= plan.written_nbytes - local["large"].nbytes  # no extents to share
+
+
+@pytest.mark.parametrize("budget", [3 * MIB, 64 * MIB])
+def test_the_parts_of_a_mean_may_be_remote(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path, budget: int
+) -> None:
+    """Beside local ones, and as a weight that a kernel has whole or reads as it uses it."""
+    other = source(tmp_path / "other.safetensors", {"x": torch.linspace(-1, 1, 3_000_000).view(3000, 1000)})["x"]
+    large = local["large"]
+
+    def outputs(large: Read) -> dict[str, Expr]:
+        averaged = cast(mean([other, large]), DType.BF16)
+        block = block_nbytes(64, 1000, DType.F32)
+        sums = Opaque("sums", "{}", (), DType.F32, (3000,), 0, (averaged,), block_nbytes=block)
+        return {"mean": averaged, "sums": sums}
+
+    def sums(params: Any, inputs: Any, output: torch.Tensor, weights: Weights) -> None:
+        def add(begin: int, block: torch.Tensor) -> None:
+            output[begin : begin + len(block)] = block.sum(dim=1)
+
+        weights.for_each_block(weights.matrices[0], 64, add)
+
+    digests = []
+    for number, read in enumerate((large, Read(file, large.offset, large.dtype, large.shape))):
+        plan, out = planned(outputs(read), budget), tmp_path / f"out {number}"
+        out.mkdir()
+        run(plan, out, {"sums": sums}, headers=HEADERS)
+        digests.append(digest(out))
+    assert digests[0] == digests[1]
+    times = 1 if budget == 64 * MIB else 2
+    assert hub.weights_moved() == times * large.nbytes
 
 
 def test_a_plan_with_remote_sources_is_plain_data(local: dict[str, Read], file: RemoteFile) -> None:

@@ -19,7 +19,7 @@ from executor.errors import RunError
 from executor.journal import Journal
 from executor.local import LocalFile
 from executor.reader import SourceReader
-from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, scale
+from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, mean, rows, scale
 from planner.plan import FileSink, Plan
 
 KERNELS = {"column_sums": column_sums}
@@ -146,6 +146,26 @@ def test_the_factors_of_a_product_are_read_again_where_what_it_is_added_to_is_le
     assert read[1] == 0
     factors = tensors["b"].nbytes + tensors["a"].nbytes
     assert factors < read[2] < read[0]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_a_mean_goes_on_where_it_was_and_has_the_checksums_of_a_run_in_one_go(
+    reads: dict[str, Read], tmp_path: Path, share: float
+) -> None:
+    averaged = mean([reads["large"], reads["third"], reads["other"]])
+    rounded = cast(averaged, DType.BF16)
+    sums = Opaque("column_sums", "1", (rows(rounded, 2000, 2003),), DType.F32, (1000,))
+    outputs: dict[str, Expr] = {"mean": rounded, "mean again": rounded, "float32": averaged, "sums": sums}
+    whole = go_on(planned(outputs, 3 << 20), tmp_path / "whole")
+    small = planned(outputs, 2 << 20)
+    with pytest.raises(Stop):
+        go_on(small, tmp_path / "place", on_progress=stopping_after(int(share * small.written_nbytes)))
+    result = go_on(planned(outputs, 32 << 20), tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
+    assert result.checksums == whole.checksums
+    assert len(result.checksums) == 3
+    assert result.nbytes_by_path["resumed"] > 0
+    assert result.read_nbytes < whole.read_nbytes == small.read_nbytes == 3 * reads["large"].nbytes
 
 
 def test_kernels_whose_results_were_saved_do_not_run_again(plan: Plan, tmp_path: Path, whole: Any) -> None:
@@ -301,6 +321,20 @@ class Copying:
         return 0, nbytes
 
 
+def test_a_mean_takes_no_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(512, 1024, generator=generator) for name in "abc"}
+    reads = source(tmp_path / "pages.safetensors", tensors)
+    averaged = mean([reads["a"], reads["b"]])
+    plan = planned({"mean": averaged, "rounded": cast(averaged, DType.BF16), "copy": reads["c"]}, budget=8 << 20)
+    whole = go_on(plan, tmp_path / "whole")
+    monkeypatch.setattr(routing, "SHORTCUTS", (Copying(),))
+    result = go_on(plan, tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
+    assert result.read_nbytes == 2 * reads["a"].nbytes
+    assert result.checksums.items() < whole.checksums.items()
+
+
 def test_of_a_stream_that_was_begun_and_then_shared_there_is_no_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +392,7 @@ def test_the_identity_that_a_journal_was_begun_with_can_be_read(tmp_path: Path) 
 
 
 def test_a_second_reading_that_differs_is_told(
-    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, reads: dict[str, Read], tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checked").mkdir()
     run(plan, tmp_path / "checked", KERNELS, check_sources=True)
@@ -372,8 +406,12 @@ def test_a_second_reading_that_differs_is_told(
         slab[begin] ^= 0 if cached else 4
 
     monkeypatch.setattr(LocalFile, "read_into", flipping)
-    with pytest.raises(RunError, match=r"source\.safetensors: the [\d,]+ bytes from byte [\d,]+ on were other ones"):
-        run(plan, tmp_path / "checked", KERNELS, check_sources=True)
+    averaged = planned({"mean": mean([reads["large"], reads["other"]])})
+    for checked in (plan, averaged):
+        with pytest.raises(
+            RunError, match=r"source\.safetensors: the [\d,]+ bytes from byte [\d,]+ on were other ones"
+        ):
+            run(checked, tmp_path / "checked", KERNELS, check_sources=True)
 
 
 def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_nothing_else(tmp_path: Path) -> None:

@@ -1,20 +1,21 @@
 """Kernels that go through their weights block by block: the same numbers, wherever the weights are."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
-from test_engine import DTYPES, load, source
+from test_engine import DTYPES, load, mean_of, source
 
 from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.weights import Weights
-from planner.expr import DType, Expr, Opaque
+from planner.expr import DType, Expr, Opaque, cast, mean
 from planner.graph import TensorGraph
-from planner.plan import KernelStep, Plan
+from planner.plan import FileView, KernelStep, MeanView, Plan
 from planner.schedule import block_nbytes, compile
 
 SHAPE = (1000, 48)
@@ -73,6 +74,43 @@ def test_blocks_are_the_same_for_any_budget_and_number_of_threads(
     assert all(torch.equal(results[0], result) for result in results)
     expected = 2 * (tensors["first"].float() + tensors["second"].float()) @ tensors["vector"].float()
     torch.testing.assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_that_is_a_mean_has_the_same_rows_where_it_is_whole_and_where_its_parts_are_read(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = {str(of): torch.randn(SHAPE, generator=generator).to(of) for of in DTYPES}
+    reads = source(tmp_path / "source.safetensors", parts)
+    averaged = cast(mean([*reads.values(), *reads.values()]), DTYPES[dtype])
+    once = cast(reads["torch.float32"], DTYPES[dtype])  # a mean of one
+    block = block_nbytes(ROWS, SHAPE[1], DType.F32)
+    seen = Opaque("rows", "{}", (), DType.F32, (2, *SHAPE), 0, (averaged, once), block_nbytes=block)
+
+    def fill(copy: torch.Tensor, begin: int, block: torch.Tensor) -> None:
+        copy[begin : begin + len(block)] = block
+
+    def rows(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
+        for copy, matrix in zip(output, weights.matrices, strict=True):
+            weights.for_each_block(matrix, ROWS, partial(fill, copy))
+
+    results, forms = [], []
+    for budget, threads in ((2 << 20, 1), (2 << 20, 4), (64 << 20, 2)):
+        plan = compile(TensorGraph({"seen": seen}), budget_nbytes=budget, shard_nbytes=1 << 40, threads=threads)
+        out = tmp_path / f"{budget}-{threads}"
+        out.mkdir()
+        result = run(plan, out, {"rows": rows}, threads=threads, check_sources=True)
+        assert result.read_nbytes == plan.read_nbytes
+        assert result.peak_buffer_nbytes <= plan.peak_nbytes <= budget
+        results.append(load(plan, out)["seen"])
+        forms.append([type(view) for step in plan.steps if isinstance(step, KernelStep) for view in step.streamed])
+    assert forms[0] == forms[1] == [MeanView, MeanView if dtype is not torch.float32 else FileView]
+    assert forms[2] == []
+    expected = mean_of([tensor for tensor in parts.values() for _ in range(2)]).to(dtype).float()
+    for result in results:
+        assert torch.equal(result[0], expected)
+        assert torch.equal(result[1], parts["torch.float32"].to(dtype).float())
 
 
 @pytest.mark.parametrize("budget", [2 << 20, 64 << 20])

@@ -76,6 +76,7 @@ gate_mode: cheap_embed
 dtype: bfloat16
 experts_per_token: 1
 architecture: mixtral
+backbone: average
 experts:
   - source_model: path/to/doctor
     positive_prompts: ["<|im_start|>user\\nHello", "> get ye flask"]
@@ -91,6 +92,7 @@ shared_experts:
         dtype="bfloat16",
         experts_per_token=1,
         architecture="mixtral",
+        backbone="average",
         experts=(
             Expert(
                 source_model="path/to/doctor",
@@ -107,13 +109,13 @@ shared_experts:
 def test_what_a_config_leaves_out_has_mergekits_defaults() -> None:
     config = load(CLOWN_CAR)
     assert (config.gate_mode, config.dtype, config.experts_per_token) == ("hidden", None, 2)
-    assert (config.shared_experts, config.architecture) == ((), None)
+    assert (config.shared_experts, config.architecture, config.backbone) == ((), None, "base")
     expert = config.experts[0]
     assert (expert.negative_prompts, expert.noise_scale, expert.residual_scale) == ((), 0.0, 1.0)
 
 
 def test_null_means_absent() -> None:
-    nulls = "dtype:\ngate_mode: null\nexperts_per_token: ~\narchitecture: null\nshared_experts: null\n"
+    nulls = "dtype:\ngate_mode: null\nexperts_per_token: ~\narchitecture: null\nshared_experts: null\nbackbone:\n"
     expert_nulls = "    negative_prompts: null\n    noise_scale: null\n    residual_scale: null\n"
     assert load(CLOWN_CAR + expert_nulls + nulls) == load(CLOWN_CAR)
 
@@ -233,6 +235,7 @@ def test_a_misspelt_key_of_an_expert_is_refused_with_the_right_spelling() -> Non
         ("num_experts_per_tok", "experts_per_token"),
         ("shared_expert", "shared_experts"),
         ("arhcitecture", "architecture"),
+        ("back_bone", "backbone"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_right_spelling(typed: str, meant: str) -> None:
@@ -567,6 +570,14 @@ def test_an_unknown_gate_mode_is_refused(typed: str, meant: str | None) -> None:
     assert refusal(CLOWN_CAR + f"gate_mode: {typed}\n") == (
         "config.yml:9: gate_mode: must be hidden, hidden_avg, hidden_last, ridge, cheap_embed, random or "
         f"uniform_random, not {typed}{hint}"
+    )
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("averaged", "average"), ("Base", "base"), ("mean", None)])
+def test_an_unknown_backbone_is_refused(typed: str, meant: str | None) -> None:
+    hint = f", did you mean {meant}?" if meant else ""
+    assert refusal(CLOWN_CAR + f"backbone: {typed}\n") == (
+        f"config.yml:9: backbone: must be base or average, not {typed}{hint}"
     )
 
 

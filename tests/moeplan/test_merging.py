@@ -301,6 +301,101 @@ def test_a_tokenizer_of_another_model_is_refused(models, refused):
     )
 
 
+# -------------------------------------------------------------------------------- backbones that cannot be averaged
+
+AVERAGED = ", since all that is not an MLP is averaged (backbone: average)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides"),
+    [
+        ({"vocab_size": 400}, "vocab_size is 400 in other and 384 in the base base"),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+            "num_attention_heads is 8 in other and 4 in the base base",
+        ),
+    ],
+)
+def test_a_backbone_of_other_sizes_is_not_averaged(models, refused, tmp_path, changes, sides):
+    edit_config(models[1], **changes)
+    message = refused(backbone="average")
+    assert message == f"config.yml:1: experts[1].source_model: {sides}; they must be equal{AVERAGED}"
+    config = write_config(tmp_path / "config.yml", models[0], models)
+    assert moeplan(config, "--plan").status == 0
+
+
+def test_a_shared_expert_is_no_part_of_the_mean(models, tmp_path):
+    edit_config(models[1], vocab_size=400)
+    settings = {"architecture": "qwen2 moe", "shared_experts": [{"source_model": str(models[1])}]}
+    config = write_config(tmp_path / "config.yml", models[0], [models[0]] * 2, backbone="average", **settings)
+    assert len(warned(moeplan(config, "--plan", "--i-understand-this-is-not-useful-without-training"))) == 1
+
+
+def test_an_output_matrix_beside_a_base_that_ties_its_own_is_not_averaged(models, refused):
+    edit_config(models[0], tie_word_embeddings=True)
+    assert refused(backbone="average") == (
+        "config.yml:1: experts[1].source_model: other has a tensor lm_head.weight of its own, and the base base ties "
+        "it to the embeddings (tie_word_embeddings), so the merged model cannot hold the mean (backbone: average); "
+        "untie it in the base"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("lm_head.weight"),
+            "other: there is no tensor lm_head.weight, and config.json does not tie it to the embeddings "
+            "(tie_word_embeddings)",
+        ),
+        (
+            lambda tensors: tensors.pop("model.norm.weight"),
+            "other: there is no tensor model.norm.weight, which a llama model has",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}),
+            "other: model.norm.weight has shape [32], and config.json makes it [64] (hidden_size)",
+        ),
+    ],
+)
+def test_an_expert_without_a_tensor_or_with_one_of_another_shape_is_not_averaged(
+    models, refused, tmp_path, change, message
+):
+    edit_tensors(models[1], change)
+    assert refused(backbone="average") == f"config.yml:1: experts[1].source_model: {message}"
+    assert moeplan(write_config(tmp_path / "config.yml", models[0], models), "--plan").status == 0
+
+
+def test_a_bias_of_an_expert_s_attention_is_not_left_out_of_the_mean(models, refused, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(models[1], lambda tensors: tensors.update({name: torch.ones(64)}))
+    assert refused(backbone="average").startswith(f"other: a Mixtral model cannot hold '{name}', and without it")
+    assert moeplan(write_config(tmp_path / "config.yml", models[0], models), "--plan").status == 0
+
+
+@pytest.mark.parametrize("modules", [["mlp.up_proj"], ["mlp.up_proj", "self_attn.q_proj"]])
+def test_an_adapter_that_changes_more_than_mlps_is_not_averaged(models, tmp_path, modules):
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    rows = {"mlp.up_proj": 96, "self_attn.q_proj": 64}
+    prefix = "base_model.model.model.layers.0."
+    factors = {f"{prefix}{module}.lora_A.weight": torch.ones(2, 64) for module in modules}
+    factors |= {f"{prefix}{module}.lora_B.weight": torch.ones(rows[module], 2) for module in modules}
+    save_file(factors, lora / "adapter_model.safetensors")
+    experts = [models[0], f"{models[1]}+{lora}"]
+    for backbone in ("base", "average"):
+        config = write_config(tmp_path / "config.yml", models[0], experts, backbone=backbone)
+        result = moeplan(config, "--plan")
+        assert result.status == (2 if backbone == "average" and len(modules) == 2 else 0)
+    if len(modules) == 2:
+        assert result.error.replace(f"{tmp_path}/", "").startswith(
+            "config.yml:1: experts[1].source_model: lora has 'model.layers.0.self_attn.q_proj.lora_A.weight' (and 1 "
+            "more), and adapters are applied to MLPs alone, so the mean of all else (backbone: average) would be "
+            "without it; merge the adapter into its base model first"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- what deserves a word
 
 

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from families import NUM_LAYERS
-from test_router_weights import MANY, SHARED_PROMPTS, case_of, has_gate, router_weights, within
+from test_router_weights import MANY, SHARED_PROMPTS, case_of, has_gate, router_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from moeplan.checkpoint import CheckpointError
 from moeplan.config import ConfigError
 from moeplan.gates import ridge as ridge_mode
 from moeplan.gates.samples import TOKENS
-
-__all__ = ["within"]  # a fixture
 
 FEW = [
     {"positive_prompts": ["Where does it hurt?", "Say ah", "Since when?"]},

@@ -3,9 +3,7 @@
 The gate of a shared expert is made of its prompts as a router's row is.
 """
 
-from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from moeplan import merging
 from moeplan.gates import evaluation
-from moeplan.memory import CapError, MemoryCap
-from planner.plan import KernelStep
 
 PROMPTS = [
     {"positive_prompts": ["Where does it hurt, and since when?"], "negative_prompts": ["a sword"]},
@@ -115,32 +110,6 @@ def test_hidden_gates_are_the_hidden_states_of_the_base_model(recipe, checkpoint
 
 
 MANY = [" ".join(["go"] * length) for length in range(1, 61)] + ["", "x", "Guten Tag", "yes, " * 40]
-
-
-@pytest.fixture
-def within(monkeypatch, plan, merge) -> Callable[..., Path]:
-    """`within(budget, form, ...)`: a merge with so many bytes for buffers, where layers are in that form.
-
-    None: the least budget that works.
-    """
-
-    def run(budget: int | None, form: str, base: Path, experts: list[dict[str, Any]], **settings: Any) -> Path:
-        def cap(*_: Any) -> MemoryCap:
-            return MemoryCap(budget, 0)
-
-        monkeypatch.setattr(merging, "memory_cap", cap)
-        if budget is None:
-            budget = 1
-            with pytest.raises(CapError) as refused:
-                plan(base, experts, **settings)
-            budget = refused.value.__cause__.needed_nbytes
-        planned = plan(base, experts, **settings).plan
-        kernels = [step for step in planned.steps if isinstance(step, KernelStep)]
-        assert {bool(step.streamed) for step in kernels if step.weights} == {form == "streamed"}
-        assert (planned.reread_nbytes == 0) is (form == "resident")
-        return merge(base, experts, **settings)
-
-    return run
 
 
 @pytest.mark.parametrize("prompts", [[["Where does it hurt?"]], [MANY[::2], MANY[1::2]]], ids=["one", "64"])

@@ -23,6 +23,8 @@ from planner.expr import (
     add_low_rank,
     add_noise,
     cast,
+    mean,
+    rows,
     scale,
     stack,
 )
@@ -36,6 +38,8 @@ from planner.plan import (
     FileSink,
     FileView,
     KernelStep,
+    MeanRoot,
+    MeanView,
     Plan,
     Step,
     StreamStep,
@@ -50,7 +54,8 @@ FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
 def graphs(draw: st.DrawFn) -> TensorGraph:
     """A merge in small: a few source tensors, used again and again, as they are, adjusted, stacked, and by kernels.
 
-    Low-rank factors are used again, too, and may be written, or be what another product is added to.
+    Low-rank factors are used again, too, and may be written, or be what another product is added to. So may what goes
+    into means, which are written, and taken by kernels, whole, as weights, or some rows of them.
     """
     shapes = st.sampled_from([(1,), (7, 3), (64, 32), (2048,), (512, 256), (0, 4)])
     reads: list[Read] = []
@@ -72,7 +77,8 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
     state: Expr | None = None
     for number in range(draw(st.integers(1, 12))):
         x: Expr = draw(st.sampled_from(reads))
-        match draw(st.sampled_from(["copy", "adjust", "stack", "kernel", "chain", "low rank", "layer", "rows"])):
+        kinds = ["copy", "adjust", "stack", "kernel", "chain", "low rank", "layer", "rows", "mean"]
+        match draw(st.sampled_from(kinds)):
             case "adjust":
                 x = scale(add_noise(x, draw(st.sampled_from([0.0, 0.5])), number), draw(st.sampled_from([0.5, 1.0])))
                 x = cast(x, draw(st.sampled_from(DType)))
@@ -94,11 +100,27 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
                 taken = draw(st.lists(st.integers(0, x.shape[0] - 1), min_size=1, max_size=5, unique=True))
                 table = Concat(tuple(row_of(x, row) for row in taken), (len(taken), x.shape[1]))
                 x = Opaque("sum", json.dumps(number), (table,), DType.F32, (8, 16))
+            case "mean" if isinstance(x, Read):
+                averaged = mean([x, *(factor(x.shape) for _ in range(draw(st.integers(1, 3))))])
+                adjusted = scale(averaged, draw(st.sampled_from([0.5, 1.0, 1.0])))
+                x = cast(adjusted, draw(st.sampled_from(DType)))
+                graph.add(f"mean {number}", x)
+                x = kernel_of(draw, cast(averaged, draw(st.sampled_from(DType))), number)
             case "chain":
                 state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
                 x = state
         graph.add(f"tensor {number}", x)
     return graph
+
+
+def kernel_of(draw: st.DrawFn, x: Expr, number: int) -> Expr:
+    """A kernel that takes `x` whole, as a weight, or some rows of it."""
+    if draw(st.booleans()):
+        return Opaque("layer", json.dumps(number), (), DType.F32, (64,), 1000, (x,), block_nbytes=1 << 20, passes=2)
+    taken = [x]
+    if len(x.shape) == 2 and x.numel and draw(st.booleans()):
+        taken = [rows(x, row, row + 1) for row in draw(st.sets(st.integers(0, x.shape[0] - 1), min_size=1, max_size=5))]
+    return Opaque("sum", json.dumps(number), tuple(taken), DType.F32, (8, 16))
 
 
 def row_of(x: Read, row: int) -> Read:
@@ -137,10 +159,11 @@ def test_header_and_writes_tile_every_shard_exactly(graph: TensorGraph, budget: 
 @given(graphs(), budgets, shard_sizes)
 def test_each_source_range_and_each_kernel_is_there_once(graph: TensorGraph, budget: int, shard_size: int) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
-    reads = Counter((root.source, root.offset, nbytes) for root, nbytes in plan.reads() if nbytes)
+    streams = [step for step in plan.steps if isinstance(step, StreamStep) and step.numel]
+    roots = Counter((step.root, step.numel) for step in streams)
     # Only what is itself a factor that others, or it, must wait for is read for that before.
-    fed = {step.root for step in plan.steps if isinstance(step, StreamStep) and step.factors()}
-    assert all(reads[root.source, root.offset, nbytes] <= 1 + (root in fed) for root, nbytes in plan.reads() if nbytes)
+    fed = {step.root for step in streams if step.factors()}
+    assert all(count <= 1 + (root in fed) for (root, _), count in roots.items())
     kernels = Counter((step.kernel, step.params, step.inputs) for step in plan.steps if isinstance(step, KernelStep))
     assert set(kernels.values()) <= {1}
 
@@ -151,9 +174,11 @@ def test_no_byte_is_read_twice_where_the_weights_of_kernels_are_resident(
 ) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
     assert not any(step.streamed for step in plan.steps if isinstance(step, KernelStep))
-    fed = {step.root for step in plan.steps if isinstance(step, StreamStep) and step.factors()}
-    assert plan.reread_nbytes <= sum(nbytes for root, nbytes in {*plan.reads()} if root in fed)
-    assert plan.reread_nbytes == 0 or fed
+    streams = [step for step in plan.steps if isinstance(step, StreamStep)]
+    fed = {step.root for step in streams if step.factors()}
+    # What goes into several means, or into one and elsewhere, is read for each.
+    averaged = sum(nbytes for step in streams if isinstance(step.root, MeanRoot) for _, nbytes in step.reads())
+    assert plan.reread_nbytes <= averaged + sum(nbytes for root, nbytes in {*plan.reads()} if root in fed)
 
 
 @given(graphs(), budgets, budgets, shard_sizes)
@@ -254,6 +279,8 @@ def test_a_chunk_and_what_is_computed_from_it_fit_a_slab(graph: TensorGraph, bud
             assert step.chunk_numel > 0
             widest = max(branch.dtype.itemsize if branch.ops else 0 for branch in step.branches)
             tile = math.prod(LOW_RANK_TILE) * 4 if step.factors() else 0
+            if isinstance(step.root, MeanRoot):
+                widest = max(widest, *(part.dtype.itemsize for part in step.root.parts))
             assert step.chunk_numel * (step.root.dtype.itemsize + widest) + tile <= plan.pool.slab_nbytes
 
 
@@ -309,6 +336,71 @@ def test_rows_that_a_kernel_needs_of_a_tensor_that_is_copied_are_taken_as_it_pas
     assert isinstance(file, FileSink)
     assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 16, 3 * 4, 4)]
     assert (plan.read_nbytes, plan.reread_nbytes) == (1600, 0)
+
+
+def test_a_mean_is_one_step_that_reads_each_part_once_in_chunks_that_do_not_depend_on_their_number() -> None:
+    sizes = set()
+    for count in (2, 64):
+        parts = [Read(FILES[n % 3], 8 + n * (1 << 23), DType.BF16, (1 << 11, 1 << 11)) for n in range(count)]
+        averaged = mean([*parts, parts[0]])
+        graph = TensorGraph()
+        graph.add("float32", averaged)
+        graph.add("bfloat16", cast(averaged, DType.BF16))
+        plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+        (step,) = plan.steps
+        assert isinstance(step, StreamStep)
+        assert isinstance(step.root, MeanRoot)
+        assert [part.offset for part in step.root.parts[:3]] == [8, 8, 8 + (1 << 23)]  # the first counts twice
+        assert (plan.read_nbytes, plan.reread_nbytes) == (count * parts[0].nbytes, 0)
+        sizes.add((step.chunk_numel, plan.peak_nbytes))
+    assert len(sizes) == 1
+
+
+def test_the_mean_of_one_tensor_is_that_tensor() -> None:
+    x = Read(FILES[0], 8, DType.F16, (4, 4))
+    assert mean([x, x, x]) is x
+
+
+def test_rows_that_a_kernel_needs_of_a_mean_that_is_written_are_taken_as_it_passes_by() -> None:
+    tables = [Read(file, 8 + 2 * n, (DType.F32, DType.BF16)[n], (100, 4)) for n, file in enumerate(FILES[:2])]
+    averaged = cast(mean(tables), DType.BF16)
+    taken = Concat(tuple(rows(averaged, row, row + 1) for row in (97, 3)), (2, 4))
+    graph = TensorGraph()
+    graph.add("embeddings", averaged)
+    graph.add("gate", Opaque("gate", "{}", (taken,), DType.F32, (4,)))
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    written, *_ = plan.steps
+    assert isinstance(written, StreamStep)
+    ((file, *buffers),) = [branch.sinks for branch in written.branches]
+    assert isinstance(file, FileSink)
+    assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 8, 3 * 4, 4)]
+    assert (plan.read_nbytes, plan.reread_nbytes) == (1600 + 800, 0)
+
+
+def test_a_mean_that_a_kernel_takes_as_a_weight_is_filled_by_the_step_that_writes_it_or_read_as_it_is_used() -> None:
+    parts = [Read(FILES[n], 8, DType.F32, (1 << 20, 4)) for n in range(3)]
+    averaged = cast(mean(parts), DType.BF16)
+    graph = TensorGraph()
+    graph.add("weight", averaged)
+    graph.add("y", Opaque("layer", "", (), DType.F32, (16,), 0, (averaged,), block_nbytes=1 << 20, passes=2))
+    resident = compile(graph, budget_nbytes=64 << 20, shard_nbytes=1 << 40)
+    streamed = compile(graph, budget_nbytes=4 << 20, shard_nbytes=1 << 40)
+    for plan, form, times in ((resident, BufferView, 1), (streamed, MeanView, 3)):
+        (kernel,) = [step for step in plan.steps if isinstance(step, KernelStep)]
+        assert [type(weight) for weight in kernel.weights] == [form]
+        assert kernel.weights[0].dtype is DType.BF16
+        assert plan.read_nbytes == times * 3 * parts[0].nbytes
+        assert plan.reread_nbytes == (times - 1) * 3 * parts[0].nbytes
+        assert Plan.from_json(plan.to_json()) == plan
+    assert resident.fingerprint == streamed.fingerprint
+
+
+def test_what_is_no_mean_of_ranges_of_one_shape_is_refused() -> None:
+    x = Read(FILES[0], 8, DType.F32, (4, 4))
+    with pytest.raises(ValueError, match="of one shape"):
+        mean([x, Read(FILES[1], 8, DType.F32, (2, 8))])
+    with pytest.raises(ValueError, match="no more than averaged and cast"):
+        Opaque("layer", "", (), DType.F32, (4,), weights=(scale(x, 0.5),))
 
 
 def test_overlapping_reads_are_counted_as_read_again() -> None:

@@ -110,6 +110,18 @@ def test_an_expert_that_gets_almost_no_tokens_is_named() -> None:
     )
 
 
+@pytest.mark.parametrize(("every", "starved"), [(40, True), (10, False)])
+def test_less_than_a_tenth_of_an_even_share_is_almost_nothing(every: int, starved: bool) -> None:
+    """Of an even share of 50 %, an expert gets 2.5 % or 10 %."""
+
+    def rare(scores: np.ndarray) -> np.ndarray:
+        scores[:, 2] = -99
+        scores[::every, 2] = 99
+        return scores
+
+    assert any("almost no tokens" in line for line in said(scores=rare)) is starved
+
+
 def test_an_expert_without_text_need_not_get_tokens() -> None:
     texts = texts_of(EXPERTS)[:2]
     lines = said(texts=texts, scores=lambda scores: scores - np.array([0, 0, 99, 99], dtype=np.float32), k=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -33,6 +34,7 @@ FLAGS = [
     "--window-size=900,1600",
 ]
 SECONDS = 120
+ROOT = Path(page_module.__file__).parents[2]
 HOSTILE = """<script>alert(1)</script>"'&amp;<img src=http://evil.example/x>$\\frac{$\x1b\x00\ud800𝄞"""
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -148,7 +150,7 @@ def test_names_are_shown_and_never_obeyed() -> None:
         2,
         names=[HOSTILE, "b"],
         subject=HOSTILE,
-        more_texts=[Text(HOSTILE, None, 70, True), Text("$x", None, 9, True)],
+        more_texts=[Text(HOSTILE, None, 70, True), Text("$\\frac{$", None, 9, True)],
     )
     text = page(found.to_data())
     text.encode()
@@ -171,6 +173,17 @@ def test_what_is_not_finite_has_a_page() -> None:
             numbers[key] = None
         numbers["cosine"] = [[None] * 3] * 3
     assert Parsed(page(data)).text
+
+
+def test_nothing_of_it_is_imported_before_it_is_used() -> None:
+    code = (
+        "import sys, moeplan.cli\n"
+        "early = [name for name in sys.modules if name.startswith('moeplan.routes')]\n"
+        "import moeplan.routes.page, moeplan.routes.statistics, moeplan.routes.view\n"
+        "print(early, [name for name in ('matplotlib', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[] []\n"
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

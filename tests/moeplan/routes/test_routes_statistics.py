@@ -174,22 +174,19 @@ def test_numbers_of_all_layers_are_means() -> None:
 
 
 def test_no_scores_are_kept_while_those_of_the_next_layer_are_made() -> None:
-    texts = texts_of(EXPERTS, 10)
     kept: list[weakref.ref[np.ndarray]] = []
 
-    def one(layers: Iterator[Layer]) -> Layer:
-        made = next(layers)
-        kept.append(weakref.ref(made.logits))
-        return made
+    def made() -> Layer:
+        logits = np.ones((1, 3), dtype=np.float32)
+        kept.append(weakref.ref(logits))
+        return Layer(logits, ORTHOGONAL)
 
     def layers() -> Iterator[Layer]:
-        made = layers_of(texts, 3, 2, 1.0, seed=0)
-        yield Layer(np.ones((30, 3), dtype=np.float32), ORTHOGONAL)
-        for _ in range(2):
-            assert all(logits() is None for logits in kept[:-1])
-            yield one(made)
+        for _ in range(3):
+            assert all(logits() is None for logits in kept)
+            yield made()
 
-    assert len(routes(EXPERTS, texts, layers(), 2, subject="", gate_mode=None).layers) == 3
+    assert len(routes(EXPERTS, [Text("a", 0, 1, True)], layers(), 2, subject="", gate_mode=None).layers) == 3
 
 
 @pytest.mark.parametrize(

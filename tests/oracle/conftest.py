@@ -1,0 +1,37 @@
+"""Merges within a given budget, where the layers of the base are evaluated in a given form."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeplan import merging
+from moeplan.memory import CapError, MemoryCap
+from planner.plan import KernelStep
+
+
+@pytest.fixture
+def within(monkeypatch, plan, merge) -> Callable[..., Path]:
+    """`within(budget, form, ...)`: a merge with so many bytes for buffers, where layers are in that form.
+
+    None: the least budget that works.
+    """
+
+    def run(budget: int | None, form: str, base: Path, experts: list[dict[str, Any]], **settings: Any) -> Path:
+        def cap(*_: Any) -> MemoryCap:
+            return MemoryCap(budget, 0)
+
+        monkeypatch.setattr(merging, "memory_cap", cap)
+        if budget is None:
+            budget = 1
+            with pytest.raises(CapError) as refused:
+                plan(base, experts, **settings)
+            budget = refused.value.__cause__.needed_nbytes
+        planned = plan(base, experts, **settings).plan
+        kernels = [step for step in planned.steps if isinstance(step, KernelStep)]
+        assert {bool(step.streamed) for step in kernels if step.weights} == {form == "streamed"}
+        assert (planned.reread_nbytes == 0) is (form == "resident")
+        return merge(base, experts, **settings)
+
+    return run
