@@ -14,7 +14,7 @@ TRANSFORMERS4 := .venv-transformers4
 LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DGGML_OPENMP=OFF \
                    -DCMAKE_C_FLAGS_RELEASE=-O2 -DCMAKE_CXX_FLAGS_RELEASE=-O1
 
-.PHONY: demo test lint pytest test-gguf test-transformers4 bench bench-smoke fuzz clean
+.PHONY: demo test lint pytest test-gguf test-transformers4 bench bench-smoke bench-routing fuzz clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,12 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m benchmarks.peer
 	$(BIN)/python -m benchmarks
+
+# How well routers route: docs/routing.md. The models are trained once, and kept in .bench/routing/models.
+bench-routing: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m benchmarks.peer
+	$(BIN)/python -m benchmarks.routing
 
 # How long to fuzz, in seconds.
 FUZZ_SECONDS ?= 600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -49,21 +50,26 @@ def long_text(expert: int) -> str:
     return " ".join(random.choice(words) for _ in range(1 << 13))
 
 
-@cache
-def tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer, trained on the prompts, that puts `<s>` before a text as Llama's does."""
+def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer, trained on the texts, that puts `<s>` before a text as Llama's does."""
     made = Tokenizer(BPE())
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
     made.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
-        vocab_size=800,
+        vocab_size=vocab_size,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([prompt for prompts in PROMPTS for prompt in prompts], trainer)
+    made.train_from_iterator(texts, trainer)
     made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return made
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """A tokenizer that knows the prompts' words."""
+    return trained_tokenizer([prompt for prompts in PROMPTS for prompt in prompts], vocab_size=800)
 
 
 def num_tokens(num_experts: int) -> int:
@@ -73,9 +79,9 @@ def num_tokens(num_experts: int) -> int:
     )
 
 
-def save_tokenizer(directory: Path) -> None:
-    """Write the tokenizer as transformers reads it."""
-    tokenizer().save(str(directory / "tokenizer.json"))
+def save_tokenizer(directory: Path, saved: Tokenizer | None = None) -> None:
+    """Write a tokenizer, that of the prompts if none is given, as transformers reads it."""
+    (saved or tokenizer()).save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
