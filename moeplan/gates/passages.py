@@ -88,20 +88,28 @@ def _plain_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]])
 def _json_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) -> Iterator[str]:
     for begin, end in slices:
         stream.seek(begin)
-        if begin > 0:  # from the next line on
-            stream.readline(MAX_LINE_NBYTES)
+        if begin > 0:
+            _line(file, stream)  # from the next one on
         while stream.tell() < end:
             at = stream.tell()
-            line = stream.readline(MAX_LINE_NBYTES)
+            line = _line(file, stream)
             if not line:
                 break
             if line.strip():
                 yield _text(f"{file}: the line at byte {at:,}", line)
 
 
-def _text(where: str, line: bytes) -> str:
+def _line(file: str, stream: BinaryIO) -> bytes:
+    at = stream.tell()
+    line = stream.readline(MAX_LINE_NBYTES)
     if len(line) == MAX_LINE_NBYTES:
-        raise PassageError(f"{where} is longer than 1 MiB; write a JSON object with a `{TEXT}` on each line")
+        raise PassageError(
+            f"{file}: the line at byte {at:,} is longer than 1 MiB; write a JSON object with a `{TEXT}` on each line"
+        )
+    return line
+
+
+def _text(where: str, line: bytes) -> str:
     try:
         text = parse_object(line).get(TEXT)
     except JSONError as error:

@@ -588,6 +588,28 @@ def _with_shared_prompt(root: Path, prompt: str) -> None:
     (root / "config.yml").write_text(text + shared)
 
 
+# Files that passages are drawn from, by their names
+
+PASSAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "none": ("text.txt", lambda file: None, "cannot be read: No such file or directory"),
+    "a device": ("text.txt", lambda file: file.symlink_to("/dev/zero"), "is not a regular file"),
+    "a pipe": ("text.txt", os.mkfifo, "is not a regular file"),
+    "a directory": ("text.txt", Path.mkdir, "is not a regular file"),
+    "4 TB of nothing": ("text.txt", sparse(4 << 40), "is not text; name a file of text, or of JSON lines"),
+    "4 TB of no lines": ("text.jsonl", sparse(4 << 40), "is longer than 1 MiB; write a JSON object with a `text`"),
+    "not UTF-8": ("text.txt", lambda file: file.write_bytes(b"gr\xfc\xdfe"), "is not UTF-8 text (near byte 2)"),
+    "empty": ("text.txt", Path.touch, "there is no text in it"),
+    "lists": ("text.jsonl", lambda file: file.write_text("[1]\n"), "is not a JSON object but [1]"),
+    "deep lists": (
+        "text.jsonl",
+        lambda file: file.write_text('{"a":' + "[" * 100_000),
+        "is nested more than 64 levels",
+    ),
+    "no text": ("text.jsonl", lambda file: file.write_text('{"content":"a"}'), "`text` is None; write a JSON object"),
+    "a text that is a number": ("text.jsonl", lambda file: file.write_text('{"text":1}'), "`text` is 1; write a JSON"),
+}
+
+
 # The YAML file
 
 YAML = """\
@@ -687,6 +709,16 @@ def _with_prompts(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return spoil
 
 
+def _with_passages(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        (root / "config.yml").write_text(
+            YAML.replace("random", "ridge").replace("positive_prompts: [prompt 2]", f"positive_files: [{root / name}]")
+        )
+        make(root / name)
+
+    return spoil
+
+
 def _cases() -> Iterator[tuple[str, Case]]:
     weights, config = f"model/{WEIGHTS}", f"model/{CONFIG}"
     for name, (header, data_nbytes, reason) in HEADERS.items():
@@ -704,6 +736,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"kind: {name}", Case(make, file, reason)
     for name, (make, file, reason) in TOKENIZERS.items():
         yield f"tokenizer: {name}", Case(_with_prompts(make), file, reason)
+    for name, (file, make, reason) in PASSAGES.items():
+        yield f"passages: {name}", Case(_with_passages(file, make), "config.yml:7", reason)
     for name, (text, line, reason) in YAMLS.items():
         yield f"YAML: {name}", Case(content("config.yml", text), f"config.yml{line}", reason)
 
