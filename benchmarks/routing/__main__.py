@@ -161,10 +161,12 @@ def _write(measured: Report, out: Path, console: Console) -> None:
         from benchmarks.routing.plots import draw  # matplotlib is optional
 
         plots = draw(measured, out)
+    else:
+        console.print("no plots, because matplotlib is missing: pip install '.[bench]'", markup=False)
     console.print(report.to_terminal(measured))
     (out / "report.json").write_text(report.to_json(measured), encoding="utf-8")
     (out / "report.md").write_text(report.to_markdown(measured, plots), encoding="utf-8")
-    drawn = " and a plot" if plots else "; no plot, because matplotlib is missing: pip install '.[bench]'"
+    drawn = " and a plot" if plots else ""
     console.print(f"\nreport.md, report.json{drawn}: in {out}", soft_wrap=True)
 
 

@@ -94,7 +94,7 @@ def _rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
             f"moeplan knows {', '.join(ROPE_TYPES)}"
         )
     partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    if partial not in (None, 1.0):
         raise CheckpointError(f"{path}: partial_rotary_factor is {show(partial)}; the merged model rotates whole heads")
     # Beside the scaling it counts for more than in it, in transformers 5.
     if scaling["rope_type"] != "default" and config.get(ORIGINAL_CONTEXT) is not None:
