@@ -294,8 +294,12 @@ def _router(router: dict[str, Any]) -> list[str]:
     lines = []
     for drawn in (each for each in evaluations if each["kernel"] == "sample"):
         number, tokens = drawn["shape"]
-        again = f", which reads {decimal(drawn['read_again_nbytes'])}" if drawn["times"] else ""
-        lines.append(f"(an expert writes {_count(number, 'passage')} of {tokens} tokens{again})")
+        again = f"read for this: {decimal(drawn['read_again_nbytes'])}" if drawn["times"] else "held in memory"
+        lines += [
+            f"(an expert writes {_count(number, 'passage')}, which takes its model of "
+            f"{decimal(drawn['weights_nbytes'])}",
+            f"{tokens} times, once for each token; {again})",
+        ]
     of_layers: dict[int, list[dict[str, Any]]] = {}
     for each in evaluations:
         if each["layer"] is not None:

@@ -100,10 +100,10 @@ def routers(request: GateRequest) -> list[Opaque]:
 
 
 def workspace_nbytes(num_tokens: int, hidden_size: int, num_rows: int) -> int:
-    """What a fit takes: a matrix of products and its factor, in float64; the tokens' rows, where they are fewer than
-    dimensions; their scores and targets."""
+    """What fits take: a matrix of products and its factor, in float64; the tokens' rows, where they are fewer than
+    dimensions, and as they are gathered; their scores and targets."""
     size = min(num_tokens, hidden_size)
-    matrices = 2 * size * size + (2 * num_tokens * hidden_size if num_tokens < hidden_size else 0)
+    matrices = 2 * size * size + (3 * num_tokens * hidden_size // 2 if num_tokens < hidden_size else 0)
     return 8 * (matrices + 12 * num_tokens * (num_rows + 1)) + PANELS_NBYTES
 
 
@@ -185,10 +185,23 @@ def _folds(of_token: np.ndarray, member: np.ndarray) -> np.ndarray | None:
 
 def _router(seen: torch.Tensor, tokens: _Tokens, ridge: float, threads: int) -> torch.Tensor:
     """W, `[num_classes, hidden_size]`, in float64."""
-    return scale(seen, tokens, ridge, threads) * fit(seen, tokens, ridge, threads)
+    form = _Form(ridge, len(tokens.rows) < seen.shape[1], threads)
+    return scale(seen, tokens, form) * fit(seen, tokens, form)
 
 
-def scale(seen: torch.Tensor, tokens: _Tokens, ridge: float, threads: int) -> float:
+@dataclass(frozen=True)
+class _Form:
+    """How to fit: λ, whether by the dual form, and in how many threads.
+
+    Of a half of the tokens, too, the form is that of all: so the memory for one is enough for the other.
+    """
+
+    ridge: float
+    is_dual: bool
+    threads: int
+
+
+def scale(seen: torch.Tensor, tokens: _Tokens, form: _Form) -> float:
     """s, by tokens that are held out."""
     import numpy as np
     import torch
@@ -198,7 +211,7 @@ def scale(seen: torch.Tensor, tokens: _Tokens, ridge: float, threads: int) -> fl
     scores, weights = [], []
     for fold in (0, 1):
         held_out = tokens.within(tokens.folds == fold)
-        router = fit(seen, tokens.within(tokens.folds != fold), ridge, threads)
+        router = fit(seen, tokens.within(tokens.folds != fold), form)
         scores.append(_scores(seen, torch.from_numpy(held_out.rows), router))
         weights.append(held_out.weights()[:, :-1])
     return best_scale(np.concatenate(scores), np.concatenate(weights))
@@ -235,7 +248,7 @@ def _scores(seen: torch.Tensor, rows: torch.Tensor, router: torch.Tensor) -> np.
     return torch.cat(scores).numpy()
 
 
-def fit(seen: torch.Tensor, tokens: _Tokens, ridge: float, threads: int) -> torch.Tensor:
+def fit(seen: torch.Tensor, tokens: _Tokens, form: _Form) -> torch.Tensor:
     """C (S + λ (tr S / d) I)⁻¹, `[num_classes, hidden_size]`, in float64."""
     import torch
 
@@ -248,15 +261,15 @@ def fit(seen: torch.Tensor, tokens: _Tokens, ridge: float, threads: int) -> torc
     def panel(part: slice, tile: slice) -> torch.Tensor:
         return seen[rows[part], tile].double() * roots[part]
 
-    if is_dual := len(rows) < seen.shape[1]:
-        scaled = seen[rows].double() * roots
-        products = _products(lambda part, tile: scaled[tile, part].T, len(rows), seen.shape[1], threads)
+    if form.is_dual:
+        scaled = seen[rows].double().mul_(roots)
+        products = _products(lambda part, tile: scaled[tile, part].T, len(rows), seen.shape[1], form.threads)
     else:
-        products = _products(panel, seen.shape[1], len(rows), threads)
-    products.diagonal().add_(ridge * products.trace() / seen.shape[1])
+        products = _products(panel, seen.shape[1], len(rows), form.threads)
+    products.diagonal().add_(form.ridge * products.trace() / seen.shape[1])
     factor = torch.linalg.cholesky(products)
     del products  # before the factor is copied, as torch does to solve
-    if is_dual:
+    if form.is_dual:
         return torch.cholesky_solve(targets, factor).T @ scaled
     right = torch.zeros(seen.shape[1], tokens.num_classes, dtype=torch.float64)
     for part in _parts(len(rows), PANEL_ROWS):

@@ -455,3 +455,47 @@ def test_the_plan_says_in_which_form_layers_are_evaluated_why_and_at_what_cost(f
     assert max(each["memory_nbytes"] for each in evaluations) <= plan["memory"]["buffers_nbytes"]
     assert f"(2 layers {form}: " in text
     assert max(map(len, text[text.index("router") :].splitlines())) <= 80
+
+
+@pytest.mark.parametrize("form", ["resident", "streamed"])
+def test_the_plan_says_what_experts_that_write_their_own_text_take(form, checkpoint, tmp_path):
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    experts = [{"source_model": model, "positive_samples": 3} for model in (base, other)]
+    config = write_config(tmp_path / "config.yml", base, experts, gate_mode="ridge")
+    cap = ["--max-memory", "2GiB"]
+    if form == "streamed":
+        refused = moeplan(config, "--plan", "--max-memory", "1MiB").stderr
+        cap = ["--max-memory", re.search(r"--max-memory (\d+MiB)", refused)[1]]
+    text, plan = (moeplan(config, "--plan", *cap, *more).stdout for more in ((), ("--json",)))
+    drawn = [each for each in json.loads(plan)["plan"]["router"]["evaluations"] if each["kernel"] == "sample"]
+    assert [each["shape"] for each in drawn] == [[3, 128]] * 2
+    again = 128 * drawn[0]["weights_nbytes"] if form == "streamed" else 0
+    assert [each["read_again_nbytes"] for each in drawn] == [again] * 2
+    assert text.count("(an expert writes 3 passages, which takes its model of ") == 2
+    assert ("held in memory)" in text) is (form == "resident")
+    assert ("read for this: " in text) is (form == "streamed")
+    assert max(map(len, text[text.index("router") :].splitlines())) <= 80
+
+
+def test_after_a_merge_with_prompts_three_lines_say_how_alike_the_routers_rows_are(checkpoint, tmp_path):
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    experts = [
+        {"source_model": model, "positive_prompts": [prompt]}
+        for model, prompt in ((base, "Say ah"), (other, "x = 1"), (base, "Say ahh"))
+    ]
+    config = write_config(tmp_path / "config.yml", base, experts, gate_mode="cheap_embed")
+    out = tmp_path / "out"
+    lines = moeplan(config, out).stdout.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("routers "))
+    said = [line[8:] for line in lines[first:]]
+    assert len(said) == 3
+    with safe_open(out / "model.safetensors", framework="pt") as tensors:
+        router = tensors.get_tensor("model.layers.0.block_sparse_moe.gate.weight").float()
+    rows = router / router.norm(dim=1, keepdim=True)
+    assert said[0] == f"experts 0 and 2 are most alike: cosine {rows[0] @ rows[2]:.2f}, the mean of 3 layers"
+    assert said[1] == "degenerate in none of them"
+    assert said[2] == f"where tokens go: moeplan routes {out}"
+
+
+def test_after_a_merge_with_random_gates_nothing_is_said_of_them(config, tmp_path):
+    assert "routers" not in moeplan(config, tmp_path / "out").stdout
