@@ -164,15 +164,15 @@ class Models:
         )
 
 
-def open_models(config: MergeConfig, options: Options) -> Models:
+def open_models(config: MergeConfig, options: Options, *, reads_text: bool) -> Models:
     """Open the models that `config` names: their configs and headers, and the tokenizer of a base on the Hub where it
-    is to be used. Raises UserError for what cannot be opened or merged."""
+    `reads_text`. Raises UserError for what cannot be opened or merged."""
     hub = Hub(options.transformers_cache)
     sources = _open_sources(config, hub)
     families = architectures.choose(config, [model for _, model in sources.named()])
     lowering.check_fit(config, families[0], sources)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
-    if snapshot is not None and config.gate_mode not in gates.PROMPTLESS:
+    if snapshot is not None and reads_text:
         fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
     return Models(hub, sources, tuple(families))
 
@@ -188,7 +188,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     options = options or Options()
     if out is not None:
         check_output(Path(out), overwrite=options.overwrite)
-    models = open_models(config, options)
+    models = open_models(config, options, reads_text=config.gate_mode not in gates.PROMPTLESS)
     hub, sources, family = models.hub, models.sources, models.families[0]
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)

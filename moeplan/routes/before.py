@@ -42,7 +42,7 @@ def routes_before(
     """
     from executor.engine import run  # here, because it takes numpy, which other commands do without
 
-    models = open_models(config, options)
+    models = open_models(config, options, reads_text=True)
     mode = gates.gate_mode(config.gate_mode)
     request = models.gate_request(config, options, texts=tuple(files))
     with naming_prompts(config):
