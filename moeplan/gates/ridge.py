@@ -22,6 +22,7 @@ sigmoid of their difference.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -266,7 +267,10 @@ def fit(seen: torch.Tensor, tokens: _Tokens, form: _Form) -> torch.Tensor:
         products = _products(lambda part, tile: scaled[tile, part].T, len(rows), seen.shape[1], form.threads)
     else:
         products = _products(panel, seen.shape[1], len(rows), form.threads)
-    products.diagonal().add_(form.ridge * products.trace() / seen.shape[1])
+    trace = products.trace()
+    if not 0 < trace < math.inf:  # of a layer that sees nothing, or no numbers
+        return (0 * trace).expand(tokens.num_classes, seen.shape[1])
+    products.diagonal().add_(form.ridge * trace / seen.shape[1])
     factor = torch.linalg.cholesky(products)
     del products  # before the factor is copied, as torch does to solve
     if form.is_dual:

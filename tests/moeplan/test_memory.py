@@ -127,6 +127,8 @@ def save_adapter(path, rank, hidden, wide):
     [
         ("random", {"noise_scale": 0.01, "residual_scale": 0.5}, ""),
         ("hidden", {}, ""),
+        ("ridge", {}, ""),
+        ("ridge", {"positive_samples": 8}, ""),
         ("random", {}, LARGER_TORCH),
         ("random", {"adapter": 64}, ""),
         ("hidden", {"adapter": 64}, ""),
@@ -141,7 +143,10 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
     rank = expert.pop("adapter", None)
     model = source if rank is None else f"{source}+{save_adapter(tmp_path / 'adapter', rank, 1024, 4096)}"
     experts = [{"source_model": model, **expert}] * 2
-    experts[1] = experts[1] | {"positive_prompts": ["another prompt, " * 30]}
+    long = "another prompt, " * 30
+    experts[1] = experts[1] | {"positive_prompts": [long]}
+    if mode == "ridge":  # more tokens than dimensions
+        experts[1] = experts[1] | {"positive_prompts": [f"{number} {long}" for number in range(12)]}
     config = write_config(tmp_path / "config.yml", source, experts, gate_mode=mode, dtype="float16")
     args = [config, tmp_path / "out", "--i-understand-this-is-not-useful-without-training", "--quiet"]
 

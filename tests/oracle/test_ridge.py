@@ -1,17 +1,20 @@
 """`ridge` routers, against float64 arithmetic with numpy on what transformers computes, one prompt at a time."""
 
 import json
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from families import NUM_LAYERS
+from safetensors.torch import load_file, save_file
 from test_router_weights import MANY, SHARED_PROMPTS, case_of, has_gate, router_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from moeplan.checkpoint import CheckpointError
 from moeplan.config import ConfigError
+from moeplan.errors import MoeplanWarning
 from moeplan.gates import ridge as ridge_mode
 from moeplan.gates.samples import TOKENS
 
@@ -205,6 +208,21 @@ def test_a_prompt_that_is_bos_alone_is_refused_by_its_line(checkpoint, plan):
     experts = [{"source_model": source, "positive_prompts": [prompt]} for prompt in ("x", "")]
     with pytest.raises(CheckpointError, match=r"yml:\d+: experts\[1\].positive_prompts: there is no token beside BOS"):
         plan(source, experts, gate_mode="ridge")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_base_that_sees_nothing_or_no_numbers_gives_routers_that_are_warned_of(value, checkpoint, merge, tmp_path):
+    source = shutil.copytree(checkpoint("llama-plain"), tmp_path / "base")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.post_attention_layernorm.weight"].fill_(value)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    experts = [{"source_model": source, **expert} for expert in FEW]
+    with pytest.warns(MoeplanWarning, match="routing is degenerate in layers? 1"):
+        out = merge(source, experts, gate_mode="ridge", dtype="float32")
+    weights = router_weights(out, case_of("llama-plain"))
+    assert torch.equal(weights[1], torch.full_like(weights[1], value)) or weights[1].isnan().all()
+    assert weights[0].isfinite().all()
+    assert (weights[0] != 0).any()
 
 
 def test_passages_of_files_are_prompts(checkpoint, merge, tmp_path):
