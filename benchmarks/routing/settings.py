@@ -34,9 +34,9 @@ class Settings:
     num_key_value_heads: int = 6
     window: int = 256
     batch: int = 8
-    base_steps: int = 1000
+    base_steps: int = 800
     base_learning_rate: float = 2e-3
-    expert_steps: int = 100
+    expert_steps: int = 40
     expert_learning_rate: float = 1e-3
     num_windows: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)

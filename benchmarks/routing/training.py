@@ -109,7 +109,8 @@ def _make_expert(path: Path, base: Path, tokens: Ids, variant: str, settings: Se
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(variant != VARIANTS[0] or ".mlp." in name)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _train(model, parameters, [tokens], settings, settings.expert_steps, settings.expert_learning_rate)
+    steps, learning_rate = settings.expert_steps, settings.expert_learning_rate
+    _train(model, parameters, [tokens], settings, steps, learning_rate, decays=True)
     _save(model, Tokenizer.from_file(str(base / "tokenizer.json")), path)
 
 
@@ -129,14 +130,21 @@ def _train(
     settings: Settings,
     steps: int,
     learning_rate: float,
+    *,
+    decays: bool = False,
 ) -> None:
-    """AdamW, with a warm-up and a cosine down to nothing. Each batch has windows from anywhere in each of the texts."""
+    """AdamW, with a warm-up, after which the learning rate stays or goes down to nothing, by a cosine. Each batch has
+    windows from anywhere in each of the texts.
+
+    The base's stays: as in Branch-Train-Merge (Li et al., 2022, arXiv 2208.03306), experts branch off a model that is
+    being trained, and come to an end by themselves.
+    """
     random = np.random.default_rng(SEED)
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     warmup = max(1, round(WARMUP_SHARE * steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) if decays else 1.0),
     )
     model.train()
     for _ in range(steps):
