@@ -47,7 +47,7 @@ def scored(request: GateRequest, mode: GateMode) -> Scored:
     if not evaluation.lengths:
         raise UserError("there is no text to route; give the experts prompts, or a text file with --text")
     reads_text = request.mode not in PROMPTLESS
-    lengths, positive = evaluation.lengths, evaluation.positive[: len(request.experts)]
+    lengths, positive = evaluation.lengths, evaluation.positive
     fold = folds(positive, lengths) if reads_text else {}
     params = json.dumps({"lengths": lengths, "folds": [fold.get(prompt, 2) for prompt in range(len(lengths))]})
     routers = mode.routers(request)
@@ -66,7 +66,7 @@ def scored(request: GateRequest, mode: GateMode) -> Scored:
             Opaque("scores", params, (seen, *of_layer), DType.F32, shape, 4 * 2 * shape[0] * len(request.rows))
             for seen, *of_layer in zip(evaluation.mlp_inputs(), *by_fold, routers, strict=True)
         ),
-        experts=tuple(map(tokens, positive)),
+        experts=tuple(map(tokens, positive[: len(request.experts)])),
         texts=tuple(replace(tokens(prompts), held_out=True) for prompts in evaluation.prompts.texts),
     )
 
