@@ -8,7 +8,6 @@ import tempfile
 import time
 from dataclasses import replace
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from benchmarks import peer, report
 from benchmarks.cases import CASES, Case
 from benchmarks.machine import machine
 from benchmarks.programs import Programs
+from benchmarks.publishing import publish
 from benchmarks.results import CaseResult, Report
 from benchmarks.runner import Settings, run_cases
 
@@ -51,7 +51,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix="moeplan-bench-", dir=directory) as work:
         settings = Settings(Path(work).resolve(), rounds, programs)
         measured = _measured(cases, settings, console, tiny=smoke)
-    _write(measured, out, console)
+    publish(measured, out, console, views=report, plots="benchmarks.plots")
     failures = [
         f"{case.name}, {result.name}: {result.failure}"
         for case in measured.cases
@@ -98,22 +98,6 @@ def _measured(cases: list[Case], settings: Settings, console: Console, *, tiny: 
         machine=machine(settings.directory, load_before),
         cases=tuple(results),
     )
-
-
-def _write(measured: Report, out: Path, console: Console) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    plots: list[str] = []
-    if find_spec("matplotlib") is not None:
-        from benchmarks.plots import draw  # matplotlib is optional
-
-        plots = draw(measured, out)
-    else:
-        console.print("no plots, because matplotlib is missing: pip install '.[bench]'", markup=False)
-    console.print(report.to_terminal(measured))
-    (out / "report.json").write_text(report.to_json(measured), encoding="utf-8")
-    (out / "report.md").write_text(report.to_markdown(measured, plots), encoding="utf-8")
-    drawn = f" and {len(plots)} plots" if plots else ""
-    console.print(f"\nreport.md, report.json{drawn}: in {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,33 @@ def _unneeded(spelling: str, metavar: str | None = None) -> Any:
     return typer.Option(spelling, metavar=metavar, hidden=True)
 
 
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most memory to take: 2GiB, 512MB, 50%.  [default: half of what is available]",
+        show_default=False,
+    ),
+]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(
+        "-j",
+        "--num-threads",
+        metavar="NUMBER",
+        min=1,
+        help="How many threads compute.  [default: as many as there are cores]",
+        show_default=False,
+    ),
+]
+TransformersCache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HOME]", show_default=False
+    ),
+]
+
+
 @app.command(cls=GroupedHelp, no_args_is_help=True)
 def command(
     context: typer.Context,
@@ -60,14 +87,7 @@ def command(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan and result as JSON.")] = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="The most memory to take: 2GiB, 512MB, 50%.  [default: half of what is available]",
-            show_default=False,
-        ),
-    ] = None,
+    max_memory: MaxMemory = None,
     out_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="The largest output file: 5B (parameters), 500MB, 2GiB.")
     ] = "5B",
@@ -80,17 +100,7 @@ def command(
         ),
     ] = None,
     random_seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed of random gates and of noise.")] = 0,
-    num_threads: Annotated[
-        int | None,
-        typer.Option(
-            "-j",
-            "--num-threads",
-            metavar="NUMBER",
-            min=1,
-            help="How many threads compute.  [default: as many as there are cores]",
-            show_default=False,
-        ),
-    ] = None,
+    num_threads: NumThreads = None,
     load_in_8bit: Annotated[
         bool, typer.Option("--load-in-8bit", help="Evaluate prompts with the base in 8 bits (bitsandbytes).")
     ] = False,
@@ -135,12 +145,7 @@ def command(
         bool,
         typer.Option("--stream", help="Read models on the Hub straight into the output, without downloading them."),
     ] = False,
-    transformers_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HOME]", show_default=False
-        ),
-    ] = None,
+    transformers_cache: TransformersCache = None,
     allow_all_same: Annotated[
         bool,
         typer.Option(
@@ -261,35 +266,13 @@ def routes_command(
         Path | None, typer.Option(metavar="FILE", help="Write a page with plots to FILE.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="The most memory to take: 2GiB, 512MB, 50%.  [default: half of what is available]",
-            show_default=False,
-        ),
-    ] = None,
+    max_memory: MaxMemory = None,
     random_seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="As for the merge.")] = 0,
-    num_threads: Annotated[
-        int | None,
-        typer.Option(
-            "-j",
-            "--num-threads",
-            metavar="NUMBER",
-            min=1,
-            help="How many threads compute.  [default: as many as there are cores]",
-            show_default=False,
-        ),
-    ] = None,
+    num_threads: NumThreads = None,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="As for the merge.")] = False,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="As for the merge.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for the merge.")] = False,
-    transformers_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HOME]", show_default=False
-        ),
-    ] = None,
+    transformers_cache: TransformersCache = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")] = False,
 ) -> None:

@@ -184,7 +184,7 @@ class MeanView:
 class KernelStep:
     """Run the kernel named `kernel`. `frees` are the buffers that nothing needs afterwards.
 
-    `inputs` are whole in memory; of `weights`, all of which are whole or none, it takes blocks of rows, `workers` at a
+    `inputs` are whole in memory; of `weights`, which are whole or in files, it takes blocks of rows, `workers` at a
     time with `block_nbytes` of memory each. Those that are in files are read `passes` times. The `beside` steps that
     follow are streams, and run while it does.
     """

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from benchmarks import peer
 from benchmarks.machine import machine
 from benchmarks.programs import Programs
+from benchmarks.publishing import publish
 from benchmarks.routing import report
 from benchmarks.routing.evaluation import losses, losses_at_equal_weight, num_parameters, reference
 from benchmarks.routing.merging import Merge, Workshop
@@ -50,7 +50,7 @@ def command(
     out.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     measured = _Measuring(SMOKE if smoke else FULL, programs, out.resolve(), console).report(rows, tiny=smoke)
-    _write(measured, out, console)
+    publish(measured, out, console, views=report, plots="benchmarks.routing.plots")
     failures = [
         f"{result.name}, {result.variant}: {result.failure}"
         for result in measured.results
@@ -153,21 +153,6 @@ class _Measuring:
     def _say(self, message: str) -> None:
         seconds = time.monotonic() - self._started
         self._console.print(f"{seconds:6.0f} s  {message}", style="dim", highlight=False, soft_wrap=True)
-
-
-def _write(measured: Report, out: Path, console: Console) -> None:
-    plots: list[str] = []
-    if find_spec("matplotlib") is not None:
-        from benchmarks.routing.plots import draw  # matplotlib is optional
-
-        plots = draw(measured, out)
-    else:
-        console.print("no plots, because matplotlib is missing: pip install '.[bench]'", markup=False)
-    console.print(report.to_terminal(measured))
-    (out / "report.json").write_text(report.to_json(measured), encoding="utf-8")
-    (out / "report.md").write_text(report.to_markdown(measured, plots), encoding="utf-8")
-    drawn = " and a plot" if plots else ""
-    console.print(f"\nreport.md, report.json{drawn}: in {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
