@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 
+LARGE_NBYTES = 8 << 20
+"""What is a large allocation. Each new one is cleared by the system, page by page: below this the heap is faster."""
+
 
 def resident_nbytes() -> int:
     """Bytes resident now."""
@@ -37,4 +40,4 @@ def give_back_what_is_freed() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 1 << 20)
+        mallopt(-3, LARGE_NBYTES)

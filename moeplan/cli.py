@@ -75,6 +75,28 @@ TransformersCache = Annotated[
 ]
 
 
+DeviceName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where prompts are evaluated: cpu, cuda, cuda:1, auto.  [default: cpu]",
+        show_default=False,
+    ),
+]
+Cuda = Annotated[bool, typer.Option("--cuda/--no-cuda", help="The same as --device cuda.", show_default=False)]
+MaxDeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="The most of a GPU's memory to take.  [default: what is free]", show_default=False
+    ),
+]
+
+
+def _device(name: str | None, cuda: bool) -> str:
+    """What `--device` and `--cuda` ask for together, as in mergekit: the former decides."""
+    return name or ("cuda" if cuda else "cpu")
+
+
 @app.command(cls=GroupedHelp, no_args_is_help=True)
 def command(
     context: typer.Context,
@@ -107,6 +129,9 @@ def command(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Evaluate prompts with the base in 4 bits (bitsandbytes).")
     ] = False,
+    device: DeviceName = None,
+    cuda: Cuda = False,
+    max_device_memory: MaxDeviceMemory = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -168,8 +193,6 @@ def command(
     ] = None,
     lora_merge_cache: Annotated[str | None, _unneeded("--lora-merge-cache", "DIR")] = None,
     lora_merge_dtype: Annotated[str | None, _unneeded("--lora-merge-dtype", "DTYPE")] = None,
-    cuda: Annotated[bool | None, _unneeded("--cuda/--no-cuda")] = None,
-    device: Annotated[str | None, _unneeded("--device", "DEVICE")] = None,
     low_cpu_memory: Annotated[bool | None, _unneeded("--low-cpu-memory/--no-low-cpu-memory")] = None,
     lazy_unpickle: Annotated[bool | None, _unneeded("--lazy-unpickle/--no-lazy-unpickle")] = None,
     read_to_gpu: Annotated[bool | None, _unneeded("--read-to-gpu/--no-read-to-gpu")] = None,
@@ -202,6 +225,8 @@ def command(
             num_threads=num_threads,
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
+            device=_device(device, cuda),
+            max_device_memory=max_device_memory,
             trust_remote_code=trust_remote_code,
             copy_tokenizer=copy_tokenizer,
             write_model_card=write_model_card,
@@ -271,6 +296,9 @@ def routes_command(
     num_threads: NumThreads = None,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="As for the merge.")] = False,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="As for the merge.")] = False,
+    device: DeviceName = None,
+    cuda: Cuda = False,
+    max_device_memory: MaxDeviceMemory = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for the merge.")] = False,
     transformers_cache: TransformersCache = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
@@ -294,6 +322,8 @@ def routes_command(
             num_threads=num_threads,
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
+            device=_device(device, cuda),
+            max_device_memory=max_device_memory,
             trust_remote_code=trust_remote_code,
             transformers_cache=transformers_cache,
         )

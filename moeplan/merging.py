@@ -23,6 +23,7 @@ from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch, fetch_tokenizer, files_to_fetch
+from moeplan.gates.device import CPU, Device, find
 from moeplan.gates.prompts import PromptError
 from moeplan.hub import Hub
 from moeplan.lowering import Lowering, Sources
@@ -74,6 +75,9 @@ class MergePlan:
     """The models and adapters, as the model card names them."""
 
     dtype: DType
+    device: Device
+    """Where the base is evaluated."""
+
     model_config: dict[str, Any]
     copied: tuple[Path, ...]
     """Files of the base that are copied as they are."""
@@ -158,10 +162,17 @@ class Models:
             gate_tokens=config.gate_tokens,
             seed=options.random_seed,
             bits=options.bits,
+            device=device(config, options),
             trust_remote_code=options.trust_remote_code,
             averaged=lowering.averaged(config, self.sources, self.dtype(config)),
             texts=texts,
         )
+
+
+def device(config: MergeConfig, options: Options) -> Device:
+    """Where the base is to be evaluated, if at all. Raises OptionError where that is not there."""
+    evaluates = gates.gate_mode(config.gate_mode).evaluates
+    return find(options.device, options.max_device_memory) if evaluates else CPU
 
 
 def open_models(config: MergeConfig, options: Options, *, reads_text: bool) -> Models:
@@ -227,6 +238,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         sources=sources,
         merged=merged,
         dtype=dtype,
+        device=request.device,
         model_config=model_config(
             family,
             sources.base,
@@ -284,6 +296,7 @@ def merge(
             result, facts = finished(merge_plan.plan), None
         else:
             _check_space(merge_plan, directory)
+            merge_plan.device.keep_to_budget()
             result = run(
                 merge_plan.plan,
                 stage.directory,

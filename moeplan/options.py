@@ -21,7 +21,15 @@ class OptionError(UserError):
     """An option's value that cannot be understood."""
 
 
-DECISIVE = ("out_shard_size", "expert_layout", "random_seed", "load_in_8bit", "load_in_4bit", "trust_remote_code")
+DECISIVE = (
+    "out_shard_size",
+    "expert_layout",
+    "random_seed",
+    "load_in_8bit",
+    "load_in_4bit",
+    "trust_remote_code",
+    "device",
+)
 """The options that the bytes of the output depend on."""
 
 
@@ -63,6 +71,12 @@ class Options:
     load_in_4bit: bool = False
     """The same with 4 bits."""
 
+    device: str = "cpu"
+    """Where the base is evaluated: `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU if torch finds one."""
+
+    max_device_memory: str | int | None = None
+    """The most memory to take of a GPU, as `max_memory` is written. None: what is free there."""
+
     trust_remote_code: bool = False
     """Run the modelling and tokenizer code that the base brings with it (`auto_map`), to evaluate prompts."""
 
@@ -93,6 +107,10 @@ class Options:
 
         if self.load_in_8bit and self.load_in_4bit:
             raise OptionError("--load-in-8bit and --load-in-4bit: only one can be used at the same time")
+        if not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", self.device):
+            raise OptionError(f"--device: {self.device!r} is none of cpu, cuda, cuda:N (such as cuda:1) and auto")
+        if self.max_device_memory is not None:
+            memory_nbytes(self.max_device_memory, 1, "--max-device-memory")
 
     @property
     def bits(self) -> int:
@@ -113,14 +131,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def memory_nbytes(text: str | int, total_nbytes: int) -> int:
-    """The bytes that a memory size means, on a machine that has `total_nbytes`. Raises OptionError."""
+def memory_nbytes(text: str | int, total_nbytes: int, option: str = "--max-memory") -> int:
+    """The bytes that a memory size means, on what has `total_nbytes`. Raises OptionError, which names `option`."""
     if isinstance(text, str) and (share := re.fullmatch(_NUMBER + r"\s*%\s*", text)):
         percent = float(share[1])
         if not 0 < percent <= 100:
-            raise OptionError(f"--max-memory: {text} is not between 0% and 100%")
+            raise OptionError(f"{option}: {text} is not between 0% and 100%")
         return int(total_nbytes * percent / 100)
-    return _parse(text, _BYTES, "--max-memory", "such as 2GiB, 512MB or 50%")
+    return _parse(text, _BYTES, option, "such as 2GiB, 512MB or 50%")
 
 
 def shard_nbytes(text: str | int, itemsize: int) -> int:

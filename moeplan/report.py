@@ -50,6 +50,8 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
         },
         "router": {
             "gate_mode": config.gate_mode,
+            "device": merge_plan.device.name,
+            "device_budget_nbytes": merge_plan.device.budget_nbytes,
             "kernels": dict(Counter(step.kernel for step in plan.steps if isinstance(step, KernelStep))),
             "evaluations": _evaluations(plan),
         },
@@ -307,6 +309,8 @@ def _router(router: dict[str, Any]) -> list[str]:
     if not of_layers:
         return [mode, *lines]
     lines.insert(0, f"{mode}: the prompts run through {_count(len(of_layers), 'layer')} of the base, one at a time")
+    if budget := router["device_budget_nbytes"]:
+        lines.insert(1, f"(on {router['device']}, of whose memory {decimal(budget)} may be taken)")
     streamed = [of_layer for of_layer in of_layers.values() if any(each["times"] for each in of_layer)]
     resident = [of_layer for of_layer in of_layers.values() if of_layer not in streamed]
     if resident:

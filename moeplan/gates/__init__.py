@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from moeplan.gates.device import CPU, Device
+
 if TYPE_CHECKING:
     from executor.engine import Kernel
     from moeplan.architectures.dense import DenseModel
@@ -36,9 +38,10 @@ class GateRequest:
     """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
 
     A `shared` expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
-    quantised, else 0. With `trust_remote_code` code that the base brings with it is run. `ridge` and `gate_tokens` are
-    the config's. `models` are those of the rows, for modes that draw text from them. `averaged` has the weights that
-    the merged model has in the place of the base's, by their names: with those the base is evaluated.
+    quantised, else 0; `device` is where that is done. With `trust_remote_code` code that the base brings with it is
+    run. `ridge` and `gate_tokens` are the config's. `models` are those of the rows, for modes that draw text from them.
+    `averaged` has the weights that the merged model has in the place of the base's, by their names: with those the base
+    is evaluated.
 
     For `moeplan routes`: the passages of the files `texts` are evaluated beside the prompts, and routers are made
     `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
@@ -53,6 +56,7 @@ class GateRequest:
     gate_tokens: int = 4096
     seed: int = 0
     bits: int = 0
+    device: Device = CPU
     trust_remote_code: bool = False
     averaged: Mapping[str, Expr] = field(default_factory=dict)
     texts: tuple[str, ...] = ()

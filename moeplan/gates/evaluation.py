@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -25,9 +26,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from executor.errors import RunError
 from moeplan.architectures.attention import rope_switch
 from moeplan.architectures.dense import DenseModel
 from moeplan.gates import GateRequest
+from moeplan.gates.device import BLOCKS, LIBRARIES_NBYTES
 from moeplan.gates.layers import (
     layer_weights,
     matrix_block_nbytes,
@@ -153,6 +156,8 @@ class Evaluation:
         }
         most_tokens = max(len(group) * max(group) for group in self._groups)
         block = max(matrix_block_nbytes(matrix, most_tokens) for matrix in matrices.values())
+        vectors = sum(4 * tensor.numel for tensor in tensors.values())
+        self.request.device.check(self._workspace_nbytes + BLOCKS * block + vectors + LIBRARIES_NBYTES)
         return Opaque(
             kernel,
             json.dumps(params),
@@ -167,7 +172,8 @@ class Evaluation:
 
     @cached_property
     def _model(self) -> dict[str, Any]:
-        return model_params(self.request.base, self.request.trust_remote_code)
+        params, device = model_params(self.request.base, self.request.trust_remote_code), self.request.device
+        return params | ({"device": device.name} if device.is_gpu else {})
 
     @cached_property
     def _groups(self) -> list[list[int]]:
@@ -259,18 +265,30 @@ def _evaluate(
     """
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), _within_memory_of(skeleton.device):
         begin = 0
         for group in groups:
             size = sum(group)
-            prompts = torch.split(stream[begin : begin + size], list(group))
+            prompts = torch.split(stream[begin : begin + size].to(skeleton.device), list(group))
             padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
             with skeleton.padding.of(group):
                 result = function(padded)
-            torch.cat(
-                [row[:length] for row, length in zip(result, group, strict=True)], out=output[begin : begin + size]
-            )
+            rows = [row[:length].cpu() for row, length in zip(result, group, strict=True)]
+            torch.cat(rows, out=output[begin : begin + size])
             begin += size
+
+
+@contextmanager
+def _within_memory_of(device: torch.device) -> Iterator[None]:
+    """Raises RunError where what is done within takes more of a GPU's memory than there is, or than may be taken."""
+    from torch import OutOfMemoryError
+
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise RunError(
+            f"{device}: its memory, or what --max-device-memory leaves of it, is used up; give more, or --device cpu"
+        ) from error
 
 
 def _groups(lengths: Sequence[int], most_tokens: int, switch: int | None) -> list[list[int]]:

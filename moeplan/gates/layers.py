@@ -82,7 +82,7 @@ def own_model_class(config: Mapping[str, Any]) -> str | None:
 
 
 def skeleton_of(params: Mapping[str, Any]) -> Skeleton:
-    """The skeleton of the model that `model_params` names."""
+    """The skeleton of the model that `model_params` names, on the CPU if these name no device."""
     from moeplan.gates.skeleton import skeleton
 
-    return skeleton(params["model"], params["config"], params.get("own_code", False))
+    return skeleton(params["model"], params["config"], params.get("own_code", False), params.get("device", "cpu"))

@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Semaphore
 
 import torch
 from torch import nn
 
 from executor.weights import Matrix, Weights
+from moeplan.gates.device import BLOCKS
 from moeplan.gates.layers import block_rows
+
+_ON_GPU = Semaphore(BLOCKS)
 
 
 @dataclass
 class Padding:
-    """Which rows of what linear layers are given are `tokens`, by their numbers; None: all. The others are padding, for
-    which nothing is computed."""
+    """Which rows of what linear layers are given are `tokens`, by their numbers (on `device`); None: all. The others
+    are padding, for which nothing is computed."""
 
+    device: torch.device
     tokens: torch.Tensor | None = None
 
     @contextmanager
@@ -30,7 +35,7 @@ class Padding:
         width = max(lengths)
         if min(lengths) < width:
             places = [number * width + token for number, length in enumerate(lengths) for token in range(length)]
-            self.tokens = torch.tensor(places)
+            self.tokens = torch.tensor(places, device=self.device)
         try:
             yield
         finally:
@@ -63,23 +68,40 @@ class BlockedLinear(nn.Module):
         matrix, weights = self._served
         tokens, rows = self._padding.tokens, x.reshape(-1, self.in_features)
         given = rows if tokens is None else rows[tokens]
-        result = given.new_empty(len(given), self.out_features)
+        result = rows.new_empty(len(rows), self.out_features)
 
         def multiply(begin: int, block: torch.Tensor) -> None:
-            with torch.inference_mode():  # which holds for one thread
-                result[:, begin : begin + len(block)] = _product(given, block)
+            with torch.inference_mode(), _on(given.device, block) as there:  # which holds for one thread
+                product, columns = _product(given, there), result[:, begin : begin + len(block)]
+                if tokens is None:
+                    columns.copy_(product)
+                else:
+                    columns.zero_().index_copy_(0, tokens, product)
 
         weights.for_each_block(matrix, block_rows(self.in_features), multiply)
         if self.bias is not None:
             result.add_(self.bias)
-        if tokens is not None:
-            result = rows.new_zeros(len(rows), self.out_features).index_copy_(0, tokens, result)
         return result.view(*x.shape[:-1], self.out_features)
 
 
+@contextmanager
+def _on(device: torch.device, block: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`block`, of the host's memory, on `device`, within: to a GPU through pinned memory, which torch has ready.
+
+    What is done with it there is finished afterwards, so no more than `BLOCKS` wait there, nor in pinned memory.
+    """
+    if device.type == "cpu":
+        yield block
+        return
+    with _ON_GPU:
+        yield block.pin_memory().to(device, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+
+
 def _product(x: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """`x` · `block`ᵀ, in float32. By oneDNN where torch has it: on AMD twice as fast as MKL, which torch would use."""
-    if torch.backends.mkldnn.is_available():
+    """`x` · `block`ᵀ, in float32. On the CPU by oneDNN where torch has it: on AMD twice as fast as MKL,
+    which torch would use."""
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, block, None, "none", [None], "")
         return product
     return x @ block.T

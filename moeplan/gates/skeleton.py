@@ -119,15 +119,17 @@ class ServedLayer:
 class Skeleton:
     """A model's decoder without weights.
 
-    With `own_code` it is made by the code that the model brings with it, which is run.
+    With `own_code` it is made by the code that the model brings with it, which is run. What it is given and what it
+    gives is on `device`; the matrices that it is served are not.
     """
 
-    def __init__(self, path: str, own_code: bool) -> None:
+    def __init__(self, path: str, own_code: bool, device: str) -> None:
+        self.device = torch.device(device)
         try:
             with torch.device("meta"):
                 self._model = _own_model(path) if own_code else _model(Path(path))
             self._model.eval()
-            _make_position_embeddings(self._model)
+            _make_position_embeddings(self._model, self.device)
         except Exception as error:  # whatever transformers may raise at the settings of strangers
             raise CheckpointError(
                 f"{path}/{CONFIG}: transformers cannot make this model: {type(error).__name__}: {show(str(error))}"
@@ -136,7 +138,7 @@ class Skeleton:
         self.layers = list(cast(nn.ModuleList, self._model.layers))
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._norm, self._model.norm = cast(nn.Module, self._model.norm), nn.Identity()
-        self.padding = Padding()
+        self.padding = Padding(self.device)
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         self._head = BlockedLinear(head, self.padding)
         self._logits_scale = 1 / getattr(config, "logits_scaling", 1.0)
@@ -196,7 +198,7 @@ class Skeleton:
         with ExitStack() as served:
             for name, matrix in matrices.items():
                 served.enter_context(linears[name].serving(matrix, weights))
-            yield ServedLayer(self, index, {name: tensor.float() for name, tensor in tensors.items()})
+            yield ServedLayer(self, index, {name: tensor.to(self.device).float() for name, tensor in tensors.items()})
 
     def _run(self, embeddings: torch.Tensor, **settings: Any) -> _Notes:
         """The model's forward pass on embeddings `[batch, tokens, hidden]`, with layers that take notes."""
@@ -223,11 +225,11 @@ def _own_model(path: str) -> PreTrainedModel:
     return model
 
 
-def _make_position_embeddings(model: PreTrainedModel) -> None:
+def _make_position_embeddings(model: PreTrainedModel, device: torch.device) -> None:
     """They are computed when built, so on the meta device they are not there. Raises ValueError for other buffers."""
     for name, module in list(model.named_children()):
         if module is not model.layers and any(buffer.is_meta for buffer in module.buffers()):
-            setattr(model, name, type(module)(config=model.config))
+            setattr(model, name, type(module)(config=model.config).to(device))
     missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if missing:
         raise ValueError(f"it computes {missing[0]} when it is built, where moeplan has no weights")
@@ -260,9 +262,9 @@ def _in_one_thread(mlp: nn.Module) -> None:
 
 
 @lru_cache(maxsize=1)
-def skeleton(path: str, config_sha256: str, own_code: bool) -> Skeleton:
-    """The skeleton of the model in directory `path`, with that config, by its own code or transformers'.
+def skeleton(path: str, config_sha256: str, own_code: bool, device: str) -> Skeleton:
+    """The skeleton of the model in directory `path`, with that config, by its own code or transformers', on `device`.
 
     The last one is kept.
     """
-    return Skeleton(path, own_code)
+    return Skeleton(path, own_code, device)

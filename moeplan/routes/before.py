@@ -55,6 +55,7 @@ def routes_before(
     plan = compile_within(memory_cap(options.max_memory, modules), graph, SHARD_NBYTES, options.threads)
     if on_start is not None:
         on_start(plan.written_nbytes)
+    request.device.keep_to_budget()
     with TemporaryDirectory(prefix="moeplan-routes-") as directory:
         run(
             plan,

@@ -26,6 +26,8 @@ UNNEEDED = [spelling for spelling, flag in BY_SPELLING.items() if flag.fate is F
 def as_typed(spelling: str) -> list[str]:
     """The flag, and a value if it takes one."""
     takes = mergekit_options.OPTIONS[spelling]
+    if spelling == "--device":
+        return [spelling, "auto"]
     return [spelling, VALUES[takes]] if takes in VALUES else [spelling]
 
 

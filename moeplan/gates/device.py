@@ -1,0 +1,90 @@
+"""Where the base is evaluated: on the CPU, or on a GPU, whose free memory is a budget of its own.
+
+Weights come from the disk to the host's memory in any case, a block at a time, within the host's budget. A GPU holds
+two blocks of them, the prompts' activations, and the vectors of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from moeplan.options import OptionError, memory_nbytes
+
+MIB = 1 << 20
+
+BLOCKS = 2
+"""How many blocks of weights are on a GPU at a time: one is multiplied while the next one comes."""
+
+LIBRARIES_NBYTES = 256 * MIB
+"""What is left beside that for cuBLAS, which has a workspace for each thread, and for what torch's allocator rounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device, as torch names it: `cpu`, or `cuda:N`; of a GPU also how much of its memory may be taken."""
+
+    name: str = "cpu"
+    budget_nbytes: int = 0
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+    def check(self, needed_nbytes: int) -> None:
+        """Raises OptionError where the budget is less than what it takes."""
+        if self.is_gpu and needed_nbytes > self.budget_nbytes:
+            raise OptionError(
+                f"--device {self.name}: {self.budget_nbytes // MIB} MiB of its memory may be taken, and evaluating "
+                f"the prompts takes {-(-needed_nbytes // MIB)} MiB; give --max-device-memory "
+                f"{-(-needed_nbytes // MIB)}MiB where it has that free, shorter prompts, or --device cpu"
+            )
+
+    def keep_to_budget(self) -> None:
+        """Have torch take no more of a GPU's memory than the budget; what asks for more fails."""
+        if self.is_gpu:
+            import torch
+
+            total = torch.cuda.get_device_properties(self.name).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(self.budget_nbytes / total, 1.0), self.name)
+
+
+CPU = Device()
+
+
+def find(name: str, max_memory: str | int | None) -> Device:
+    """The device that `--device` names, with the budget of `--max-device-memory`: by default what is free there.
+
+    torch is imported where it may have a GPU, and one is asked for. Raises OptionError where it has none of that name.
+    """
+    if name == "cpu":
+        return CPU
+    lacking = _lacking(name)
+    if lacking is not None:
+        if name == "auto":
+            return CPU
+        raise OptionError(f"--device {name}: {lacking}, or leave the option out, and the CPU does it")
+
+    import torch
+
+    index = int(name.partition(":")[2] or 0)
+    free, total = torch.cuda.mem_get_info(index)
+    budget = free if max_memory is None else memory_nbytes(max_memory, total, "--max-device-memory")
+    return Device(f"cuda:{index}", min(budget, free))
+
+
+def _lacking(name: str) -> str | None:
+    """Why torch cannot use the GPU `name`, and what to do about it; None where it can."""
+    installed = version("torch")
+    install = "install one for your GPU (https://pytorch.org/get-started)"
+    if installed.endswith("+cpu"):
+        return f"the installed torch {installed} is built for the CPU alone; {install}"
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"the installed torch {installed} finds no GPU; see what nvidia-smi says, {install}"
+    count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
+    if index >= count:
+        return f"torch finds {count} GPU{'s' if count > 1 else ''}, numbered from 0; name one of them"
+    return None
