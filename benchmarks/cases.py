@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from benchmarks.contenders import (
     CAP,
     COPY_CAPPED,
-    COPY_FLOOR,
     CP,
     CP_COPYING,
     HIDDEN_7B_CAPPED,
@@ -171,7 +170,7 @@ CASES: tuple[Case, ...] = (
         "the same, cold: all is read from the disk",
         CLOWN_CAR,
         (0, 1, 2, 3),
-        (WRITE_FLOOR, READ_FLOOR, COPY_FLOOR, moeplan(), CP, mergekit()),
+        (WRITE_FLOOR, READ_FLOOR, moeplan(), CP, mergekit()),
     ),
     Case(
         "checks",

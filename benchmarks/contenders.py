@@ -11,7 +11,6 @@ class Program(Enum):
 
     WRITE_FLOOR = "write as many bytes as the output has, by direct I/O"
     READ_FLOOR = "read as many bytes as the merge reads, by direct I/O"
-    COPY_FLOOR = "do both at the same time, by direct I/O"
     READ_BASE = "read the base model once, by direct I/O"
     MATMUL = "multiply the prompts by the base's matrices"
     CP = "cp"
@@ -44,10 +43,9 @@ def mergekit(gate_mode: str = "random") -> Contender:
 
 WRITE_FLOOR = Contender("write floor", Program.WRITE_FLOOR)
 READ_FLOOR = Contender("read floor", Program.READ_FLOOR)
-COPY_FLOOR = Contender("copy floor", Program.COPY_FLOOR)
 READ_BASE = Contender("read base", Program.READ_BASE)
 MATMUL = Contender("matmul", Program.MATMUL)
-LIMITS = (WRITE_FLOOR, READ_FLOOR, COPY_FLOOR, READ_BASE, MATMUL)
+LIMITS = (WRITE_FLOOR, READ_FLOOR, READ_BASE, MATMUL)
 """Those that bound the others; their names need an explanation."""
 
 CP = Contender("cp", Program.CP)

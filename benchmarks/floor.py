@@ -2,7 +2,6 @@
 
     python -I -S floor.py write NBYTES FILE    into a new, preallocated file, then fsync
     python -I -S floor.py read NBYTES FILE...  from the files in turn
-    python -I -S floor.py both NBYTES FILE NBYTES FILE...   write and read, as above, at the same time
 
 prints `{"direct": true, "nbytes": N}`; `direct` is false where the file system has no direct I/O and the same was done
 through the page cache.
@@ -12,7 +11,6 @@ import json
 import mmap
 import os
 import sys
-from threading import Thread
 
 PAGE = 4096
 BLOCK_NBYTES = 8 << 20
@@ -64,21 +62,10 @@ def read(paths: list[str], nbytes: int) -> tuple[int, bool]:
     return done, direct
 
 
-def both(to: str, to_nbytes: int, paths: list[str], nbytes: int) -> tuple[int, bool]:
-    """`write` and `read` at the same time; returns what `write` does."""
-    reading = Thread(target=read, args=(paths, nbytes))
-    reading.start()
-    written = write(to, to_nbytes)
-    reading.join()
-    return written
-
-
 def main() -> None:
     action, nbytes, *paths = sys.argv[1:]
     if action == "write":
         moved, direct = write(paths[0], int(nbytes))
-    elif action == "both":
-        moved, direct = both(paths[0], int(nbytes), paths[2:], int(paths[1]))
     else:
         moved, direct = read(paths, int(nbytes))
     print(json.dumps({"direct": direct, "nbytes": moved}))

@@ -107,11 +107,6 @@ def _read_floor(contender: Contender, task: Task, programs: Programs) -> list[st
     return _script("floor.py", "read", task.case.read_nbytes, *_weights(*task.sources))
 
 
-def _copy_floor(contender: Contender, task: Task, programs: Programs) -> list[str]:
-    out, read_nbytes = task.out(contender) / "floor.bin", task.case.read_nbytes
-    return _script("floor.py", "both", task.case.output_nbytes, out, read_nbytes, *_weights(*task.sources))
-
-
 def _read_base(contender: Contender, task: Task, programs: Programs) -> list[str]:
     return _script("floor.py", "read", task.case.models.model_nbytes, *_weights(task.sources[0]))
 
@@ -156,7 +151,6 @@ def _weights(*directories: Path) -> list[Path]:
 _COMMANDS: dict[Program, Callable[[Contender, Task, Programs], list[str]]] = {
     Program.WRITE_FLOOR: _write_floor,
     Program.READ_FLOOR: _read_floor,
-    Program.COPY_FLOOR: _copy_floor,
     Program.READ_BASE: _read_base,
     Program.MATMUL: _matmul,
     Program.CP: _cp,

@@ -138,7 +138,7 @@ class _Run:
         if contender.program is Program.CP and not self._task.reference.exists():
             return not_run("there is no output to copy, because moeplan failed")
         out = self._task.out(contender)
-        if contender.program in (Program.WRITE_FLOOR, Program.COPY_FLOOR, Program.CP):
+        if contender.program in (Program.WRITE_FLOOR, Program.CP):
             out.mkdir()
         self._set_page_cache(contender)
         before = _used_nbytes(self._task.directory)

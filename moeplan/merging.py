@@ -148,8 +148,10 @@ class Models:
             self.sources.base
         )
 
-    def gate_request(self, config: MergeConfig, options: Options, texts: tuple[str, ...] = ()) -> gates.GateRequest:
-        """What the routers are made for and of; `texts` are evaluated beside that."""
+    def gate_request(
+        self, config: MergeConfig, options: Options, device: Device, texts: tuple[str, ...] = ()
+    ) -> gates.GateRequest:
+        """What the routers are made for and of; `texts` are evaluated beside that, all on `device`."""
         shared = self.families[0].shared
         is_gated = shared is not None and shared.gate is not None
         return gates.GateRequest(
@@ -162,17 +164,11 @@ class Models:
             gate_tokens=config.gate_tokens,
             seed=options.random_seed,
             bits=options.bits,
-            device=device(config, options),
+            device=device,
             trust_remote_code=options.trust_remote_code,
             averaged=lowering.averaged(config, self.sources, self.dtype(config)),
             texts=texts,
         )
-
-
-def device(config: MergeConfig, options: Options) -> Device:
-    """Where the base is to be evaluated, if at all. Raises OptionError where that is not there."""
-    evaluates = gates.gate_mode(config.gate_mode).evaluates
-    return find(options.device, options.max_device_memory) if evaluates else CPU
 
 
 def open_models(config: MergeConfig, options: Options, *, reads_text: bool) -> Models:
@@ -212,7 +208,8 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             stacklevel=2,
         )
     mode = gates.gate_mode(config.gate_mode)
-    request = models.gate_request(config, options)
+    device = find(options.device, options.max_device_memory) if mode.evaluates else CPU
+    request = models.gate_request(config, options, device)
     with naming_prompts(config):
         routers = mode.routers(request)
     graph = Lowering(
@@ -238,7 +235,7 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         sources=sources,
         merged=merged,
         dtype=dtype,
-        device=request.device,
+        device=device,
         model_config=model_config(
             family,
             sources.base,
@@ -296,19 +293,19 @@ def merge(
             result, facts = finished(merge_plan.plan), None
         else:
             _check_space(merge_plan, directory)
-            merge_plan.device.keep_to_budget()
-            result = run(
-                merge_plan.plan,
-                stage.directory,
-                mode.kernels,
-                after(fetched_nbytes, on_progress),
-                journal=stage.journal,
-                share_extents=not options.clone_tensors,
-                check_sources=options.check_sources,
-                headers=merge_plan.hub.headers,
-                threads=options.threads,
-                imports=modules,
-            )
+            with merge_plan.device.within_budget():
+                result = run(
+                    merge_plan.plan,
+                    stage.directory,
+                    mode.kernels,
+                    after(fetched_nbytes, on_progress),
+                    journal=stage.journal,
+                    share_extents=not options.clone_tensors,
+                    check_sources=options.check_sources,
+                    headers=merge_plan.hub.headers,
+                    threads=options.threads,
+                    imports=modules,
+                )
             facts = _router_facts(merge_plan, stage.directory)
             _warn_degenerate(merge_plan, facts)
             _write_beside(merge_plan, made_from, result, stage.directory)

@@ -1,11 +1,13 @@
 """Where the base is evaluated: on the CPU, or on a GPU, whose free memory is a budget of its own.
 
 Weights come from the disk to the host's memory in any case, a block at a time, within the host's budget. A GPU holds
-two blocks of them, the prompts' activations, and the vectors of one layer.
+two blocks of them and what they give, the prompts' activations, and the vectors of one layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -17,7 +19,8 @@ BLOCKS = 2
 """How many blocks of weights are on a GPU at a time: one is multiplied while the next one comes."""
 
 LIBRARIES_NBYTES = 256 * MIB
-"""What is left beside that for cuBLAS, which has a workspace for each thread, and for what torch's allocator rounds."""
+"""What is left beside that for cuBLAS, which has a workspace for each thread (32 MiB on an H100; there are three), and
+for what torch's allocator rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,23 @@ class Device:
                 f"{-(-needed_nbytes // MIB)}MiB where it has that free, shorter prompts, or --device cpu"
             )
 
-    def keep_to_budget(self) -> None:
-        """Have torch take no more of a GPU's memory than the budget; what asks for more fails."""
-        if self.is_gpu:
-            import torch
+    @contextmanager
+    def within_budget(self) -> Iterator[None]:
+        """Within, torch takes no more of a GPU's memory than the budget, beside what it has; what asks for more
+        fails."""
+        if not self.is_gpu:
+            yield
+            return
 
-            total = torch.cuda.get_device_properties(self.name).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(self.budget_nbytes / total, 1.0), self.name)
+        import torch
+
+        most = torch.cuda.memory_reserved(self.name) + self.budget_nbytes
+        total = torch.cuda.get_device_properties(self.name).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), self.name)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.name)
 
 
 CPU = Device()
@@ -68,7 +81,13 @@ def find(name: str, max_memory: str | int | None) -> Device:
     import torch
 
     index = int(name.partition(":")[2] or 0)
-    free, total = torch.cuda.mem_get_info(index)
+    try:
+        one = torch.ones(1, 1, device=f"cuda:{index}")
+        torch.mm(one, one)  # what CUDA's libraries take of either memory is taken now, where it is counted
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(f"--device {name}: it cannot be used: {reason}; see what nvidia-smi says") from error
     budget = free if max_memory is None else memory_nbytes(max_memory, total, "--max-device-memory")
     return Device(f"cuda:{index}", min(budget, free))
 

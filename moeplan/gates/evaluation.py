@@ -157,7 +157,8 @@ class Evaluation:
         most_tokens = max(len(group) * max(group) for group in self._groups)
         block = max(matrix_block_nbytes(matrix, most_tokens) for matrix in matrices.values())
         vectors = sum(4 * tensor.numel for tensor in tensors.values())
-        self.request.device.check(self._workspace_nbytes + BLOCKS * block + vectors + LIBRARIES_NBYTES)
+        scores = _gpu_scores_nbytes(base, self._groups)
+        self.request.device.check(self._workspace_nbytes + scores + BLOCKS * block + vectors + LIBRARIES_NBYTES)
         return Opaque(
             kernel,
             json.dumps(params),
@@ -219,7 +220,8 @@ def embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, wei
         output[begin : begin + len(tokens)] = weights.gather(weights.matrices[0], tokens)
         begin += len(tokens)
     skeleton = skeleton_of(params)
-    _evaluate(skeleton, skeleton.entering, params["groups"], output, output)
+    with _within_memory_of(skeleton.device):
+        _evaluate(skeleton, skeleton.entering, params["groups"], output, output)
 
 
 def decoder_layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
@@ -246,7 +248,8 @@ def _evaluate_layer(
 
         matrices = {name: quantise(matrix, weights, bits) for name, matrix in matrices.items()}
     skeleton = skeleton_of(params)
-    with skeleton.layer(params["layer"], tensors, matrices, weights) as layer:
+    served = skeleton.layer(params["layer"], tensors, matrices, weights)
+    with _within_memory_of(skeleton.device), served as layer:
         _evaluate(skeleton, function(layer), params["groups"], stream, output)
 
 
@@ -265,7 +268,7 @@ def _evaluate(
     """
     import torch
 
-    with torch.inference_mode(), _within_memory_of(skeleton.device):
+    with torch.inference_mode():
         begin = 0
         for group in groups:
             size = sum(group)
@@ -273,7 +276,7 @@ def _evaluate(
             padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
             with skeleton.padding.of(group):
                 result = function(padded)
-            rows = [row[:length].cpu() for row, length in zip(result, group, strict=True)]
+            rows = [row[:length] for row, length in zip(result.cpu(), group, strict=True)]
             torch.cat(rows, out=output[begin : begin + size])
             begin += size
 
@@ -281,7 +284,7 @@ def _evaluate(
 @contextmanager
 def _within_memory_of(device: torch.device) -> Iterator[None]:
     """Raises RunError where what is done within takes more of a GPU's memory than there is, or than may be taken."""
-    from torch import OutOfMemoryError
+    from torch.cuda import OutOfMemoryError
 
     try:
         yield
@@ -307,6 +310,14 @@ def _workspace_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
     """The most memory that a layer's evaluation takes beside its weights and the residual stream."""
     windows = [window for window in base.windows() if window is not None]
     return max(len(group) * (max(group) * token_nbytes(base) + _mask_nbytes(max(group), windows)) for group in groups)
+
+
+def _gpu_scores_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
+    """What a GPU takes beside that where heads share keys and values: torch's kernels that hold no scores are not for
+    those in float32, so it holds them all, three times over (`sdp_utils.cpp`)."""
+    if base.sizes["num_key_value_heads"] == base.sizes["num_attention_heads"]:
+        return 0
+    return max(3 * 4 * base.sizes["num_attention_heads"] * len(group) * max(group) ** 2 for group in groups)
 
 
 def _mask_nbytes(length: int, windows: Sequence[int]) -> int:

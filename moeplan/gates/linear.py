@@ -6,10 +6,10 @@ difference whether it lies in memory or in a file, and how many blocks are under
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Semaphore
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from executor.weights import Matrix, Weights
 from moeplan.gates.device import BLOCKS
 from moeplan.gates.layers import block_rows
 
-_ON_GPU = Semaphore(BLOCKS)
+_GPU_WORKERS = ThreadPoolExecutor(BLOCKS, thread_name_prefix="GPU")
+"""They give work to a GPU. Those that read blocks are more, and cuBLAS takes memory for each thread that uses it."""
 
 
 @dataclass
@@ -71,31 +72,29 @@ class BlockedLinear(nn.Module):
         result = rows.new_empty(len(rows), self.out_features)
 
         def multiply(begin: int, block: torch.Tensor) -> None:
-            with torch.inference_mode(), _on(given.device, block) as there:  # which holds for one thread
-                product, columns = _product(given, there), result[:, begin : begin + len(block)]
+            with torch.inference_mode():  # which holds for one thread
+                product, columns = _product(given, block), result[:, begin : begin + len(block)]
                 if tokens is None:
                     columns.copy_(product)
                 else:
                     columns.zero_().index_copy_(0, tokens, product)
 
-        weights.for_each_block(matrix, block_rows(self.in_features), multiply)
+        work = multiply if given.device.type == "cpu" else _on_gpu(given.device, multiply)
+        weights.for_each_block(matrix, block_rows(self.in_features), work)
         if self.bias is not None:
             result.add_(self.bias)
         return result.view(*x.shape[:-1], self.out_features)
 
 
-@contextmanager
-def _on(device: torch.device, block: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`block`, of the host's memory, on `device`, within: to a GPU through pinned memory, which torch has ready.
+def _on_gpu(device: torch.device, work: Callable[[int, torch.Tensor], None]) -> Callable[[int, torch.Tensor], None]:
+    """`work`, given its blocks on `device`: they come through pinned memory, which torch has ready. No more than
+    `BLOCKS` are there at a time: `work` is finished there when it returns here."""
 
-    What is done with it there is finished afterwards, so no more than `BLOCKS` wait there, nor in pinned memory.
-    """
-    if device.type == "cpu":
-        yield block
-        return
-    with _ON_GPU:
-        yield block.pin_memory().to(device, non_blocking=True)
+    def run(begin: int, block: torch.Tensor) -> None:
+        work(begin, block.pin_memory().to(device, non_blocking=True))
         torch.cuda.current_stream(device).synchronize()
+
+    return lambda begin, block: _GPU_WORKERS.submit(run, begin, block).result()
 
 
 def _product(x: torch.Tensor, block: torch.Tensor) -> torch.Tensor:

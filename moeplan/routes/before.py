@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moeplan import gates
 from moeplan.config import MergeConfig
+from moeplan.gates.device import find
 from moeplan.gates.evaluation import IMPORTS
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
 from moeplan.memory import memory_cap
@@ -44,7 +45,8 @@ def routes_before(
 
     models = open_models(config, options, reads_text=True)
     mode = gates.gate_mode(config.gate_mode)
-    request = models.gate_request(config, options, texts=tuple(files))
+    device = find(options.device, options.max_device_memory)
+    request = models.gate_request(config, options, device, texts=tuple(files))
     with naming_prompts(config):
         found = scored(request, mode)
     graph = TensorGraph()
@@ -55,8 +57,7 @@ def routes_before(
     plan = compile_within(memory_cap(options.max_memory, modules), graph, SHARD_NBYTES, options.threads)
     if on_start is not None:
         on_start(plan.written_nbytes)
-    request.device.keep_to_budget()
-    with TemporaryDirectory(prefix="moeplan-routes-") as directory:
+    with TemporaryDirectory(prefix="moeplan-routes-") as directory, device.within_budget():
         run(
             plan,
             Path(directory),

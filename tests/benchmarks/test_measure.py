@@ -113,16 +113,6 @@ def test_the_floor_moves_as_many_bytes_as_asked_for_in_whole_pages(tmp_path: Pat
     assert floor.read(names, 3 * MIB)[0] == 3 * MIB
 
 
-def test_the_floor_of_a_copy_reads_while_it_writes(run, tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(bytes(3 * MIB))
-    page_cache.evict([tmp_path / "source"])
-    script = [sys.executable, "-I", "-S", floor.__file__, "both", 2 * MIB, tmp_path / "out", MIB, tmp_path / "source"]
-    measured = run(*script)
-    assert (tmp_path / "out").stat().st_size == 2 * MIB
-    assert measured.read_nbytes >= MIB
-    assert measured.written_nbytes >= 2 * MIB
-
-
 def test_the_floor_says_where_there_is_no_direct_io(ramfs: Path) -> None:
     assert floor.write(str(ramfs / "x"), MIB) == (MIB, False)
     assert floor.read([str(ramfs / "x")], MIB) == (MIB, False)

@@ -11,8 +11,7 @@ from models import read_tensors
 from executor.errors import RunError
 from moeplan import Options, merging
 from moeplan.gates.device import CPU, MIB, Device
-from moeplan.gates.evaluation import _evaluate
-from moeplan.gates.skeleton import Skeleton
+from moeplan.gates.evaluation import _within_memory_of
 from moeplan.options import OptionError
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
@@ -90,15 +89,16 @@ def test_a_gpu_s_name_is_part_of_the_plan_and_its_free_memory_is_not(experts, pl
     assert one.plan.fingerprint == other.plan.fingerprint != cpu.plan.fingerprint
 
 
-def test_a_gpu_without_memory_left_ends_the_run_with_a_message(checkpoint):
-    skeleton = Skeleton(str(checkpoint("llama-plain")), own_code=False, device="cpu")
-    stream = torch.zeros(3, skeleton.layers[0].hidden_size)
+def test_a_gpu_without_memory_left_ends_the_run_with_a_message():
+    message = "cuda:1: its memory, or what --max-device-memory leaves of it, is used up"
+    with pytest.raises(RunError, match=message), _within_memory_of(torch.device("cuda:1")):
+        raise torch.cuda.OutOfMemoryError
 
-    def without_memory(_):
-        raise torch.OutOfMemoryError
 
-    with pytest.raises(RunError, match="cpu: its memory, or what --max-device-memory leaves of it, is used up"):
-        _evaluate(skeleton, without_memory, [[3]], stream, stream)
+@CPU_BUILD
+def test_routes_evaluate_the_base_in_every_mode_so_a_gpu_is_looked_for(config):
+    config.write_text(config.read_text().replace('"hidden"', '"random"'))
+    assert moeplan("routes", config, "--cuda").error.startswith("--device cuda: the installed torch ")
 
 
 @GPU
@@ -111,6 +111,7 @@ def test_a_gpu_makes_the_routers_that_the_cpu_makes(experts, merge, mode, bits):
         for device in ("cuda", "cpu")
     )
     routers = [name for name in here if name.endswith("block_sparse_moe.gate.weight")]
+    assert routers
     for name in routers:
         assert torch.cosine_similarity(there[name], here[name], dim=-1).min() >= 0.9999
 
@@ -118,6 +119,7 @@ def test_a_gpu_makes_the_routers_that_the_cpu_makes(experts, merge, mode, bits):
 @GPU
 def test_torch_takes_no_more_of_a_gpu_than_it_may(experts, merge):
     most = 512 * MIB
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     merge(experts[0]["source_model"], experts, gate_mode="hidden", device="auto", max_device_memory=most)
     assert 0 < torch.cuda.max_memory_reserved() <= most

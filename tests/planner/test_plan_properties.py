@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+import networkx as nx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from planner.expr import (
     scale,
     stack,
 )
-from planner.graph import TensorGraph
+from planner.graph import TensorGraph, walk
 from planner.layout import PAGE
 from planner.plan import (
     BufferRoot,
@@ -154,6 +155,18 @@ def test_header_and_writes_tile_every_shard_exactly(graph: TensorGraph, budget: 
             assert begin == end
             end = stop
         assert end == shard.nbytes
+
+
+@given(graphs())
+def test_expressions_are_walked_once_each_after_what_they_are_made_of_as_networkx_sees_the_graph(
+    graph: TensorGraph,
+) -> None:
+    drawing, order = graph.to_networkx(), list(walk(graph.outputs))
+    assert nx.is_directed_acyclic_graph(drawing)
+    assert {*order, *graph.outputs} == set(drawing)
+    assert len(order) == len(set(order))
+    place = {expr: number for number, expr in enumerate(order)}
+    assert all(place[part] < place[whole] for part, whole in drawing.edges if isinstance(whole, Expr))
 
 
 @given(graphs(), budgets, shard_sizes)
