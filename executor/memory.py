@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-LARGE_NBYTES = 8 << 20
+LARGE_NBYTES = 4 << 20
 """What is a large allocation. Each new one is cleared by the system, page by page: below this the heap is faster."""
 
 

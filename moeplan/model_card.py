@@ -36,8 +36,9 @@ TAGS = ("moe", "frankenmoe", "merge", "moeplan")
 MAX_NBYTES = 64 << 10
 """Of a source's card: more than the metadata of any honest one."""
 
-# A repository's name, by the Hub's rules: at most 96 characters, no two dashes or dots in a row, neither at an end.
-_HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?", re.ASCII)
+# A repository's name, by the Hub's rules: at most 96 characters, no two dashes or dots in a row, neither at an end of
+# either part, and no ending of git's own.
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 _CACHED = re.compile(r"models--(?P<organisation>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
 
 _METADATA = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)

@@ -233,6 +233,8 @@ def test_a_card_that_is_no_file_of_the_model_is_not_read(tmp_path):
         ("a/b--c", None),
         ("a/b..c", None),
         ("a/b.", None),
+        ("a./b", None),
+        ("a/b.git", None),
         ("a/" + "b" * 95, None),
         ("ä/b", None),
         ("a/b c", None),
