@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
+from time import sleep
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_secret"
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model")
 WHOLE_DIGEST_NBYTES = 4 << 20
+SETTLED_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,16 @@ class Hub:
             self.moved[name] += nbytes
 
     def weights_moved(self) -> int:
-        return sum(nbytes for name, nbytes in self.moved.items() if name.endswith((".safetensors", ".bin")))
+        """Bytes of weights sent, once that rests: what a reader that gave up had asked for is still being answered."""
+        before = None
+        while before != (moved := self._weights_moved(), len(self.requests)):
+            before = moved, len(self.requests)
+            sleep(SETTLED_SECONDS)
+        return moved
+
+    def _weights_moved(self) -> int:
+        with self._lock:
+            return sum(nbytes for name, nbytes in self.moved.items() if name.endswith((".safetensors", ".bin")))
 
 
 class _Handler(BaseHTTPRequestHandler):
