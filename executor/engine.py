@@ -131,12 +131,14 @@ def run(
     allow_open_files(2 * len(plan.sources) + 2 * len(plan.shards))
     if any(isinstance(step, KernelStep) and step.workspace_nbytes for step in plan.steps):
         give_back_what_is_freed()
+    torch_threads = TorchThreads(plan, threads, imports)
     with (
         _switching_every(SWITCH_SECONDS),
         closing(SourceReader(plan.sources, headers)) as reader,
         closing(_shards(directory, plan, journal)) as writer,
         ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,
+        ThreadPoolExecutor(_most_workers(plan), initializer=torch_threads.use_one) as kernel_workers,
     ):
         routes = route(plan, reader, writer, directory if share_extents else None)
         work = remaining(plan, routes, journal)
@@ -146,9 +148,10 @@ def run(
             reader,
             writer,
             workers,
+            kernel_workers,
             syncer,
             journal,
-            TorchThreads(plan, threads, imports),
+            torch_threads,
             kernels or {},
             on_progress,
             check_sources,
@@ -219,6 +222,11 @@ def finished(plan: Plan) -> RunResult:
     )
 
 
+def _most_workers(plan: Plan) -> int:
+    """How many workers the plan's kernels use at most; at least one, since there are no pools of none."""
+    return max([1, *(step.workers for step in plan.steps if isinstance(step, KernelStep))])
+
+
 class _StoppedError(Exception):
     """Another part of the run failed."""
 
@@ -233,6 +241,7 @@ class _Run:
         reader: SourceReader,
         writer: ShardWriter,
         workers: ThreadPoolExecutor,
+        kernel_workers: ThreadPoolExecutor,
         syncer: ThreadPoolExecutor,
         journal: Journal,
         torch_threads: TorchThreads,
@@ -246,6 +255,7 @@ class _Run:
         self._reader = reader
         self._writer = writer
         self._workers = workers
+        self._kernel_workers = kernel_workers
         self._syncer = syncer
         self._journal = journal
         self._kernels = kernels
@@ -458,8 +468,7 @@ class _Run:
         self._check_forecast(forecast, step.workers * step.block_nbytes)
         kernel, params = self._kernels[step.kernel], json.loads(step.params)
         if step.block_nbytes:
-            with closing(self._weights(step)) as weights:
-                kernel(params, inputs, output, weights)
+            kernel(params, inputs, output, self._weights(step))
         else:
             kernel(params, inputs, output)
         if result in self._work.result_keys:
@@ -468,10 +477,10 @@ class _Run:
     def _weights(self, step: KernelStep) -> Weights:
         return Weights(
             [self._matrix(view) for view in step.weights],
-            workers=step.workers,
+            workers=self._kernel_workers,
+            blocks=step.workers,
             threads=self._torch.count,
             block_nbytes=step.block_nbytes,
-            prepare=self._torch.use_one,
             check=self._check_stopping,
         )
 

@@ -12,6 +12,9 @@ import psutil
 LARGE_NBYTES = 4 << 20
 """What is a large allocation. Each new one is cleared by the system, page by page: below this the heap is faster."""
 
+KEPT_NBYTES = 16 << 20
+"""What the heap may keep at its end. With less, layer after layer has its activations cleared by the system again."""
+
 
 def resident_nbytes() -> int:
     """Bytes resident now."""
@@ -36,8 +39,10 @@ def give_back_what_is_freed() -> None:
     """Have the heap return large allocations to the system when they are freed. Only glibc's does otherwise.
 
     By itself it learns to keep what is often freed, up to 32 MiB a piece, and activations, of many sizes, tear holes
-    into what it keeps: then a model of more layers takes more memory. See mallopt(3), M_MMAP_THRESHOLD.
+    into what it keeps: then a model of more layers takes more memory. See mallopt(3), M_MMAP_THRESHOLD and
+    M_TRIM_THRESHOLD.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-3, LARGE_NBYTES)
+        mallopt(-1, KEPT_NBYTES)

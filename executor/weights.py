@@ -1,9 +1,9 @@
 """A kernel's weights: matrices that it takes a block of rows at a time, whether they are whole in memory or in files.
 
-Blocks are independent of each other. A few workers take them in order, with memory of their own each, and read them,
-turn them into float32 and compute; so reading and computing overlap without a queue. Each computes in one thread, and
-always from the same place in a page, so what comes out of a block depends on its contents alone: not on the number of
-workers, nor on where the weights are.
+Blocks are independent of each other. A few workers, which serve all kernels of a run, take them in order, with memory
+of their own each, and read them, turn them into float32 and compute; so reading and computing overlap without a queue.
+Each computes in one thread, and always from the same place in a page, so what comes out of a block depends on its
+contents alone: not on the number of workers, nor on where the weights are.
 
     memory   ├─ rows in float32 ─┤├─ rows as read ─┤
 
@@ -14,7 +14,7 @@ several matrices, their rows are read there one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol
@@ -125,16 +125,16 @@ class Weights:
         self,
         matrices: Sequence[Matrix],
         *,
-        workers: int,
+        workers: Executor,
+        blocks: int,
         threads: int,
         block_nbytes: int,
-        prepare: Callable[[], None],
         check: Callable[[], None],
     ) -> None:
-        """`prepare` is called once in each worker, `check` before each block; what it raises ends the work."""
+        """Up to `blocks` are under way at a time. `check` is called before each; what it raises ends the work."""
         self.matrices = matrices
-        self._workers = ThreadPoolExecutor(workers, initializer=prepare)
-        self._memory = SlabPool(workers, block_nbytes)
+        self._workers = workers
+        self._memory = SlabPool(blocks, block_nbytes)
         self._computing = Semaphore(threads)
         self._check = check
 
@@ -152,6 +152,7 @@ class Weights:
         finally:
             for block in under_way:
                 block.cancel()
+            wait(under_way)
 
     def _run(self, matrix: Matrix, begin: int, end: int, work: Callable[[int, torch.Tensor], None]) -> None:
         self._check()
@@ -177,6 +178,3 @@ class Weights:
         finally:
             self._memory.give_back(memory)
         return gathered
-
-    def close(self) -> None:
-        self._workers.shutdown(wait=True, cancel_futures=True)
