@@ -46,27 +46,56 @@ class SlabPool:
 
 
 class WholeTensors:
-    """The buffers that hold whole tensors while a kernel needs them. Safe to use from several threads."""
+    """The buffers that hold whole tensors while a kernel needs them. Safe to use from several threads.
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    What is freed is kept for the next tensor of its size, since the system clears all memory that it hands out; but
+    only while that and the tensors that there are take no more than `keep_within_nbytes`.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], keep_within_nbytes: int = 0) -> None:
         self._sizes = sizes
+        self._keep_within_nbytes = keep_within_nbytes
         self._lock = Lock()
         self._alive: dict[int, memoryview] = {}
+        self._kept: list[memoryview] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
+        """Bytes of the tensors that there are."""
         with self._lock:
-            return sum(self._sizes[buffer] for buffer in self._alive)
+            return _nbytes(self._alive.values())
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes that are kept beside them."""
+        with self._lock:
+            return _nbytes(self._kept)
 
     def get(self, buffer: int) -> memoryview:
-        """The memory of `buffer`, allocated when first asked for."""
+        """The memory of `buffer`, allocated when first asked for, with anything in it."""
         with self._lock:
             if buffer not in self._alive:
-                self._alive[buffer] = allocate(self._sizes[buffer])
+                self._alive[buffer] = self._kept_or_new(self._sizes[buffer])
             return self._alive[buffer]
 
     def free(self, buffers: Iterable[int]) -> None:
         with self._lock:
-            for buffer in buffers:
-                self._alive.pop(buffer, None)
+            freed = [self._alive.pop(buffer) for buffer in buffers if buffer in self._alive]
+            self._kept = sorted([*self._kept, *freed], key=len)
+            self._give_back(0)
+
+    def _kept_or_new(self, nbytes: int) -> memoryview:
+        for number, memory in enumerate(self._kept):
+            if len(memory) == nbytes:
+                return self._kept.pop(number)
+        self._give_back(nbytes)
+        return allocate(nbytes)
+
+    def _give_back(self, more_nbytes: int) -> None:
+        """Keep only what may be kept beside `more_nbytes`: the smallest goes first."""
+        while self._kept and _nbytes((*self._alive.values(), *self._kept)) + more_nbytes > self._keep_within_nbytes:
+            del self._kept[0]
+
+
+def _nbytes(memories: Iterable[memoryview]) -> int:
+    return sum(map(len, memories))

@@ -227,6 +227,12 @@ def _most_workers(plan: Plan) -> int:
     return max([1, *(step.workers for step in plan.steps if isinstance(step, KernelStep))])
 
 
+def _most_beside_tensors(plan: Plan) -> int:
+    """The most bytes that a kernel takes beside whole tensors."""
+    kernels = (step for step in plan.steps if isinstance(step, KernelStep))
+    return max((step.workspace_nbytes + step.workers * step.block_nbytes for step in kernels), default=0)
+
+
 class _StoppedError(Exception):
     """Another part of the run failed."""
 
@@ -262,7 +268,9 @@ class _Run:
         self._on_progress = on_progress
         self._check_sources = check_sources
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
-        self._tensors = WholeTensors(plan.buffer_nbytes)
+        self._tensors = WholeTensors(
+            plan.buffer_nbytes, plan.peak_nbytes - plan.pool.nbytes - _most_beside_tensors(plan)
+        )
         self._lock = Lock()
         self._stopping = Event()
         self._error: BaseException | None = None
@@ -519,7 +527,7 @@ class _Run:
 
     def _check_forecast(self, forecast: int, blocks_nbytes: int = 0) -> None:
         used = self._slabs.nbytes + self._tensors.nbytes + blocks_nbytes
-        self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used)
+        self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used + self._tensors.kept_nbytes)
         if used > forecast:
             raise AssertionError(f"buffers take {used} bytes where the plan forecast {forecast}")
 
