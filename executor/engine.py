@@ -129,7 +129,7 @@ def run(
     started = time.monotonic()
     journal = journal or Journal()
     allow_open_files(2 * len(plan.sources) + 2 * len(plan.shards))
-    if any(isinstance(step, KernelStep) and step.workspace_nbytes for step in plan.steps):
+    if any(step.workspace_nbytes for step in plan.kernels):
         give_back_what_is_freed()
     torch_threads = TorchThreads(plan, threads, imports)
     with (
@@ -138,7 +138,9 @@ def run(
         closing(_shards(directory, plan, journal)) as writer,
         ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,
-        ThreadPoolExecutor(_most_workers(plan), initializer=torch_threads.use_one) as kernel_workers,
+        ThreadPoolExecutor(
+            max((step.workers for step in plan.kernels), default=1), initializer=torch_threads.use_one
+        ) as kernel_workers,
     ):
         routes = route(plan, reader, writer, directory if share_extents else None)
         work = remaining(plan, routes, journal)
@@ -222,17 +224,6 @@ def finished(plan: Plan) -> RunResult:
     )
 
 
-def _most_workers(plan: Plan) -> int:
-    """How many workers the plan's kernels use at most; at least one, since there are no pools of none."""
-    return max([1, *(step.workers for step in plan.steps if isinstance(step, KernelStep))])
-
-
-def _most_beside_tensors(plan: Plan) -> int:
-    """The most bytes that a kernel takes beside whole tensors."""
-    kernels = (step for step in plan.steps if isinstance(step, KernelStep))
-    return max((step.workspace_nbytes + step.workers * step.block_nbytes for step in kernels), default=0)
-
-
 class _StoppedError(Exception):
     """Another part of the run failed."""
 
@@ -268,9 +259,7 @@ class _Run:
         self._on_progress = on_progress
         self._check_sources = check_sources
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
-        self._tensors = WholeTensors(
-            plan.buffer_nbytes, plan.peak_nbytes - plan.pool.nbytes - _most_beside_tensors(plan)
-        )
+        self._tensors = WholeTensors(plan.buffer_nbytes, plan.tensors_nbytes)
         self._lock = Lock()
         self._stopping = Event()
         self._error: BaseException | None = None
@@ -473,7 +462,7 @@ class _Run:
         self._torch.use_all()
         inputs = [self._view(view) for view in step.inputs]
         output = self._view(step.output)
-        self._check_forecast(forecast, step.workers * step.block_nbytes)
+        self._check_forecast(forecast, step.blocks_nbytes)
         kernel, params = self._kernels[step.kernel], json.loads(step.params)
         if step.block_nbytes:
             kernel(params, inputs, output, self._weights(step))

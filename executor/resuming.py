@@ -59,7 +59,7 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
 
 
 def _result_keys(plan: Plan) -> dict[int, str]:
-    kernels = [step for step in plan.steps if isinstance(step, KernelStep)]
+    kernels = plan.kernels
     used = {view.buffer for step in kernels for view in step.inputs}
     return {
         step.output.buffer: f"{number}-{hashlib.sha256(f'{step.kernel} {step.params}'.encode()).hexdigest()[:16]}"

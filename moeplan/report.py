@@ -52,7 +52,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
             "gate_mode": config.gate_mode,
             "device": merge_plan.device.name,
             "device_budget_nbytes": merge_plan.device.budget_nbytes,
-            "kernels": dict(Counter(step.kernel for step in plan.steps if isinstance(step, KernelStep))),
+            "kernels": dict(Counter(step.kernel for step in plan.kernels)),
             "evaluations": _evaluations(plan),
         },
         "memory": {
@@ -282,7 +282,7 @@ def _evaluations(plan: Plan) -> list[dict[str, Any]]:
             "form": "streamed" if step.streamed else "resident",
             "weights_nbytes": sum(math.prod(view.shape) * view.dtype.itemsize for view in step.weights),
             "memory_nbytes": memory_nbytes,
-            "blocks_nbytes": step.workers * step.block_nbytes,
+            "blocks_nbytes": step.blocks_nbytes,
             "read_again_nbytes": step.streamed_nbytes,
             "times": step.passes if step.streamed else 0,
         }

@@ -202,6 +202,11 @@ class KernelStep:
     frees: tuple[int, ...]
 
     @property
+    def blocks_nbytes(self) -> int:
+        """Bytes of all the blocks that are under way."""
+        return self.workers * self.block_nbytes
+
+    @property
     def streamed(self) -> tuple[FileView | MeanView, ...]:
         """The weights that are read as they are used."""
         return tuple(weight for weight in self.weights if not isinstance(weight, BufferView))
@@ -251,9 +256,20 @@ class Plan:
     graph_digest: str
 
     @property
+    def kernels(self) -> list[KernelStep]:
+        """The steps that run kernels."""
+        return [step for step in self.steps if isinstance(step, KernelStep)]
+
+    @property
     def peak_nbytes(self) -> int:
         """The most bytes that buffers take at any time."""
         return max(self.memory_nbytes, default=self.pool.nbytes)
+
+    @property
+    def tensors_nbytes(self) -> int:
+        """What of the peak is left for whole tensors, whichever kernel runs."""
+        beside = max((step.workspace_nbytes + step.blocks_nbytes for step in self.kernels), default=0)
+        return self.peak_nbytes - self.pool.nbytes - beside
 
     @property
     def written_nbytes(self) -> int:

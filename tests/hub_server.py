@@ -124,15 +124,17 @@ class Hub:
 
     def weights_moved(self) -> int:
         """Bytes of weights sent, once that rests: what a reader that gave up had asked for is still being answered."""
-        before = None
-        while before != (moved := self._weights_moved(), len(self.requests)):
-            before = moved, len(self.requests)
+        before, now = None, self._state()
+        while before != now:
             sleep(SETTLED_SECONDS)
-        return moved
+            before, now = now, self._state()
+        return now[0]
 
-    def _weights_moved(self) -> int:
+    def _state(self) -> tuple[int, int]:
+        """The bytes of weights sent and the number of requests, so far."""
         with self._lock:
-            return sum(nbytes for name, nbytes in self.moved.items() if name.endswith((".safetensors", ".bin")))
+            weights = (nbytes for name, nbytes in self.moved.items() if name.endswith((".safetensors", ".bin")))
+            return sum(weights), len(self.requests)
 
 
 class _Handler(BaseHTTPRequestHandler):
