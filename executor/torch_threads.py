@@ -6,7 +6,10 @@ import gc
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from ctypes import CDLL, c_void_p
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from threading import Event, Thread, local
 
 from planner.plan import KernelStep, MeanRoot, Plan, Step
@@ -31,6 +34,7 @@ class TorchThreads:
     def _load(self) -> None:
         # Threads that wait for each other's part of a sum are not to keep a core from those that copy.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        open_library()
         gc.disable()  # importing makes a great many objects and no garbage; looking for it took a fifth of the time
         try:
             with suppress(ImportError):  # what cannot be imported says so where it is used
@@ -59,6 +63,22 @@ class TorchThreads:
 
             torch.set_num_threads(1)
             self._worker.prepared = True
+
+
+def open_library() -> None:
+    """Have the system load torch's code, hundreds of megabytes, before torch is imported.
+
+    An import keeps the interpreter until that is done, for a fifth of a second and more in which no byte would move;
+    a call of a C function gives it to others. What cannot be loaded says so when it is imported.
+    """
+    package = find_spec("torch")
+    if package is None or package.origin is None:
+        return
+    with suppress(AttributeError, OSError):  # a system without this function
+        dlopen = CDLL(None).dlopen
+        dlopen.restype = c_void_p
+        for library in (Path(package.origin).parent / "lib").glob("libtorch_cpu.*"):
+            dlopen(os.fsencode(library), os.RTLD_NOW)
 
 
 def _computes(step: Step) -> bool:
