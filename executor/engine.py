@@ -65,7 +65,8 @@ if TYPE_CHECKING:
 
 Kernel = Callable[..., None]
 """`kernel(params, inputs, output)` computes the tensor `output` in place, from the tensors `inputs`. `params` is the
-kernel step's JSON, parsed. Where the step works on blocks, a fourth argument is its `Weights`."""
+kernel step's JSON, parsed. Where the step works on blocks, a fourth argument is its `Weights`. In a run without torch
+tensors are numpy's arrays."""
 
 SYNC_SECONDS = 10.0
 """How often what is written is put on the disk for good: the most work that a machine that goes down can lose."""
@@ -115,16 +116,16 @@ def run(
     check_sources: bool = False,
     headers: Mapping[str, str] | None = None,
     threads: int = 1,
-    imports: Sequence[str] = (),
+    imports: Sequence[str] = ("torch",),
 ) -> RunResult:
     """Write the plan's shards into `directory`, which exists, and wait until they are on the disk.
 
     `kernels` are the functions for the plan's kernel steps, by name, which compute in up to `threads` threads and use
-    the modules `imports`. What `journal` says is finished is not done again. Without `share_extents` every output
-    tensor gets physical extents of its own, also where the file system could share them. With `check_sources`
-    everything is read a second time, and must be the same. `headers` are sent to the hosts of remote sources, so
-    credentials are no part of a plan. Raises RunError when a source changed or cannot be read, or
-    when the disk is full or fails; what was written until then stays where it is.
+    the modules `imports`: torch and others, or none. (Low-rank products take torch, too.) What `journal` says is
+    finished is not done again. Without `share_extents` every output tensor gets physical extents of its own, also where
+    the file system could share them. With `check_sources` everything is read a second time, and must be the same.
+    `headers` are sent to the hosts of remote sources, so credentials are no part of a plan. Raises RunError when a
+    source changed or cannot be read, or when the disk is full or fails; what was written until then stays where it is.
     """
     started = time.monotonic()
     journal = journal or Journal()
@@ -386,14 +387,15 @@ class _Run:
         at = _chunk_in_page(root, piece)
         chunk, scratch = elementwise.cut(slab, nbytes, at)
         read = written = 0
+        if step.factors():
+            self._torch.use_one()
         match root:
             case FileRoot(source, offset):
                 offset += piece.first * root.dtype.itemsize
                 self._reader.read_into(source, offset, slab, at, nbytes)
                 read = nbytes
             case MeanRoot(parts):
-                self._torch.use_one()
-                total = elementwise.as_tensor(chunk, root.dtype, piece.numel)
+                total = elementwise.as_array(chunk, root.dtype, piece.numel)
                 elementwise.average(parts, piece.first, total, scratch, self._read_checked)
                 read = sum(piece.numel * part.dtype.itemsize for part, _ in read_once(parts))
             case BufferRoot(buffer, offset):
@@ -404,7 +406,6 @@ class _Run:
         for part in piece.parts:
             data = chunk
             if part.branch.ops:
-                self._torch.use_one()
                 first, numel = piece.first, piece.numel
                 whole, to = self._tensors.get, _place_in_page(part, first)
                 data = elementwise.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
@@ -488,16 +489,21 @@ class _Run:
 
         match view:
             case BufferView():
-                return WholeMatrix(self._view(view))
+                return WholeMatrix(self._tensor(view))
             case FileView():
                 return FileMatrix(view.shape, view.dtype, view.offset, partial(read_into, view.source))
             case MeanView():
                 return MeanMatrix(view.shape, view.dtype, view.parts, read_into)
 
-    def _view(self, view: BufferView) -> torch.Tensor:
+    def _view(self, view: BufferView) -> torch.Tensor | elementwise.Array:
+        if self._torch.uses_torch:
+            return self._tensor(view)
         memory = self._tensors.get(view.buffer)
-        numel = len(memory) // view.dtype.itemsize
-        return elementwise.as_tensor(memory, view.dtype, numel).view(view.shape)
+        return elementwise.as_array(memory, view.dtype, len(memory) // view.dtype.itemsize).reshape(view.shape)
+
+    def _tensor(self, view: BufferView) -> torch.Tensor:
+        memory = self._tensors.get(view.buffer)
+        return elementwise.as_tensor(memory, view.dtype, len(memory) // view.dtype.itemsize).view(view.shape)
 
     def _finish(self, under_way: _Chunks) -> None:
         while under_way:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from planner.expr import BLOCK, LOW_RANK_TILE, AddNoise, Cast, DType, Scale
@@ -27,6 +28,22 @@ if TYPE_CHECKING:
 
 Rectangle = tuple[int, int, int, int]
 """The first row, the row after the last, the first column and the column after the last of a part of a matrix."""
+
+
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
+_NUMPY_DTYPES = {
+    DType.F32: np.dtype(np.float32),
+    DType.F16: np.dtype(np.float16),
+    DType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def as_array(memory: memoryview, dtype: DType, numel: int) -> Array:
+    """`numel` elements at the start of `memory`, as a flat array that shares it."""
+    if numel == 0:
+        return np.empty(0, _NUMPY_DTYPES[dtype])
+    return np.frombuffer(memory, _NUMPY_DTYPES[dtype], numel)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -45,10 +62,11 @@ def as_tensor(memory: memoryview, dtype: DType, numel: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch_dtype(dtype), count=numel)
 
 
+@np.errstate(all="ignore")
 def average(
     parts: Sequence[FileRoot],
     first: int,
-    total: torch.Tensor,
+    total: Array,
     scratch: memoryview,
     read_into: Callable[[int, int, memoryview, int, int], None],
 ) -> None:
@@ -62,16 +80,14 @@ def average(
         offset, nbytes = part.offset + first * part.dtype.itemsize, numel * part.dtype.itemsize
         read_into(part.source, offset, scratch, offset % PAGE, nbytes)
         read, _ = cut(scratch, nbytes, offset % PAGE)
-        x = as_tensor(read, part.dtype, numel)
+        x = as_array(read, part.dtype, numel)
         for _ in range(times):
             if added == 0:
-                total.copy_(x)
+                np.copyto(total, x)
             else:
-                # A block at a time, since torch makes a float32 copy of what it adds.
-                for begin in range(0, numel, BLOCK):
-                    total[begin : begin + BLOCK].add_(x[begin : begin + BLOCK])
+                np.add(total, x, out=total)
             added += 1
-    total.div_(added)
+    np.divide(total, np.float32(added), out=total)
 
 
 def clear(memory: memoryview) -> None:
@@ -79,6 +95,7 @@ def clear(memory: memoryview) -> None:
     np.frombuffer(memory, np.uint8).fill(0)
 
 
+@np.errstate(all="ignore")
 def apply(
     ops: Sequence[ChunkOp],
     chunk: memoryview,
@@ -102,24 +119,33 @@ def apply(
     noise, scratch = cut(scratch, numel * 4 if noisy else 0)
     tile, scratch = cut(scratch, math.prod(LOW_RANK_TILE) * 4 if adding else 0)
 
-    result, x = work, as_tensor(chunk, dtype, numel)
+    result, x = work, as_array(chunk, dtype, numel)
     if arithmetic:
-        x = as_tensor(work, DType.F32, numel).copy_(x)
+        x = _converted(x, as_array(work, DType.F32, numel))
     for op in ops:
         match op:
             case Scale(factor):
-                x.mul_(factor)
+                np.multiply(x, np.float32(factor), out=x)
             case AddNoise(scale, seed):
-                fill_normal(np.frombuffer(noise, np.float32), seed, first)
-                x.add_(as_tensor(noise, DType.F32, numel), alpha=scale)
+                drawn = as_array(noise, DType.F32, numel)
+                fill_normal(drawn, seed, first)
+                np.multiply(drawn, np.float32(scale), out=drawn)
+                np.add(x, drawn, out=x)
             case LowRank():
                 b, a = (as_tensor(memory, DType.F32, len(memory) // 4) for memory in (whole(op.b), whole(op.a)))
                 product = as_tensor(tile, DType.F32, math.prod(LOW_RANK_TILE))
-                add_product(x, b.view(-1, op.rank), a.view(op.rank, op.columns), first, product)
+                sums = as_tensor(work, DType.F32, numel)
+                add_product(sums, b.view(-1, op.rank), a.view(op.rank, op.columns), first, product)
             case Cast(to):
                 result, _ = cut(scratch, numel * to.itemsize, at)
-                x = as_tensor(result, to, numel).copy_(x)
+                x = _converted(x, as_array(result, to, numel))
     return result
+
+
+def _converted(x: Array, to: Array) -> Array:
+    """`to`, with the elements of `x` rounded to its dtype; those that are too large for it become infinite."""
+    np.copyto(to, x, casting="unsafe")
+    return to
 
 
 def cut(memory: memoryview, nbytes: int, at: int = 0) -> tuple[memoryview, memoryview]:

@@ -12,23 +12,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread, local
 
-from planner.plan import KernelStep, MeanRoot, Plan, Step
+from planner.plan import KernelStep, Plan, Step
 
 
 class TorchThreads:
-    """torch's threads during one run, where the plan computes anything at all.
+    """torch's threads during one run, where that uses torch.
 
     Chunks are many and run in workers of their own, so torch must not split each of them over all cores again. A kernel
-    has up to `count` of them: by itself, or one for each of its workers. Imports take seconds: those of torch and of
-    the modules `imports` are begun here, in the background, and waited for where they are used.
+    has up to `count` of them: by itself, or one for each of its workers. Imports take seconds: those of the modules
+    `imports`, the first of which is torch, are begun here, in the background, and waited for where they are used.
+    Without `imports` there is no torch.
     """
 
-    def __init__(self, plan: Plan, count: int, imports: Sequence[str] = ()) -> None:
+    def __init__(self, plan: Plan, count: int, imports: Sequence[str]) -> None:
         self.count = count
+        self.uses_torch = bool(imports)
         self._imports = imports
         self._loaded = Event()
         self._worker = local()
-        if any(map(_computes, plan.steps)):
+        if self.uses_torch and any(map(_computes, plan.steps)):
             Thread(target=self._load, name="import torch", daemon=True).start()
 
     def _load(self) -> None:
@@ -38,11 +40,12 @@ class TorchThreads:
         gc.disable()  # importing makes a great many objects and no garbage; looking for it took a fifth of the time
         try:
             with suppress(ImportError):  # what cannot be imported says so where it is used
+                first, *others = self._imports
                 try:
-                    import_module("torch")
+                    import_module(first)
                 finally:
                     self._loaded.set()
-                for module in self._imports:
+                for module in others:
                     import_module(module)
         finally:
             gc.freeze()  # nor is it to be looked for there ever after, beginning now
@@ -50,10 +53,11 @@ class TorchThreads:
 
     def use_all(self) -> None:
         """Called in a thread that runs kernels."""
-        self._loaded.wait()
-        import torch
+        if self.uses_torch:
+            self._loaded.wait()
+            import torch
 
-        torch.set_num_threads(self.count)
+            torch.set_num_threads(self.count)
 
     def use_one(self) -> None:
         """Called in a worker before anything is computed there."""
@@ -82,6 +86,4 @@ def open_library() -> None:
 
 
 def _computes(step: Step) -> bool:
-    if isinstance(step, KernelStep) or isinstance(step.root, MeanRoot):
-        return True
-    return any(branch.ops for branch in step.branches)
+    return isinstance(step, KernelStep) or bool(step.factors())

@@ -20,7 +20,7 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol
 
 from executor.buffers import SlabPool
-from executor.kernels import as_tensor, average, cut
+from executor.kernels import as_array, as_tensor, average, cut
 from planner.expr import DType, Shape
 from planner.layout import PAGE
 from planner.plan import FileRoot
@@ -102,20 +102,20 @@ class MeanMatrix:
     read_into: Callable[[int, int, memoryview, int, int], None]
 
     def read(self, begin: int, end: int, memory: memoryview) -> None:
-        block, rest = self._place(begin, end, memory)
-        average(self.parts, begin * self.shape[1], block, rest, self.read_into)
+        numel, block, rest = self._place(begin, end, memory)
+        average(self.parts, begin * self.shape[1], as_array(block, DType.F32, numel), rest, self.read_into)
 
     def rows(self, begin: int, end: int, memory: memoryview) -> torch.Tensor:
-        block, rest = self._place(begin, end, memory)
+        numel, block, rest = self._place(begin, end, memory)
+        result = as_tensor(block, DType.F32, numel)
         if self.dtype is not DType.F32:
-            block.copy_(as_tensor(rest, self.dtype, len(block)).copy_(block))
-        return block.view(end - begin, self.shape[1])
+            result.copy_(as_tensor(rest, self.dtype, numel).copy_(result))
+        return result.view(end - begin, self.shape[1])
 
-    def _place(self, begin: int, end: int, memory: memoryview) -> tuple[torch.Tensor, memoryview]:
-        """The rows' elements, flat, and what is left of `memory` behind them."""
+    def _place(self, begin: int, end: int, memory: memoryview) -> tuple[int, memoryview, memoryview]:
+        """How many elements rows have, where they are in float32, and what is left of `memory` behind them."""
         numel = (end - begin) * self.shape[1]
-        block, rest = cut(memory, numel * DType.F32.itemsize)
-        return as_tensor(block, DType.F32, numel), rest
+        return numel, *cut(memory, numel * DType.F32.itemsize)
 
 
 class Weights:

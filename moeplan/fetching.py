@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from executor.errors import RunError
-from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Snapshot
+from moeplan.hub import Snapshot
 from moeplan.output import MAX_TOKENIZER_NBYTES, existing, free_nbytes, is_tokenizer_file
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def fetch(merge_plan: MergePlan, out: Path, on_progress: OnProgress | None) -> N
                 on_progress(Progress(done, done, "fetching"))
 
     came(0)
-    if not merge_plan.options.stream:
-        workers = max(1, min(DOWNLOADS_AT_ONCE, merge_plan.memory.budget_nbytes // DOWNLOAD_NBYTES))
-        hub.download(merge_plan.remote_files, workers, came)
+    if merge_plan.downloads:
+        hub.download(merge_plan.downloads, merge_plan.downloads_at_once, came)
 
 
 def after(nbytes: int, on_progress: OnProgress | None) -> OnProgress | None:

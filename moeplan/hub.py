@@ -278,6 +278,11 @@ class Hub:
             why = self._why(error, snapshot.repository, snapshot.commit)
             raise CheckpointError(f"{snapshot.label}/{name}: {why}") from None
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it holds weights of a model that was opened, which are not in the cache."""
+        return bool(self._places)
+
     def download(self, files: Collection[RemoteFile], workers: int, on_progress: Callable[[int], None]) -> None:
         """Download whole `files` into the cache, up to `workers` at once.
 

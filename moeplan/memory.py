@@ -39,6 +39,8 @@ class MemoryCap:
 
     nbytes: int
     process_nbytes: int
+    packages: tuple[str, ...] = ()
+    """What the process will import."""
 
     @property
     def budget_nbytes(self) -> int:
@@ -62,8 +64,10 @@ def memory_cap(max_memory: str | int | None, packages: Collection[str]) -> Memor
     memory = psutil.virtual_memory()
     limit = min(memory.total, cgroup_limit_nbytes() or memory.total)
     if max_memory is None:
-        return MemoryCap(min(process + min(memory.available, limit) // 2, limit), process)
-    return MemoryCap(memory_nbytes(max_memory, limit), process)
+        nbytes = min(process + min(memory.available, limit) // 2, limit)
+    else:
+        nbytes = memory_nbytes(max_memory, limit)
+    return MemoryCap(nbytes, process, tuple(packages))
 
 
 def cgroup_limit_nbytes(
@@ -91,6 +95,7 @@ class CapError(UserError):
     """A merge does not fit its memory cap."""
 
     def __init__(self, cap: MemoryCap, needed_nbytes: int) -> None:
+        self.cap = cap
         process, buffers = (-(-nbytes // MIB) for nbytes in (cap.process_nbytes, needed_nbytes))
         super().__init__(
             f"the merge may take {cap.nbytes // MIB} MiB of memory, which is too little; the smallest that works is "

@@ -25,7 +25,7 @@ from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch, fetch_tokenizer, files_to_fetch
 from moeplan.gates.device import CPU, Device, find
 from moeplan.gates.prompts import PromptError
-from moeplan.hub import Hub
+from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
 from moeplan.lowering import Lowering, Sources
 from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
 from moeplan.model_card import CARD, CONFIG_COPY, Source, model_card, sources_of, warn_of_licences
@@ -103,8 +103,18 @@ class MergePlan:
     @property
     def download_nbytes(self) -> int:
         """The size of what will be downloaded into the cache before anything is written."""
-        weights = 0 if self.options.stream else sum(file.nbytes for file in self.remote_files)
-        return weights + sum(self.missing.values())
+        return sum(file.nbytes for file in self.downloads) + sum(self.missing.values())
+
+    @property
+    def downloads(self) -> list[RemoteFile]:
+        """The files of weights that will be downloaded into the cache before anything is written."""
+        return [] if self.options.stream else self.remote_files
+
+    @property
+    def downloads_at_once(self) -> int:
+        """How many of them: as many as help and fit the memory, which is one at the least."""
+        fit = max(1, self.memory.budget_nbytes // DOWNLOAD_NBYTES)
+        return min(DOWNLOADS_AT_ONCE, fit, len(self.downloads))
 
     @property
     def moved_nbytes(self) -> int:
@@ -120,7 +130,7 @@ class MergePlan:
     @property
     def memory_nbytes(self) -> int:
         """The forecast of the process's peak resident set."""
-        return self.memory.process_nbytes + self.plan.peak_nbytes
+        return self.memory.process_nbytes + max(self.plan.peak_nbytes, self.downloads_at_once * DOWNLOAD_NBYTES)
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:
         warn_of_licences(merged)
-    cap = memory_cap(options.max_memory, mode.modules(options.bits))
+    cap = memory_cap(options.max_memory, _packages(mode, sources, options))
+    downloading = 0 if options.stream or not hub.holds_weights else DOWNLOAD_NBYTES
+    shard_limit = shard_nbytes(options.out_shard_size, dtype.itemsize)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
     return MergePlan(
         config=config,
@@ -247,10 +259,16 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
         missing=files_to_fetch(snapshot) if snapshot is not None and options.copy_tokenizer else {},
         hub=hub,
-        plan=compile_within(cap, graph, shard_nbytes(options.out_shard_size, dtype.itemsize), options.threads),
+        plan=compile_within(cap, graph, shard_limit, options.threads, least_nbytes=downloading),
         memory=cap,
         options=options,
     )
+
+
+def _packages(mode: gates.GateMode, sources: Sources, options: Options) -> tuple[str, ...]:
+    """The heavy packages that the merge will use: those of its gates, and torch to multiply the factors of adapters."""
+    adapted = any(model.adapter is not None for _, model in sources.named())
+    return tuple(dict.fromkeys([*(["torch"] if adapted else []), *mode.modules(options.bits)]))
 
 
 def merge(
@@ -269,19 +287,17 @@ def merge(
     from executor.engine import finished, run  # here, because it takes numpy, which plans do without
 
     started = time.monotonic()
-    mode = gates.gate_mode(config.gate_mode)
-    modules = mode.modules((options or Options()).bits)
     try:
         merge_plan = plan(config, out, options)
-    except CapError:
+    except CapError as error:
         if runtime_is_known():
             raise
-        _import(modules)  # so that the smallest cap that is named works
+        _import(error.cap.packages)  # so that the smallest cap that is named works
         merge_plan = plan(config, out, options)
     if on_plan is not None:
         on_plan(merge_plan)
     if not runtime_is_known():
-        merge_plan = _with_packages_loaded(merge_plan, out, options, modules)
+        merge_plan = _with_packages_loaded(merge_plan, out, options)
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
         fetch(merge_plan, Path(out), on_progress)
@@ -297,14 +313,14 @@ def merge(
                 result = run(
                     merge_plan.plan,
                     stage.directory,
-                    mode.kernels,
+                    gates.gate_mode(config.gate_mode).kernels,
                     after(fetched_nbytes, on_progress),
                     journal=stage.journal,
                     share_extents=not options.clone_tensors,
                     check_sources=options.check_sources,
                     headers=merge_plan.hub.headers,
                     threads=options.threads,
-                    imports=modules,
+                    imports=merge_plan.memory.packages,
                 )
             facts = _router_facts(merge_plan, stage.directory)
             _warn_degenerate(merge_plan, facts)
@@ -357,17 +373,15 @@ def _import(packages: tuple[str, ...]) -> None:
 
 def _with_sources_here(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
     """Plan anew where weights have been fetched; else only the base's files have."""
-    if merge_plan.remote_files and not merge_plan.options.stream:
+    if merge_plan.downloads:
         return _again(merge_plan, out, options)
     # Only what is copied was missing, so it is to be copied.
     return replace(merge_plan, copied=tuple(tokenizer_files(merge_plan.sources.base.checkpoint.path)), missing={})
 
 
-def _with_packages_loaded(
-    merge_plan: MergePlan, out: str | Path, options: Options | None, packages: tuple[str, ...]
-) -> MergePlan:
+def _with_packages_loaded(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
     """Import what the run will use; plan anew where that takes more memory here than was reckoned with."""
-    _import(packages)
+    _import(merge_plan.memory.packages)
     taken = memory_cap(None, ()).process_nbytes
     if taken <= merge_plan.memory.process_nbytes:
         return merge_plan
@@ -444,12 +458,20 @@ def _layout(family: Family, asked: str | None) -> str:
     return asked
 
 
-def compile_within(cap: MemoryCap, graph: TensorGraph, shard_limit_nbytes: int, threads: int) -> Plan:
-    """The plan of `graph` under a memory cap. Raises CapError, with the smallest cap that works."""
+def compile_within(
+    cap: MemoryCap, graph: TensorGraph, shard_limit_nbytes: int, threads: int, *, least_nbytes: int = 0
+) -> Plan:
+    """The plan of `graph` under a memory cap, which leaves at least `least_nbytes` for what comes before the run.
+
+    Raises CapError, with the smallest cap that works.
+    """
     try:
-        return compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes, threads=threads)
+        plan = compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes, threads=threads)
     except BudgetError as error:
-        raise CapError(cap, error.needed_nbytes) from error
+        raise CapError(cap, max(error.needed_nbytes, least_nbytes)) from error
+    if cap.budget_nbytes < least_nbytes:
+        raise CapError(cap, least_nbytes)
+    return plan
 
 
 def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:

@@ -81,9 +81,10 @@ def router_facts(routers: Iterable[np.ndarray]) -> RouterFacts:
 
 def stored_routers(directory: Path, shards: Iterable[Shard], names: Sequence[str]) -> Iterator[np.ndarray]:
     """The routers of these `names`, in float32, as they stand in the `shards` in `directory`."""
+    import ml_dtypes  # noqa: F401 - with which numpy knows bfloat16
     from safetensors import safe_open
 
     places = {tensor.name: shard.filename for shard in shards for tensor in shard.tensors}
     for name in names:
-        with safe_open(directory / places[name], framework="pt") as tensors:
-            yield tensors.get_tensor(name).float().numpy()
+        with safe_open(directory / places[name], framework="np") as tensors:
+            yield tensors.get_tensor(name).astype("float32")

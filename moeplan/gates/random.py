@@ -15,7 +15,7 @@ from moeplan.gates import GateMode, GateRequest
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 
 def routers(request: GateRequest) -> list[Opaque]:
@@ -26,26 +26,27 @@ def routers(request: GateRequest) -> list[Opaque]:
     ]
 
 
-def normal(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """Fill `output` from N(0, 1)."""
+def normal(params: Any, inputs: Sequence[Any], output: Any) -> None:
+    """Fill `output`, an array or a torch tensor, from N(0, 1)."""
     import numpy as np
 
-    _generator(params).standard_normal(dtype=np.float32, out=output.numpy())
+    _generator(params).standard_normal(dtype=np.float32, out=np.asarray(output))
 
 
-def uniform(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """Fill `output` from U(-1/√d, 1/√d), d being its last dimension."""
+def uniform(params: Any, inputs: Sequence[Any], output: Any) -> None:
+    """Fill `output`, an array or a torch tensor, from U(-1/√d, 1/√d), d being its last dimension."""
     import numpy as np
 
-    bound = math.sqrt(1 / output.shape[-1])
-    _generator(params).random(dtype=np.float32, out=output.numpy())
-    output.mul_(2 * bound).sub_(bound)
+    values, bound = np.asarray(output), math.sqrt(1 / output.shape[-1])
+    _generator(params).random(dtype=np.float32, out=values)
+    values *= np.float32(2 * bound)
+    values -= np.float32(bound)
 
 
-def _generator(params: Any) -> Any:
+def _generator(params: Any) -> np.random.Generator:
     import numpy as np
 
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([params["seed"], params["layer"]])))
 
 
-MODE = GateMode(routers, {"random": normal, "uniform_random": uniform})
+MODE = GateMode(routers, {"random": normal, "uniform_random": uniform}, imports=())

@@ -143,7 +143,7 @@ def test_what_a_kill_costs_is_at_most_the_chunks_that_were_under_way(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
     base, other = (sparse_llama(tmp_path / name, **sizes) for name in ("base", "other"))
     experts = [{"source_model": source, "noise_scale": 0.1} for source in (base, other)]  # noise takes its time
-    config, memory = write_config(tmp_path / "config.yml", base, experts), ("--max-memory", "360MiB")
+    config, memory = write_config(tmp_path / "config.yml", base, experts), ("--max-memory", "104MiB")
     ran = outcome(start(config, *memory[1:], code=PLANNED))
     assert ran.status == 0, ran.stderr
     planned_read, written, under_way = json.loads(ran.stdout)

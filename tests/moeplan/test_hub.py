@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -617,3 +618,17 @@ def test_a_merge_of_models_on_the_hub_keeps_its_memory_cap(hub: Hub, tmp_path: P
     assert told["plan"]["hub"]["nbytes"] > 500_000_000
     assert peak_nbytes <= 512 * MIB
     assert peak_nbytes <= told["plan"]["memory"]["forecast_nbytes"]
+
+
+@pytest.mark.parametrize("args", [["--stream"], []])
+def test_the_smallest_cap_that_works_holds_while_models_are_downloaded(
+    hub: Hub, tmp_path: Path, args: list[str]
+) -> None:
+    names, _ = large_models(hub, tmp_path, num_layers=2)
+    command = (write_config(tmp_path / "config.yml", names[0], names), tmp_path / "out", "--quiet", *args)
+    env = environment(hub, tmp_path)
+    refused = outcome(start(*command, "--max-memory", "1MiB", code=MEASURED, env=env))
+    smallest = int(re.search(r"the smallest that works is --max-memory (\d+)MiB", refused.stderr)[1])
+    ran = outcome(start(*command, "--max-memory", f"{smallest}MiB", code=MEASURED, env=env))
+    assert ran.status == 0, ran.stderr
+    assert 1024 * int(ran.stderr.split()[-2]) <= smallest * MIB

@@ -163,3 +163,12 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
     peak = int(re.fullmatch(r"peak (\d+) KiB\n", merged.stdout)[1]) / 1024
     # How much of a library is resident depends on the page cache, by 110 MiB: whether it is mapped in pages of 2 MiB.
     assert 0.6 * smallest < peak <= smallest
+
+
+def test_a_merge_that_evaluates_nothing_does_without_torch(tmp_path):
+    source = sparse_llama(tmp_path / "source")
+    experts = [{"source_model": source, "noise_scale": 0.1, "residual_scale": 0.5}, {"source_model": source}]
+    config = write_config(tmp_path / "config.yml", source, experts, gate_mode="uniform_random", dtype="bfloat16")
+    code = "import atexit, sys\natexit.register(lambda: print(sorted({'torch', 'transformers'} & set(sys.modules))))\n"
+    ran = outcome(start(config, tmp_path / "out", "--quiet", code=code + "from moeplan.__main__ import main; main()"))
+    assert (ran.status, ran.stdout) == (0, "[]\n"), ran.stderr

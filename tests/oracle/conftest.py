@@ -19,8 +19,8 @@ def within(monkeypatch, plan, merge) -> Callable[..., Path]:
     """
 
     def run(budget: int | None, form: str, base: Path, experts: list[dict[str, Any]], **settings: Any) -> Path:
-        def cap(*_: Any) -> MemoryCap:
-            return MemoryCap(budget, 0)
+        def cap(_: Any, packages: tuple[str, ...]) -> MemoryCap:
+            return MemoryCap(budget, 0, packages)
 
         monkeypatch.setattr(merging, "memory_cap", cap)
         if budget is None:
