@@ -82,8 +82,8 @@ class GateMode:
     """A way to make routers.
 
     `routers` gives a kernel's result for each layer, `[num_rows, hidden_size]` float32. `kernels` are the functions
-    that compute them, by name; `imports` are the heavy packages that those use, torch first. Without any, the tensors that
-    they are given are numpy's arrays. `evaluates`: they evaluate the base.
+    that compute them, by name; `imports` are the heavy packages that those use, torch first (without any, they are
+    given numpy's arrays, not tensors). `evaluates`: they evaluate the base.
     """
 
     routers: Callable[[GateRequest], Sequence[Opaque]]
