@@ -620,15 +620,16 @@ def test_a_merge_of_models_on_the_hub_keeps_its_memory_cap(hub: Hub, tmp_path: P
     assert peak_nbytes <= told["plan"]["memory"]["forecast_nbytes"]
 
 
-@pytest.mark.parametrize("args", [["--stream"], []])
+@pytest.mark.parametrize(("args", "buffers"), [(["--stream"], 2), ([], 32)])
 def test_the_smallest_cap_that_works_holds_while_models_are_downloaded(
-    hub: Hub, tmp_path: Path, args: list[str]
+    hub: Hub, tmp_path: Path, args: list[str], buffers: int
 ) -> None:
     names, _ = large_models(hub, tmp_path, num_layers=2)
     command = (write_config(tmp_path / "config.yml", names[0], names), tmp_path / "out", "--quiet", *args)
     env = environment(hub, tmp_path)
     refused = outcome(start(*command, "--max-memory", "1MiB", code=MEASURED, env=env))
     smallest = int(re.search(r"the smallest that works is --max-memory (\d+)MiB", refused.stderr)[1])
+    assert f"{buffers} MiB for buffers" in refused.stderr
     ran = outcome(start(*command, "--max-memory", f"{smallest}MiB", code=MEASURED, env=env))
     assert ran.status == 0, ran.stderr
     assert 1024 * int(ran.stderr.split()[-2]) <= smallest * MIB
