@@ -162,7 +162,7 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
     assert merged.status == 0, merged.stderr
     peak = int(re.fullmatch(r"peak (\d+) KiB\n", merged.stdout)[1]) / 1024
     # How much of a library is resident depends on the page cache, by 110 MiB: whether it is mapped in pages of 2 MiB.
-    assert 0.6 * smallest < peak <= smallest
+    assert 0.5 * smallest < peak <= smallest
 
 
 def test_a_merge_that_evaluates_nothing_does_without_torch(tmp_path):
