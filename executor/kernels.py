@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Rectangle = tuple[int, int, int, int]
 """The first row, the row after the last, the first column and the column after the last of a part of a matrix."""
 
-
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+"""An array of one of the dtypes of tensors."""
 
 _NUMPY_DTYPES = {
     DType.F32: np.dtype(np.float32),

@@ -36,12 +36,12 @@ class TorchThreads:
     def _load(self) -> None:
         # Threads that wait for each other's part of a sum are not to keep a core from those that copy.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        open_library()
         gc.disable()  # importing makes a great many objects and no garbage; looking for it took a fifth of the time
         try:
             with suppress(ImportError):  # what cannot be imported says so where it is used
                 first, *others = self._imports
                 try:
+                    open_library()
                     import_module(first)
                 finally:
                     self._loaded.set()
@@ -60,7 +60,7 @@ class TorchThreads:
             torch.set_num_threads(self.count)
 
     def use_one(self) -> None:
-        """Called in a worker before anything is computed there."""
+        """Called in a worker before torch computes anything there."""
         if not hasattr(self._worker, "prepared"):
             self._loaded.wait()
             import torch

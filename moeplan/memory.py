@@ -13,6 +13,10 @@ import psutil
 from executor.memory import resident_nbytes
 from moeplan.errors import UserError
 from moeplan.options import memory_nbytes
+from planner.errors import BudgetError
+from planner.graph import TensorGraph
+from planner.plan import Plan
+from planner.schedule import compile as compile_plan
 
 MIB = 1 << 20
 
@@ -102,3 +106,19 @@ class CapError(UserError):
             f"--max-memory {process + buffers}MiB ({process} MiB for Python and its libraries, {buffers} MiB for "
             "buffers)"
         )
+
+
+def compile_within(
+    cap: MemoryCap, graph: TensorGraph, shard_limit_nbytes: int, threads: int, *, least_nbytes: int = 0
+) -> Plan:
+    """The plan of `graph` under a memory cap, which leaves at least `least_nbytes` for what comes before the run.
+
+    Raises CapError, with the smallest cap that works.
+    """
+    try:
+        plan = compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes, threads=threads)
+    except BudgetError as error:
+        raise CapError(cap, max(error.needed_nbytes, least_nbytes)) from error
+    if cap.budget_nbytes < least_nbytes:
+        raise CapError(cap, least_nbytes)
+    return plan

@@ -27,7 +27,7 @@ from moeplan.gates.device import CPU, Device, find
 from moeplan.gates.prompts import PromptError
 from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
 from moeplan.lowering import Lowering, Sources
-from moeplan.memory import CapError, MemoryCap, memory_cap, runtime_is_known
+from moeplan.memory import CapError, MemoryCap, compile_within, memory_cap, runtime_is_known
 from moeplan.model_card import CARD, CONFIG_COPY, Source, model_card, sources_of, warn_of_licences
 from moeplan.model_config import DTYPE_NAMES, model_config, stored_dtype
 from moeplan.model_ref import ModelRef, parse_model_ref
@@ -47,12 +47,9 @@ from moeplan.record import RECORD, identity, record
 from moeplan.routing import RouterFacts, router_facts, stored_routers
 from moeplan.staging import Identity, check_output, staged, unfinished_nbytes
 from moeplan.untrusted_json import show
-from planner.errors import BudgetError
 from planner.expr import DType, RemoteFile
-from planner.graph import TensorGraph
 from planner.layout import index_json
 from planner.plan import Plan
-from planner.schedule import compile as compile_plan
 
 if TYPE_CHECKING:
     from executor.engine import Progress, RunResult
@@ -130,7 +127,12 @@ class MergePlan:
     @property
     def memory_nbytes(self) -> int:
         """The forecast of the process's peak resident set."""
-        return self.memory.process_nbytes + max(self.plan.peak_nbytes, self.downloads_at_once * DOWNLOAD_NBYTES)
+        return self.memory.process_nbytes + self.buffers_nbytes
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """What of that is the run's buffers, or what downloads take before it."""
+        return max(self.plan.peak_nbytes, self.downloads_at_once * DOWNLOAD_NBYTES)
 
 
 @dataclass(frozen=True)
@@ -267,8 +269,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
 
 def _packages(mode: gates.GateMode, sources: Sources, options: Options) -> tuple[str, ...]:
     """The heavy packages that the merge will use: those of its gates, and torch to multiply the factors of adapters."""
+    modules = mode.modules(options.bits)
     adapted = any(model.adapter is not None for _, model in sources.named())
-    return tuple(dict.fromkeys([*(["torch"] if adapted else []), *mode.modules(options.bits)]))
+    return ("torch", *modules) if adapted and not modules else modules
 
 
 def merge(
@@ -456,22 +459,6 @@ def _layout(family: Family, asked: str | None) -> str:
     if asked not in family.layouts:
         raise OptionError(f"--expert-layout: {family.name} has no layout {asked!r}; it has {', '.join(family.layouts)}")
     return asked
-
-
-def compile_within(
-    cap: MemoryCap, graph: TensorGraph, shard_limit_nbytes: int, threads: int, *, least_nbytes: int = 0
-) -> Plan:
-    """The plan of `graph` under a memory cap, which leaves at least `least_nbytes` for what comes before the run.
-
-    Raises CapError, with the smallest cap that works.
-    """
-    try:
-        plan = compile_plan(graph, budget_nbytes=cap.budget_nbytes, shard_nbytes=shard_limit_nbytes, threads=threads)
-    except BudgetError as error:
-        raise CapError(cap, max(error.needed_nbytes, least_nbytes)) from error
-    if cap.budget_nbytes < least_nbytes:
-        raise CapError(cap, least_nbytes)
-    return plan
 
 
 def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:

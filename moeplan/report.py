@@ -59,7 +59,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
             "cap_nbytes": merge_plan.memory.nbytes,
             "forecast_nbytes": merge_plan.memory_nbytes,
             "process_nbytes": merge_plan.memory.process_nbytes,
-            "buffers_nbytes": plan.peak_nbytes,
+            "buffers_nbytes": merge_plan.buffers_nbytes,
         },
         "disk": {
             "needed_nbytes": merge_plan.disk_nbytes if out is None else merge_plan.needed_nbytes(out),

@@ -13,8 +13,8 @@ from moeplan.config import MergeConfig
 from moeplan.gates.device import find
 from moeplan.gates.evaluation import IMPORTS
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
-from moeplan.memory import memory_cap
-from moeplan.merging import compile_within, naming_prompts, open_models
+from moeplan.memory import compile_within, memory_cap
+from moeplan.merging import naming_prompts, open_models
 from moeplan.options import Options
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from planner.graph import TensorGraph
