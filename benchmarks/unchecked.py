@@ -8,7 +8,7 @@ noted, and nothing is synced before the end.
 
 from typing import Any
 
-from executor import engine
+from executor import chunk_runner, durability
 from executor.journal import Journal
 from moeplan import staging
 from moeplan.__main__ import main
@@ -25,6 +25,6 @@ def no_checksum(*args: Any) -> int:
 
 if __name__ == "__main__":
     staging.Journal = without_file  # type: ignore[assignment, misc]
-    engine.checksum = no_checksum
-    engine.SYNC_SECONDS = float("inf")
+    chunk_runner.checksum = no_checksum
+    durability.SYNC_SECONDS = float("inf")
     main()

@@ -14,62 +14,31 @@ interrupted can be gone on with; now and then everything written so far is put o
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from executor import kernels as elementwise
 from executor.blocks import chunks
 from executor.buffers import SlabPool, WholeTensors
-from executor.checksums import checksum
-from executor.errors import RunError
+from executor.chunk_runner import ChunkRunner
+from executor.durability import Durability
 from executor.journal import Journal
+from executor.kernel_runner import Kernel, KernelRunner
 from executor.local import allow_open_files
 from executor.memory import give_back_what_is_freed, peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.resuming import Work, remaining
-from executor.routing import Alias, Part, Piece, route
+from executor.routing import Alias, Piece, route
 from executor.torch_threads import TorchThreads
-from executor.weights import FileMatrix, Matrix, MeanMatrix, Weights, WholeMatrix
 from executor.writer import ShardWriter
-from planner.layout import PAGE
-from planner.plan import (
-    BufferRoot,
-    BufferSink,
-    BufferView,
-    FileRoot,
-    FileSink,
-    FileView,
-    KernelStep,
-    MeanRoot,
-    MeanView,
-    Plan,
-    Root,
-    Step,
-    StreamStep,
-    ZeroRoot,
-    read_once,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-Kernel = Callable[..., None]
-"""`kernel(params, inputs, output)` computes the tensor `output` in place, from the tensors `inputs`. `params` is the
-kernel step's JSON, parsed. Where the step works on blocks, a fourth argument is its `Weights`. In a run without torch
-tensors are numpy's arrays."""
-
-SYNC_SECONDS = 10.0
-"""How often what is written is put on the disk for good: the most work that a machine that goes down can lose."""
+from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan, Step, StreamStep
 
 SWITCH_SECONDS = 0.0002
 """How long an import in the background may keep the interpreter from a worker whose chunk the disk waits for. Python's
@@ -133,6 +102,7 @@ def run(
     if any(step.workspace_nbytes for step in plan.kernels):
         give_back_what_is_freed()
     torch_threads = TorchThreads(plan, threads, imports)
+    tensors = WholeTensors(plan.buffer_nbytes, plan.tensors_nbytes)
     with (
         _switching_every(SWITCH_SECONDS),
         closing(SourceReader(plan.sources, headers)) as reader,
@@ -145,20 +115,10 @@ def run(
     ):
         routes = route(plan, reader, writer, directory if share_extents else None)
         work = remaining(plan, routes, journal)
-        engine = _Run(
-            plan,
-            work,
-            reader,
-            writer,
-            workers,
-            kernel_workers,
-            syncer,
-            journal,
-            torch_threads,
-            kernels or {},
-            on_progress,
-            check_sources,
-        )
+        chunk_runner = ChunkRunner(reader, writer, tensors, journal, torch_threads, check_sources)
+        kernel_runner = KernelRunner(kernels or {}, work.result_keys, tensors, journal, torch_threads, kernel_workers)
+        durability = Durability(writer, journal, syncer)
+        engine = _Run(plan, work, tensors, chunk_runner, kernel_runner, durability, workers, on_progress)
         engine.written_nbytes += routes.shortcut_nbytes + work.finished_nbytes
         try:
             engine.run_steps(routes.aliases)
@@ -167,7 +127,7 @@ def run(
             workers.shutdown(wait=True, cancel_futures=True)
             raise
         engine.report("syncing")
-        engine.finish()
+        durability.finish()
         reader.check_unchanged()
         return RunResult(
             read_nbytes=engine.read_nbytes,
@@ -236,36 +196,25 @@ class _Run:
         self,
         plan: Plan,
         work: Work,
-        reader: SourceReader,
-        writer: ShardWriter,
-        workers: ThreadPoolExecutor,
-        kernel_workers: ThreadPoolExecutor,
-        syncer: ThreadPoolExecutor,
-        journal: Journal,
-        torch_threads: TorchThreads,
-        kernels: Mapping[str, Kernel],
+        tensors: WholeTensors,
+        chunks: ChunkRunner,
+        kernels: KernelRunner,
+        durability: Durability,
+        workers: Executor,
         on_progress: Callable[[Progress], None] | None,
-        check_sources: bool,
     ) -> None:
         self._plan = plan
         self._work = work
-        self._torch = torch_threads
-        self._reader = reader
-        self._writer = writer
-        self._workers = workers
-        self._kernel_workers = kernel_workers
-        self._syncer = syncer
-        self._journal = journal
+        self._tensors = tensors
+        self._chunks = chunks
         self._kernels = kernels
+        self._durability = durability
+        self._workers = workers
         self._on_progress = on_progress
-        self._check_sources = check_sources
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
-        self._tensors = WholeTensors(plan.buffer_nbytes, plan.tensors_nbytes)
         self._lock = Lock()
         self._stopping = Event()
         self._error: BaseException | None = None
-        self._syncing: Future[None] | None = None
-        self._synced = time.monotonic()
         self.read_nbytes = 0
         self.written_nbytes = sum(shard.data_start for shard in plan.shards)
         self.peak_buffer_nbytes = 0
@@ -306,7 +255,8 @@ class _Run:
                         kernel.result()
                     if step.frees:
                         self._finish(under_way)
-                        self._free(step.frees)
+                        self._tensors.free(step.frees)
+                        self._kernels.drop_results(step.frees)
                 self._finish(under_way)
             except BaseException as error:
                 self._stop(error)
@@ -317,41 +267,12 @@ class _Run:
         with self._lock:
             self._error = self._error or error
         self._stopping.set()
-        self._reader.interrupt()
+        self._chunks.reader.interrupt()
         return self._error
 
     def report(self, doing: str = "") -> None:
         if self._on_progress is not None:
             self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
-
-    def finish(self) -> None:
-        """Put everything on the disk. Raises RunError where that failed at any time: the system says so once."""
-        if self._syncing is not None:
-            self._syncing.result()
-        self._make_durable()
-
-    def _make_durable(self) -> None:
-        """Put everything that is written on the disk, and have the journal say so."""
-        position = self._journal.position
-        try:
-            self._writer.sync()
-        except RunError:
-            self._journal.distrust()
-            raise
-        self._journal.mark_safe(position)
-
-    def _make_durable_now_and_then(self) -> None:
-        if self._syncing is not None and self._syncing.done():
-            self._syncing.result()
-            self._syncing, self._synced = None, time.monotonic()
-        if self._syncing is None and time.monotonic() - self._synced > SYNC_SECONDS:
-            self._syncing = self._syncer.submit(self._make_durable)
-
-    def _free(self, buffers: Sequence[int]) -> None:
-        self._tensors.free(buffers)
-        for buffer in buffers:
-            if buffer in self._work.result_keys:
-                self._journal.drop_result(self._work.result_keys[buffer])
 
     def _run_stream(self, under_way: _Chunks, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
         for piece in pieces:
@@ -364,7 +285,7 @@ class _Run:
             self._finish(under_way)
         for piece in pieces:
             for first, numel in chunks(piece.first, piece.numel, step.head_numel, step.chunk_numel):
-                self._submit(under_way, self._run_chunk, step, Piece(first, numel, piece.parts))
+                self._submit(under_way, self._chunks.run, step, Piece(first, numel, piece.parts))
 
     def _submit(self, under_way: _Chunks, work: Callable[..., tuple[int, int]], *args: Any) -> None:
         """Have a worker do `work(slab, *args)` as soon as there is a slab for it."""
@@ -380,130 +301,28 @@ class _Run:
         finally:
             self._slabs.give_back(slab)
 
-    def _run_chunk(self, slab: memoryview, step: StreamStep, piece: Piece) -> tuple[int, int]:
-        """Read, transform and write one chunk; returns the bytes read from and written to files."""
-        root = step.root
-        nbytes = piece.numel * root.dtype.itemsize
-        at = _chunk_in_page(root, piece)
-        chunk, scratch = elementwise.cut(slab, nbytes, at)
-        read = written = 0
-        if step.factors():
-            self._torch.use_one()
-        match root:
-            case FileRoot(source, offset):
-                offset += piece.first * root.dtype.itemsize
-                self._reader.read_into(source, offset, slab, at, nbytes)
-                read = nbytes
-            case MeanRoot(parts):
-                total = elementwise.as_array(chunk, root.dtype, piece.numel)
-                elementwise.average(parts, piece.first, total, scratch, self._read_checked)
-                read = sum(piece.numel * part.dtype.itemsize for part, _ in read_once(parts))
-            case BufferRoot(buffer, offset):
-                begin = offset + piece.first * root.dtype.itemsize
-                chunk = self._tensors.get(buffer)[begin : begin + nbytes]
-            case ZeroRoot():
-                elementwise.clear(chunk)
-        for part in piece.parts:
-            data = chunk
-            if part.branch.ops:
-                first, numel = piece.first, piece.numel
-                whole, to = self._tensors.get, _place_in_page(part, first)
-                data = elementwise.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
-            written += self._write(step, part, piece.first, piece.numel, data)
-        if self._check_sources and isinstance(root, FileRoot):
-            self._reader.check_again(root.source, offset, slab, at, nbytes)
-        return read, written
-
-    def _read_checked(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
-        """Fill `slab[begin : begin + nbytes]` from a source, and see at once whether it is what it should be."""
-        self._reader.read_into(source, offset, slab, begin, nbytes)
-        if self._check_sources:
-            self._reader.check_again(source, offset, slab, begin, nbytes)
-
-    def _write(self, step: StreamStep, part: Part, first: int, numel: int, data: memoryview) -> int:
-        """Write elements to all their places; returns how many bytes went to files."""
-        itemsize = part.branch.dtype.itemsize
-        files = []
-        for sink in part.branch.sinks:
-            if isinstance(sink, FileSink):
-                self._writer.write(sink.shard, sink.offset + first * itemsize, data)
-                files.append(sink)
-                continue
-            begin, end = max(first, sink.first), min(first + numel, sink.first + sink.numel)
-            if begin < end:
-                offset, nbytes = sink.offset + (begin - sink.first) * itemsize, (end - begin) * itemsize
-                at = (begin - first) * itemsize
-                self._tensors.get(sink.buffer)[offset : offset + nbytes] = data[at : at + nbytes]
-        if part.content is not None:
-            self._journal.add_chunk(part.content, first, numel, checksum(data, itemsize, first, step.head_numel), files)
-        return len(files) * len(data)
-
     def _make_alias(self, under_way: _Chunks, alias: Alias) -> None:
         """Share what can be shared, copy the rest."""
-        begin, end = self._writer.share(alias.origin, alias.target, alias.nbytes)
+        begin, end = self._chunks.writer.share(alias.origin, alias.target, alias.nbytes)
         self.written_nbytes += end - begin
         step = self._plan.pool.slab_nbytes
         for start, stop in ((0, begin), (end, alias.nbytes)):
             for at in range(start, stop, step):
-                self._submit(under_way, self._copy, alias, at, min(step, stop - at))
-
-    def _copy(self, slab: memoryview, alias: Alias, begin: int, nbytes: int) -> tuple[int, int]:
-        self._writer.read_back(alias.origin.shard, alias.origin.offset + begin, slab[:nbytes])
-        self._writer.write(alias.target.shard, alias.target.offset + begin, slab[:nbytes])
-        return 0, nbytes
+                self._submit(under_way, self._chunks.copy, alias, at, min(step, stop - at))
 
     def _run_kernel(self, index: int, step: KernelStep, forecast: int) -> None:
-        result = step.output.buffer
         if index in self._work.restored:
-            self._journal.load_result(self._work.result_keys[result], self._tensors.get(result))
+            self._kernels.restore(step)
             self._check_forecast(forecast)
-        if index not in self._work.kernels:
-            return
-        self.report(step.kernel)
-        self._torch.use_all()
-        inputs = [self._view(view) for view in step.inputs]
-        output = self._view(step.output)
-        self._check_forecast(forecast, step.blocks_nbytes)
-        kernel, params = self._kernels[step.kernel], json.loads(step.params)
-        if step.block_nbytes:
-            kernel(params, inputs, output, self._weights(step))
-        else:
-            kernel(params, inputs, output)
-        if result in self._work.result_keys:
-            self._journal.save_result(self._work.result_keys[result], self._tensors.get(result))
+        if index in self._work.kernels:
+            self.report(step.kernel)
+            run = self._kernels.prepare(step, self._read_block, self._check_stopping)
+            self._check_forecast(forecast, step.blocks_nbytes)
+            run()
 
-    def _weights(self, step: KernelStep) -> Weights:
-        return Weights(
-            [self._matrix(view) for view in step.weights],
-            workers=self._kernel_workers,
-            blocks=step.workers,
-            threads=self._torch.count,
-            block_nbytes=step.block_nbytes,
-            check=self._check_stopping,
-        )
-
-    def _matrix(self, view: BufferView | FileView | MeanView) -> Matrix:
-        def read_into(source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
-            self._read_checked(source, offset, slab, begin, nbytes)
-            self._count(nbytes, 0)
-
-        match view:
-            case BufferView():
-                return WholeMatrix(self._tensor(view))
-            case FileView():
-                return FileMatrix(view.shape, view.dtype, view.offset, partial(read_into, view.source))
-            case MeanView():
-                return MeanMatrix(view.shape, view.dtype, view.parts, read_into)
-
-    def _view(self, view: BufferView) -> torch.Tensor | elementwise.Array:
-        if self._torch.uses_torch:
-            return self._tensor(view)
-        memory = self._tensors.get(view.buffer)
-        return elementwise.as_array(memory, view.dtype, len(memory) // view.dtype.itemsize).reshape(view.shape)
-
-    def _tensor(self, view: BufferView) -> torch.Tensor:
-        memory = self._tensors.get(view.buffer)
-        return elementwise.as_tensor(memory, view.dtype, len(memory) // view.dtype.itemsize).view(view.shape)
+    def _read_block(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+        self._chunks.read_into(source, offset, slab, begin, nbytes)
+        self._count(nbytes, 0)
 
     def _finish(self, under_way: _Chunks) -> None:
         while under_way:
@@ -513,7 +332,7 @@ class _Run:
         with self._lock:
             self.read_nbytes += read_nbytes
             self.written_nbytes += written_nbytes
-            self._make_durable_now_and_then()
+            self._durability.now_and_then()
             self.report()
 
     def _check_stopping(self) -> None:
@@ -532,24 +351,3 @@ def _needs_whole_tensors(step: Step) -> bool:
     if isinstance(step, KernelStep) or isinstance(step.root, BufferRoot) or step.factors():
         return True
     return any(isinstance(sink, BufferSink) for branch in step.branches for sink in branch.sinks)
-
-
-def _chunk_in_page(root: Root, piece: Piece) -> int:
-    """Where in a page a chunk begins: where it lies in its file, so that it can be read, and written, directly.
-
-    A mean lies where it does in the file that it is written to as it is.
-    """
-    match root:
-        case FileRoot(_, offset, dtype):
-            return (offset + piece.first * dtype.itemsize) % PAGE
-        case MeanRoot():
-            return next((_place_in_page(part, piece.first) for part in piece.parts if not part.branch.ops), 0)
-    return 0
-
-
-def _place_in_page(part: Part, first: int) -> int:
-    """Where in a page element `first` begins in the file that it is written to first."""
-    for sink in part.branch.sinks:
-        if isinstance(sink, FileSink):
-            return (sink.offset + first * part.branch.dtype.itemsize) % PAGE
-    return 0

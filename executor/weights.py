@@ -20,7 +20,7 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol
 
 from executor.buffers import SlabPool
-from executor.kernels import as_array, as_tensor, average, cut
+from executor.chunk_ops import as_array, as_tensor, average, cut
 from planner.expr import DType, Shape
 from planner.layout import PAGE
 from planner.plan import FileRoot
@@ -94,7 +94,7 @@ class FileMatrix:
 
 @dataclass(frozen=True)
 class MeanMatrix:
-    """The mean of matrices that lie in files, rounded to `dtype`. `read_into` is that of `executor.kernels.average`."""
+    """The mean of matrices that lie in files, rounded to `dtype`. `read_into`: see `executor.chunk_ops.average`."""
 
     shape: Shape
     dtype: DType

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moeplan.gates.device import CPU, Device
 
 if TYPE_CHECKING:
-    from executor.engine import Kernel
+    from executor.kernel_runner import Kernel
     from moeplan.architectures.dense import DenseModel
     from moeplan.config import Expert
     from planner.expr import Expr, Opaque, Shape

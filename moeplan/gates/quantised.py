@@ -18,7 +18,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses packages 
 
 from bitsandbytes import functional  # noqa: E402
 
-from executor.kernels import as_tensor  # noqa: E402
+from executor.chunk_ops import as_tensor  # noqa: E402
 from executor.weights import Matrix, Weights  # noqa: E402
 from moeplan.gates.layers import block_rows  # noqa: E402
 from planner.expr import DType, Shape  # noqa: E402

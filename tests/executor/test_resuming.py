@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_engine import column_sums, digest, planned, source
 
-from executor import engine, journal, routing
+from executor import durability, journal, routing
 from executor.engine import RunResult, run
 from executor.errors import RunError
 from executor.journal import Journal
@@ -211,7 +211,7 @@ def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
     assert "resumed" not in result.nbytes_by_path
     assert digest(place / "model") == whole[0]
 
-    monkeypatch.setattr(engine, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
     with pytest.raises(Stop):
         go_on(plan, tmp_path / "synced", on_progress=stopping_after(plan.written_nbytes))
     monkeypatch.setattr(journal, "_machine_start", lambda: "yet another start")
@@ -258,7 +258,7 @@ def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes
             raise OSError(5, "Input/output error")
         fsync(fd)
 
-    monkeypatch.setattr(engine, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(RunError, match="Input/output error"):
         go_on(plan, place)
@@ -283,7 +283,7 @@ def test_a_shard_that_was_gone_is_not_trusted_after_a_restart_of_the_machine_eit
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "place"
-    monkeypatch.setattr(engine, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
     with pytest.raises(Stop):
         go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
     monkeypatch.undo()

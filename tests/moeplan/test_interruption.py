@@ -64,9 +64,9 @@ import moeplan.merging
 moeplan.merging.plan = moeplan.merging.merge = read
 """
 IN_A_KERNEL = """
-import executor.engine
+import executor.kernel_runner
 
-executor.engine._Run._view = lambda *args: stand_still()
+executor.kernel_runner.KernelRunner._view = lambda *args: stand_still()
 """
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from executor.kernels import apply
+from executor.chunk_ops import apply
 from planner.expr import BLOCK, Cast, DType, Scale
 from planner.layout import PAGE
 from planner.plan import ChunkOp
