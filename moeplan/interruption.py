@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 GRACE_SECONDS = 0.5
@@ -42,6 +42,7 @@ def watch() -> None:
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _unraisable
+    sys.excepthook = _printed
     Thread(target=_end_in_time, args=(awaited,), name="Ctrl-C", daemon=True).start()
 
 
@@ -57,9 +58,16 @@ def in_order(message: str) -> Iterator[None]:
     _is_orderly, _message = True, message
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if _is_orderly:
+            raise
         _message = ""  # the caller says it
-        raise
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        interrupt = KeyboardInterrupt()  # which a library has made an error of its own of
+        for note in getattr(error, "__notes__", ()):
+            interrupt.add_note(note)
+        raise interrupt from error
     finally:
         _is_orderly = False
 
@@ -77,6 +85,13 @@ def _unraisable(what: Any) -> None:
     if what.exc_type is KeyboardInterrupt:
         _end()
     sys.__unraisablehook__(what)
+
+
+def _printed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Stands in for `sys.excepthook`: libraries in C print what is raised while they are imported, and go on."""
+    if issubclass(kind, KeyboardInterrupt):
+        _end()
+    sys.__excepthook__(kind, error, trace)
 
 
 def _end_in_time(awaited: int) -> None:

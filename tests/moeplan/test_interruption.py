@@ -63,6 +63,19 @@ import moeplan.merging
 
 moeplan.merging.plan = moeplan.merging.merge = read
 """
+TURNED = """
+import moeplan.merging
+
+def plan(*args):
+    try:
+        stand_still()
+    except KeyboardInterrupt as error:
+        raise ImportError("numpy._core.umath failed to import") from error
+
+moeplan.merging.plan = moeplan.merging.merge = plan
+"""
+# ml_dtypes imports numpy from C, where it prints what is raised, and raises an error of its own instead.
+IN_AN_IMPORT_FROM_C = IN_AN_IMPORT.replace("torch", "numpy")
 IN_A_KERNEL = """
 import executor.kernel_runner
 
@@ -103,8 +116,8 @@ def heeds_ctrl_c(process: subprocess.Popen[str]) -> bool:
 
 @pytest.mark.parametrize(
     "place",
-    [IN_AN_IMPORT, IN_A_READ, IN_A_KERNEL, IN_THE_FINAL_SYNC],
-    ids=["import", "read", "kernel", "final sync"],
+    [IN_AN_IMPORT, IN_AN_IMPORT_FROM_C, IN_A_READ, IN_A_KERNEL, IN_THE_FINAL_SYNC],
+    ids=["import", "import from C", "read", "kernel", "final sync"],
 )
 def test_a_process_that_waits_for_something_slow_ends_all_the_same(config, tmp_path, place):
     out = tmp_path / "out"
@@ -137,6 +150,12 @@ def test_it_is_not_lost_where_python_cannot_raise_it(config, tmp_path):
     process = start(config, tmp_path / "out", code=STANDING_STILL + SWALLOWED + MAIN)
     wait_until(process, (tmp_path / "standing still").exists)
     assert interrupted(process) == GOES_ON
+
+
+def test_it_is_not_taken_for_the_error_that_a_library_makes_of_it(config, tmp_path):
+    process = start(config, tmp_path / "out", code=STANDING_STILL + TURNED + MAIN)
+    wait_until(process, (tmp_path / "standing still").exists)
+    assert interrupted(process) == "error: interrupted\n"
 
 
 def test_pressing_it_twice_is_not_worse_than_pressing_it_once(config, tmp_path):
