@@ -21,7 +21,7 @@ from moeplan.gates.prompts import Prompts, tokenize
 from moeplan.memory import MIB
 from moeplan.merging import naming_prompts
 from moeplan.model_card import CONFIG_COPY
-from moeplan.options import Options, memory_nbytes
+from moeplan.options import OptionError, Options, memory_nbytes
 from moeplan.output import CONFIG
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LOADED_SHARE = 1.2
 """What a model takes in memory while transformers loads and evaluates it, for each byte of its tensors."""
 
+OF_A_BASE = ("device", "max_device_memory", "load_in_8bit", "load_in_4bit")
+"""Options that say how the base of a merge is evaluated."""
+
 
 def routes_after(
     directory: Path,
@@ -45,8 +48,9 @@ def routes_after(
     """Where the tokens of the prompts that the model in `directory` was merged by, and of `files`, go.
 
     `on_start` is told how many bytes of tokens there are, `on_progress` how many were evaluated. Raises UserError for
-    what is no such model, and where it does not fit memory.
+    what is no such model, where it does not fit memory, and for options that are about evaluating a base.
     """
+    _check_options(options)
     checkpoint = open_checkpoint(directory)
     family = _family(checkpoint)
     _check_memory(checkpoint, options)
@@ -80,11 +84,28 @@ def routes_after(
     return routes(
         names,
         [text for text in texts if text.tokens],
-        _layers(checkpoint, family, prompts, [prompt for group in groups for prompt in group], on_start, on_progress),
+        _layers(
+            checkpoint,
+            family,
+            prompts,
+            [prompt for group in groups for prompt in group],
+            options.threads,
+            on_start,
+            on_progress,
+        ),
         checkpoint.integer("num_experts_per_tok"),
         subject=str(directory),
         gate_mode=None if config is None else config.gate_mode,
     )
+
+
+def _check_options(options: Options) -> None:
+    for name in OF_A_BASE:
+        if getattr(options, name) != getattr(Options(), name):
+            raise OptionError(
+                f"--{name.replace('_', '-')}: a finished model is evaluated as it is, by the CPU; leave the option "
+                "out, or give the YAML file of the merge"
+            )
 
 
 def _family(checkpoint: Checkpoint) -> Family:
@@ -138,6 +159,7 @@ def _layers(
     family: Family,
     prompts: Prompts,
     order: Sequence[int],
+    threads: int,
     on_start: Callable[[int], None] | None,
     on_progress: Callable[[Progress], None] | None,
 ) -> Iterator[Layer]:
@@ -150,6 +172,7 @@ def _layers(
 
     if on_start is not None:
         on_start(4 * sum(map(len, prompts.tokens)))
+    torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", local_files_only=True)
     layers = model.model.layers
     routers = [_router(checkpoint, family, layer) for layer in range(len(layers))]

@@ -195,3 +195,25 @@ def test_a_finished_model_that_does_not_fit_memory_is_refused(checkpoint, config
     refused = cli(out, "--max-memory", "100kB")
     assert refused.returncode == 2
     assert "MiB may be taken; the YAML file of the merge takes little" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "typed", [["--device", "auto"], ["--cuda"], ["--max-device-memory", "1GiB"], ["--load-in-8bit"], ["--load-in-4bit"]]
+)
+def test_a_finished_model_is_evaluated_as_it_is(typed, tmp_path):
+    refused = cli(tmp_path, *typed)
+    assert refused.returncode == 2
+    option = "--device" if typed == ["--cuda"] else typed[0]
+    assert f"{option}: a finished model is evaluated as it is, by the CPU; leave the option out" in refused.stderr
+
+
+def test_a_finished_model_is_evaluated_by_so_many_threads(checkpoint, merge):
+    source, before = checkpoint("llama-plain"), torch.get_num_threads()
+    experts = [{"source_model": source, "positive_prompts": prompts} for prompts in PROMPTS[:2]]
+    out = merge(source, experts, gate_mode="cheap_embed")
+    torch.set_num_threads(2)
+    try:
+        routes_after(out, Options(num_threads=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
