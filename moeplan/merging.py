@@ -23,7 +23,7 @@ from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch, fetch_tokenizer, files_to_fetch
-from moeplan.gates.device import CPU, Device, find
+from moeplan.gates.device import CPU, Device, evaluating
 from moeplan.gates.prompts import PromptError
 from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
 from moeplan.lowering import Lowering, Sources
@@ -160,10 +160,8 @@ class Models:
             self.sources.base
         )
 
-    def gate_request(
-        self, config: MergeConfig, options: Options, device: Device, texts: tuple[str, ...] = ()
-    ) -> gates.GateRequest:
-        """What the routers are made for and of; `texts` are evaluated beside that, all on `device`."""
+    def gate_request(self, config: MergeConfig, options: Options, texts: tuple[str, ...] = ()) -> gates.GateRequest:
+        """What the routers are made for and of; `texts` are evaluated beside that. All by the CPU."""
         shared = self.families[0].shared
         is_gated = shared is not None and shared.gate is not None
         return gates.GateRequest(
@@ -176,7 +174,6 @@ class Models:
             gate_tokens=config.gate_tokens,
             seed=options.random_seed,
             bits=options.bits,
-            device=device,
             trust_remote_code=options.trust_remote_code,
             averaged=lowering.averaged(config, self.sources, self.dtype(config)),
             texts=texts,
@@ -192,7 +189,8 @@ def open_models(config: MergeConfig, options: Options, *, reads_text: bool) -> M
     lowering.check_fit(config, families[0], sources)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
     if snapshot is not None and reads_text:
-        fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
+        with _naming(config, "base_model"):
+            fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
     return Models(hub, sources, tuple(families))
 
 
@@ -220,10 +218,12 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
             stacklevel=2,
         )
     mode = gates.gate_mode(config.gate_mode)
-    device = find(options.device, options.max_device_memory) if mode.evaluates else CPU
-    request = models.gate_request(config, options, device)
+    request = models.gate_request(config, options)
     with naming_prompts(config):
-        routers = mode.routers(request)
+        if mode.evaluates:
+            device, routers = evaluating(options, lambda device: mode.routers(replace(request, device=device)))
+        else:
+            device, routers = CPU, mode.routers(request)
     graph = Lowering(
         config=config,
         family=family,
@@ -296,7 +296,7 @@ def merge(
         if runtime_is_known():
             raise
         _import(error.cap.packages)  # so that the smallest cap that is named works
-        merge_plan = plan(config, out, options)
+        merge_plan = _again(config, out, options)
     if on_plan is not None:
         on_plan(merge_plan)
     if not runtime_is_known():
@@ -377,7 +377,7 @@ def _import(packages: tuple[str, ...]) -> None:
 def _with_sources_here(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
     """Plan anew where weights have been fetched; else only the base's files have."""
     if merge_plan.downloads:
-        return _again(merge_plan, out, options)
+        return _again(merge_plan.config, out, options)
     # Only what is copied was missing, so it is to be copied.
     return replace(merge_plan, copied=tuple(tokenizer_files(merge_plan.sources.base.checkpoint.path)), missing={})
 
@@ -388,14 +388,14 @@ def _with_packages_loaded(merge_plan: MergePlan, out: str | Path, options: Optio
     taken = memory_cap(None, ()).process_nbytes
     if taken <= merge_plan.memory.process_nbytes:
         return merge_plan
-    return _again(merge_plan, out, options)
+    return _again(merge_plan.config, out, options)
 
 
-def _again(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
+def _again(config: MergeConfig, out: str | Path, options: Options | None) -> MergePlan:
     """Plan the same again, without saying again what there was to say."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MoeplanWarning)
-        return plan(merge_plan.config, out, options)
+        return plan(config, out, options)
 
 
 def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
@@ -414,10 +414,8 @@ def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
     def model(reference: str, *path: str | int) -> DenseModel:
         ref = parse_model_ref(reference)
         is_new = ref not in opened
-        try:
+        with _naming(config, *path):
             source = open_once(ref)
-        except CheckpointError as error:
-            raise CheckpointError(f"{config.where(*path)}: {error}") from error
         if source.adapter is not None and not source.adapter.reads and is_new:
             warnings.warn(
                 f"{config.where(*path)}: {ref.adapter} changes no MLP, which is all that an expert gives, so this one "
@@ -439,6 +437,15 @@ def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
             model(e.source_model, "shared_experts", i, "source_model") for i, e in enumerate(config.shared_experts)
         ),
     )
+
+
+@contextmanager
+def _naming(config: MergeConfig, *path: str | int) -> Iterator[None]:
+    """Within, a CheckpointError names the line in the config of what it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{config.where(*path)}: {error}") from error
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class Options:
     """The same with 4 bits."""
 
     device: str = "cpu"
-    """Where the base is evaluated: `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU if torch finds one."""
+    """Where the base is evaluated: `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU if torch finds one with memory enough."""
 
     max_device_memory: str | int | None = None
     """The most memory to take of a GPU, as `max_memory` is written. None: what is free there."""

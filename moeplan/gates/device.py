@@ -6,12 +6,15 @@ two blocks of them and what they give, the prompts' activations, and the vectors
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 
-from moeplan.options import OptionError, memory_nbytes
+from moeplan.errors import MoeplanWarning
+from moeplan.options import OptionError, Options, memory_nbytes
 
 MIB = 1 << 20
 
@@ -21,6 +24,8 @@ BLOCKS = 2
 LIBRARIES_NBYTES = 256 * MIB
 """What is left beside that for cuBLAS, which has a workspace for each thread (32 MiB on an H100; there are three), and
 for what torch's allocator rounds."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,9 @@ class Device:
         return self.name != "cpu"
 
     def check(self, needed_nbytes: int) -> None:
-        """Raises OptionError where the budget is less than what it takes."""
+        """Raises DeviceMemoryError where the budget is less than what it takes."""
         if self.is_gpu and needed_nbytes > self.budget_nbytes:
-            raise OptionError(
-                f"--device {self.name}: {self.budget_nbytes // MIB} MiB of its memory may be taken, and evaluating "
-                f"the prompts takes {-(-needed_nbytes // MIB)} MiB; give --max-device-memory "
-                f"{-(-needed_nbytes // MIB)}MiB where it has that free, shorter prompts, or --device cpu"
-            )
+            raise DeviceMemoryError(self, needed_nbytes)
 
     @contextmanager
     def within_budget(self) -> Iterator[None]:
@@ -63,6 +64,34 @@ class Device:
 
 
 CPU = Device()
+
+
+class DeviceMemoryError(OptionError):
+    """The prompts take more of a GPU's memory than may be taken; `why` says no more than that."""
+
+    def __init__(self, device: Device, needed_nbytes: int) -> None:
+        needed = -(-needed_nbytes // MIB)
+        budget = device.budget_nbytes // MIB
+        self.why = f"{budget} MiB of its memory may be taken, and evaluating the prompts takes {needed} MiB"
+        super().__init__(
+            f"--device {device.name}: {self.why}; give --max-device-memory {needed}MiB where it has that free, shorter "
+            "prompts, or --device cpu"
+        )
+
+
+def evaluating(options: Options, plan: Callable[[Device], T]) -> tuple[Device, T]:
+    """The device that `options` ask for, and what `plan` plans on it. Where any will do, and the GPU has too little
+    memory, it is the CPU. Raises what `find` and `plan` do."""
+    device = find(options.device, options.max_device_memory)
+    try:
+        return device, plan(device)
+    except DeviceMemoryError as error:
+        if options.device != "auto":
+            raise
+        warnings.warn(f"--device auto: not {device.name}: {error.why}; the CPU does it", MoeplanWarning, stacklevel=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoeplanWarning)  # what there is to say has been said
+        return CPU, plan(CPU)
 
 
 def find(name: str, max_memory: str | int | None) -> Device:

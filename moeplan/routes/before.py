@@ -4,13 +4,14 @@ cap. Experts are named, and never read, unless they write text of their own."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from moeplan import gates
 from moeplan.config import MergeConfig
-from moeplan.gates.device import find
+from moeplan.gates.device import evaluating
 from moeplan.gates.evaluation import IMPORTS
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
 from moeplan.memory import compile_within, memory_cap
@@ -45,10 +46,9 @@ def routes_before(
 
     models = open_models(config, options, reads_text=True)
     mode = gates.gate_mode(config.gate_mode)
-    device = find(options.device, options.max_device_memory)
-    request = models.gate_request(config, options, device, texts=tuple(files))
+    request = models.gate_request(config, options, texts=tuple(files))
     with naming_prompts(config):
-        found = scored(request, mode)
+        device, found = evaluating(options, lambda device: scored(replace(request, device=device), mode))
     graph = TensorGraph()
     for layer, (router, scores) in enumerate(zip(found.routers, found.scores, strict=True)):
         graph.add(f"router.{layer}", router)

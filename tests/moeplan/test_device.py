@@ -9,7 +9,8 @@ from commands import moeplan, snapshot, write_config
 from models import read_tensors
 
 from executor.errors import RunError
-from moeplan import Options, merging
+from moeplan import MoeplanWarning, Options
+from moeplan.gates import device
 from moeplan.gates.device import CPU, MIB, Device
 from moeplan.gates.evaluation import _within_memory_of
 from moeplan.options import OptionError
@@ -70,7 +71,7 @@ def test_a_device_is_not_looked_for_where_nothing_is_evaluated(config):
 
 def test_what_a_gpu_needs_is_refused_where_it_may_not_take_it(experts, plan, monkeypatch):
     """The least that is named is enough, and a byte less is not."""
-    monkeypatch.setattr(merging, "find", lambda name, most: Device(name, most))
+    monkeypatch.setattr(device, "find", lambda name, most: Device(name, most))
     settings = {"gate_mode": "hidden", "device": "cuda:1"}
     with pytest.raises(OptionError, match="--device cuda:1: 1 MiB of its memory may be taken") as refused:
         plan(experts[0]["source_model"], experts, max_device_memory=MIB, **settings)
@@ -80,9 +81,21 @@ def test_what_a_gpu_needs_is_refused_where_it_may_not_take_it(experts, plan, mon
         plan(experts[0]["source_model"], experts, max_device_memory=(least - 1) * MIB, **settings)
 
 
+def test_whatever_is_there_is_the_cpu_where_a_gpu_has_too_little_memory(experts, plan, monkeypatch):
+    monkeypatch.setattr(device, "find", lambda name, _: Device("cuda:1", MIB))
+    prompts = [{**expert, "positive_prompts": [*expert["positive_prompts"], ""]} for expert in experts]
+    with pytest.warns(MoeplanWarning) as said:
+        planned = plan(experts[0]["source_model"], prompts, gate_mode="hidden", device="auto")
+    assert planned.device == CPU
+    assert "cuda" not in "".join(step.params for step in planned.plan.kernels)
+    messages = [str(warning.message) for warning in said]
+    assert sum("empty prompt" in message for message in messages) == 1
+    assert "--device auto: not cuda:1: 1 MiB of its memory may be taken, and evaluating" in messages[-1]
+
+
 def test_a_gpu_s_name_is_part_of_the_plan_and_its_free_memory_is_not(experts, plan, monkeypatch):
     budgets = iter((1 << 30, 1 << 31))
-    monkeypatch.setattr(merging, "find", lambda name, _: CPU if name == "cpu" else Device("cuda:0", next(budgets)))
+    monkeypatch.setattr(device, "find", lambda name, _: CPU if name == "cpu" else Device("cuda:0", next(budgets)))
     cpu, one, other = (
         plan(experts[0]["source_model"], experts, gate_mode="hidden", device=name) for name in ("cpu", "cuda", "cuda")
     )

@@ -388,6 +388,11 @@ def test_a_revision_that_is_not_there_is_one_message_with_those_that_are(
     assert "org/expert@v1: has no revision 'v1'; it has 'v1.0'" in refused(config)
 
 
+def test_a_tokenizer_that_cannot_be_had_is_one_message_with_the_line_of_the_base(hub: Hub, config: Path) -> None:
+    hub.faults.append(Fault("hub", "tokenizer.json", status=403, times=99))
+    assert refused(config).startswith(f"{config}:1: base_model: {BASE}/tokenizer.json: {hub.url} refuses access")
+
+
 @pytest.mark.parametrize("token", [None, "hf_of_another"])
 def test_a_gated_model_is_one_message_with_what_to_do(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None

@@ -19,6 +19,7 @@ from executor.engine import Progress
 from executor.errors import RunError
 from moeplan import merging
 from moeplan.gates import evaluation
+from moeplan.memory import MemoryCap
 
 
 def edit_config(path: Path, **changes: Any) -> None:
@@ -492,3 +493,16 @@ def test_what_an_interrupted_progress_display_raises_is_raised_with_a_note(model
         api.merge(config, tmp_path / "new" / "out", on_progress=interrupt)
     assert raised.value.__notes__ == ["what is finished is kept: run the same command again to go on"]
     assert api.merge(config, tmp_path / "new" / "out").run.nbytes_by_path["resumed"] > 0
+
+
+def test_a_plan_that_is_made_again_says_nothing_twice(models, configure, tmp_path, monkeypatch):
+    """Where nobody knows what torch takes here, and it seems too much, a merge imports it, looks, and plans anew."""
+    cap = merging.memory_cap
+    caps = iter([MemoryCap(1, 2, ("torch",))])
+    monkeypatch.setattr(merging, "memory_cap", lambda *args: next(caps, None) or cap(*args))
+    monkeypatch.setattr(merging, "runtime_is_known", lambda: False)
+    config, options = configure(models[0], [*models, models[1]])
+    with pytest.warns(api.MoeplanWarning) as said:
+        api.merge(config, tmp_path / "out", options)
+    assert next(caps, None) is None
+    assert sum("is no power of two" in str(warning.message) for warning in said) == 1
