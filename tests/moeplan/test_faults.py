@@ -21,11 +21,27 @@ from commands import outcome, snapshot, sparse_llama, start, write_config
 import moeplan as api
 from executor.errors import RunError
 from moeplan.errors import UserError
+from moeplan.gates import prompts
 from moeplan.staging import PARTIAL
 
 FAILING = ("open", "ftruncate", "posix_fallocate", "preadv", "pwrite", "fsync", "rename", "mkdir")
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR}
 SHORT = {"preadv": 1000, "pwrite": 1000}
+
+
+@pytest.fixture(autouse=True)
+def _remember_tokens(monkeypatch) -> None:
+    """What tokenises prompts is a process of its own, which takes half of a merge's time and is not to fail here."""
+    answers: dict[str, dict[str, Any]] = {}
+    ask = prompts._ask
+
+    def remembering(file: Path, request: dict[str, Any], *fds: int) -> dict[str, Any]:
+        key = f"{file} {request['texts']}"
+        if key not in answers:
+            answers[key] = ask(file, request, *fds)
+        return dict(answers[key])
+
+    monkeypatch.setattr(prompts, "_ask", remembering)
 
 
 @pytest.fixture
