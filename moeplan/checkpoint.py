@@ -214,8 +214,7 @@ def _why_no_weights(place: Place) -> str:
     """What a place without weights is instead, and what to do about it."""
     by_suffix = {Path(name).suffix: name for name in sorted(place.names(), reverse=True)}
     if place.has("adapter_config.json"):
-        name = Path(place.label).name
-        return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{name})"
+        return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{place.label})"
     found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)
     advice = (
         "is the download complete, and is this the model's directory?"

@@ -121,7 +121,9 @@ def command(
             show_default=False,
         ),
     ] = None,
-    random_seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed of random gates and of noise.")] = 0,
+    random_seed: Annotated[
+        int, typer.Option(metavar="NUMBER", min=0, help="Seed of random gates, noise and drawn text.")
+    ] = 0,
     num_threads: NumThreads = None,
     load_in_8bit: Annotated[
         bool, typer.Option("--load-in-8bit", help="Evaluate prompts with the base in 8 bits (bitsandbytes).")
@@ -309,13 +311,14 @@ def routes_command(
     Of a YAML file, before anything is merged, the base alone is evaluated. As far as can be, tokens are scored by
     routers that were made without their prompts. A finished model is loaded with transformers, whole.
     """
-    from moeplan.routes.page import check_installed, page
+    from moeplan.routes.page import check_installed, check_place, page
     from moeplan.routes.subject import routes_of
 
     teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
     with _told(teller, verbose):
         if html is not None:
             check_installed()
+            check_place(html)
         options = Options(
             max_memory=max_memory,
             random_seed=random_seed,
@@ -328,9 +331,9 @@ def routes_command(
             transformers_cache=transformers_cache,
         )
         data = routes_of(subject, options, text or [], teller.start, teller.progress).to_data()
+        teller.routes(data)
         if html is not None:
             html.write_text(page(data), encoding="utf-8")
-        teller.routes(data)
 
 
 class _Teller:

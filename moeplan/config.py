@@ -42,7 +42,9 @@ KeyPath = tuple[str | int, ...]
 
 ALLOW_ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
 
-_MODES_WITHOUT_PROMPTS = ("random", "uniform_random")
+PROMPTLESS: tuple[GateMode, ...] = ("random", "uniform_random")
+"""The gate modes that read no prompts."""
+
 _FLOAT32_MAX = 3.4028234663852886e38  # weights are scaled in float32, where more than this is infinite
 _DTYPE_NICKNAMES = {
     "bf16": "bfloat16",
@@ -222,7 +224,7 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
         yield ("gate_tokens",), f"must be from 1 to {_MAX_GATE_TOKENS:,}, not {config.gate_tokens}"
     if len(config.shared_experts) > 1:
         yield ("shared_experts", 1), "only one shared expert can be built: remove the others"
-    if config.gate_mode in _MODES_WITHOUT_PROMPTS:
+    if config.gate_mode in PROMPTLESS:
         return
     for index, expert in enumerate(config.experts):
         if not expert.has_text:
@@ -231,11 +233,13 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
                 f"no positive prompts, which gate_mode {config.gate_mode} makes this expert's router weights from: "
                 "write at least one, or positive_files, or use gate_mode random",
             )
-        if expert.positive_samples and config.gate_mode != "ridge":
-            yield (
-                ("experts", index, "positive_samples"),
-                f"gate_mode {config.gate_mode} takes prompts and files alone: remove it, or use gate_mode ridge",
-            )
+    for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
+        for index, expert in enumerate(experts):
+            if expert.positive_samples and config.gate_mode != "ridge":
+                yield (
+                    (key, index, "positive_samples"),
+                    f"gate_mode {config.gate_mode} takes prompts and files alone: remove it, or use gate_mode ridge",
+                )
     # Neither the order of an expert's prompts nor that of its files matters.
     prompts = {
         (
@@ -254,7 +258,7 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
 
 def is_useless_without_training(config: MergeConfig) -> bool:
     """Whether prompts choose among experts that are all one model: the merge computes what that model does."""
-    if config.gate_mode in _MODES_WITHOUT_PROMPTS or len(config.experts) == 1:
+    if config.gate_mode in PROMPTLESS or len(config.experts) == 1:
         return False
     return len({os.path.realpath(expert.source_model) for expert in config.experts}) == 1
 

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Event
@@ -153,6 +153,12 @@ class Hub:
         self._heads: dict[RemoteFile, bytes] = {}
         self._reader: RemoteReader | None = None
 
+    def anew(self) -> Hub:
+        """The same models at the same commits, with what is in the cache by now."""
+        hub = Hub(self._asked_for)
+        hub._snapshots = {name: replace(snapshot, hub=hub) for name, snapshot in self._snapshots.items()}
+        return hub
+
     @property
     def endpoint(self) -> str:
         """The Hub's address."""
@@ -200,8 +206,15 @@ class Hub:
 
     def _found(self, reference: str, repository: str, revision: str, config: str) -> Snapshot:
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+        try:
+            validate_repo_id(repository)
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"{reference}: there is no such directory, and no model on the Hub has such a name: {show(str(error))}"
+            ) from None
         if constants.HF_HUB_OFFLINE:
             cached = self._cached(reference, repository, revision, config)
             if cached is None:
@@ -356,8 +369,6 @@ class Hub:
                 return self._why(error.__cause__, repository, revision)
             case errors.EntryNotFoundError():
                 return "is not there"
-            case errors.HFValidationError():
-                return f"is no name of a model on the Hub: {show(str(error))}"
             case errors.HfHubHTTPError():
                 status = error.response.status_code
                 if status in (401, 403):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeplan.architectures.dense import DenseModel, TensorSpec
+from moeplan.architectures.dense import EMBEDDING, OUTPUT_MATRIX, DenseModel, TensorSpec
 from moeplan.architectures.family import Family, MlpTensor
 from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError
 from moeplan.config import Expert, MergeConfig
@@ -20,9 +20,6 @@ from planner.graph import TensorGraph
 MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
 SHOULD_AGREE = ("rope_theta", "vocab_size")
 MUST_AGREE_TO_AVERAGE = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-
-EMBEDDINGS = "model.embed_tokens.weight"
-OUTPUT_MATRIX = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,7 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
     """
     base = sources.base
     _refuse_what_is_lost(family, base, base.unknown_tensors())
-    if not base.settings["tie_word_embeddings"] and OUTPUT_MATRIX not in base.checkpoint.tensors:
-        raise CheckpointError(
-            f"{base.checkpoint.label}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
-            "embeddings (tie_word_embeddings)"
-        )
-    for name, spec, _ in base.specs():  # gates may need any of them
-        base.tensor(name, spec)
+    base.check_tensors()  # gates may need any of them
     checked = {id(base)}
     for place, expert in sources.named():
         if id(expert) in checked:
@@ -95,23 +86,16 @@ def _check_backbone(family: Family, base: DenseModel, expert: DenseModel, where:
             f"{where}: {expert.adapter.label} has {show(name)}{more}, and adapters are applied to MLPs alone, so the "
             f"mean of all else (backbone: average) would be without it; {MERGE_ADAPTER}"
         )
-    if not expert.settings["tie_word_embeddings"]:
-        if OUTPUT_MATRIX not in expert.checkpoint.tensors:
-            raise CheckpointError(
-                f"{where}: {label}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
-                "embeddings (tie_word_embeddings)"
-            )
-        if base.settings["tie_word_embeddings"] and family.tied:
-            raise CheckpointError(
-                f"{where}: {label} has a tensor {OUTPUT_MATRIX} of its own, and the base {base.checkpoint.label} ties "
-                "it to the embeddings (tie_word_embeddings), so the merged model cannot hold the mean (backbone: "
-                "average); untie it in the base"
-            )
     try:
-        for name, spec, _ in expert.specs():
-            expert.tensor(name, spec)
+        expert.check_tensors()
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    if base.settings["tie_word_embeddings"] and not expert.settings["tie_word_embeddings"] and family.tied:
+        raise CheckpointError(
+            f"{where}: {label} has a tensor {OUTPUT_MATRIX} of its own, and the base {base.checkpoint.label} ties "
+            "it to the embeddings (tie_word_embeddings), so the merged model cannot hold the mean (backbone: "
+            "average); untie it in the base"
+        )
 
 
 def _setting(model: DenseModel, key: str) -> Any:
@@ -149,7 +133,7 @@ def averaged(config: MergeConfig, sources: Sources, dtype: DType) -> dict[str, E
 def _of_backbone(model: DenseModel, name: str, spec: TensorSpec) -> Read:
     """A tensor that is no MLP's, as the model has it: an output matrix that is tied is the embeddings."""
     if name == OUTPUT_MATRIX and model.settings["tie_word_embeddings"]:
-        return model.checkpoint.tensors[EMBEDDINGS]
+        return model.checkpoint.tensors[EMBEDDING]
     read = model.tensor(name, spec)
     assert read is not None  # or `check_fit` would have refused the model
     return read
@@ -202,7 +186,7 @@ class Lowering:
         is_tied = self.sources.base.settings["tie_word_embeddings"]
         if self.averaged:
             return None if is_tied and self.family.tied else stored
-        embeddings = self.sources.base.checkpoint.tensors[EMBEDDINGS]
+        embeddings = self.sources.base.checkpoint.tensors[EMBEDDING]
         if stored is not None and not (is_tied and stored is embeddings):
             return stored
         return None if self.family.tied else embeddings

@@ -65,13 +65,18 @@ def memory_cap(max_memory: str | int | None, packages: Collection[str]) -> Memor
     to_import = sum(IMPORT_NBYTES[name] for name in packages if name not in sys.modules)
     resident = -(-resident_nbytes() // GRAIN_NBYTES) * GRAIN_NBYTES
     process = max(resident, INTERPRETER_NBYTES) + to_import + GROWTH_NBYTES
-    memory = psutil.virtual_memory()
-    limit = min(memory.total, cgroup_limit_nbytes() or memory.total)
+    limit = limit_nbytes()
     if max_memory is None:
-        nbytes = min(process + min(memory.available, limit) // 2, limit)
+        nbytes = min(process + min(psutil.virtual_memory().available, limit) // 2, limit)
     else:
         nbytes = memory_nbytes(max_memory, limit)
     return MemoryCap(nbytes, process, tuple(packages))
+
+
+def limit_nbytes() -> int:
+    """The memory that there is for this process: the machine's, or what its control group leaves of it."""
+    total = psutil.virtual_memory().total
+    return min(total, cgroup_limit_nbytes() or total)
 
 
 def cgroup_limit_nbytes(

@@ -20,7 +20,7 @@ from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
 from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
-from moeplan.config import MergeConfig
+from moeplan.config import PROMPTLESS, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch, fetch_tokenizer, files_to_fetch
 from moeplan.gates.device import CPU, Device, evaluating
@@ -150,7 +150,6 @@ class MergeResult:
 class Models:
     """The models of a merge, opened, and what they can be merged as: the families that fit, best first."""
 
-    hub: Hub
     sources: Sources
     families: tuple[Family, ...]
 
@@ -180,10 +179,9 @@ class Models:
         )
 
 
-def open_models(config: MergeConfig, options: Options, *, reads_text: bool) -> Models:
+def open_models(config: MergeConfig, options: Options, hub: Hub, *, reads_text: bool) -> Models:
     """Open the models that `config` names: their configs and headers, and the tokenizer of a base on the Hub where it
     `reads_text`. Raises UserError for what cannot be opened or merged."""
-    hub = Hub(options.transformers_cache)
     sources = _open_sources(config, hub)
     families = architectures.choose(config, [model for _, model in sources.named()])
     lowering.check_fit(config, families[0], sources)
@@ -191,7 +189,7 @@ def open_models(config: MergeConfig, options: Options, *, reads_text: bool) -> M
     if snapshot is not None and reads_text:
         with _naming(config, "base_model"):
             fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
-    return Models(hub, sources, tuple(families))
+    return Models(sources, tuple(families))
 
 
 def plan(config: MergeConfig, out: str | Path | None = None, options: Options | None = None) -> MergePlan:
@@ -203,10 +201,14 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     cannot be understood, and for a memory cap that is too small. Warns with MoeplanWarning.
     """
     options = options or Options()
+    return _plan(config, out, options, Hub(options.transformers_cache))
+
+
+def _plan(config: MergeConfig, out: str | Path | None, options: Options, hub: Hub) -> MergePlan:
     if out is not None:
         check_output(Path(out), overwrite=options.overwrite)
-    models = open_models(config, options, reads_text=config.gate_mode not in gates.PROMPTLESS)
-    hub, sources, family = models.hub, models.sources, models.families[0]
+    models = open_models(config, options, hub, reads_text=config.gate_mode not in PROMPTLESS)
+    sources, family = models.sources, models.families[0]
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)
     dtype = models.dtype(config)
@@ -290,22 +292,24 @@ def merge(
     from executor.engine import finished, run  # here, because it takes numpy, which plans do without
 
     started = time.monotonic()
+    options = options or Options()
+    hub = Hub(options.transformers_cache)
     try:
-        merge_plan = plan(config, out, options)
+        merge_plan = _plan(config, out, options, hub)
     except CapError as error:
         if runtime_is_known():
             raise
         _import(error.cap.packages)  # so that the smallest cap that is named works
-        merge_plan = _again(config, out, options)
+        merge_plan = _again(config, out, options, hub)
     if on_plan is not None:
         on_plan(merge_plan)
     if not runtime_is_known():
-        merge_plan = _with_packages_loaded(merge_plan, out, options)
+        merge_plan = _with_packages_loaded(merge_plan, out)
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
         fetch(merge_plan, Path(out), on_progress)
-        merge_plan = _with_sources_here(merge_plan, out, options)
-    directory, options = Path(out), merge_plan.options
+        merge_plan = _with_sources_here(merge_plan, out)
+    directory = Path(out)
     made_from = identity(merge_plan)
     with staged(directory, made_from, restart=options.restart, overwrite=options.overwrite) as stage:
         if stage.is_complete:
@@ -329,7 +333,7 @@ def merge(
             _warn_degenerate(merge_plan, facts)
             _write_beside(merge_plan, made_from, result, stage.directory)
             _warn_of_missing_code(merge_plan, stage.directory)
-    of_text = None if config.gate_mode in gates.PROMPTLESS else facts
+    of_text = None if config.gate_mode in PROMPTLESS else facts
     return MergeResult(directory, result, time.monotonic() - started, of_text)
 
 
@@ -374,28 +378,28 @@ def _import(packages: tuple[str, ...]) -> None:
         import_module(package)
 
 
-def _with_sources_here(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
+def _with_sources_here(merge_plan: MergePlan, out: str | Path) -> MergePlan:
     """Plan anew where weights have been fetched; else only the base's files have."""
     if merge_plan.downloads:
-        return _again(merge_plan.config, out, options)
+        return _again(merge_plan.config, out, merge_plan.options, merge_plan.hub)
     # Only what is copied was missing, so it is to be copied.
     return replace(merge_plan, copied=tuple(tokenizer_files(merge_plan.sources.base.checkpoint.path)), missing={})
 
 
-def _with_packages_loaded(merge_plan: MergePlan, out: str | Path, options: Options | None) -> MergePlan:
+def _with_packages_loaded(merge_plan: MergePlan, out: str | Path) -> MergePlan:
     """Import what the run will use; plan anew where that takes more memory here than was reckoned with."""
     _import(merge_plan.memory.packages)
     taken = memory_cap(None, ()).process_nbytes
     if taken <= merge_plan.memory.process_nbytes:
         return merge_plan
-    return _again(merge_plan.config, out, options)
+    return _again(merge_plan.config, out, merge_plan.options, merge_plan.hub)
 
 
-def _again(config: MergeConfig, out: str | Path, options: Options | None) -> MergePlan:
-    """Plan the same again, without saying again what there was to say."""
+def _again(config: MergeConfig, out: str | Path, options: Options, hub: Hub) -> MergePlan:
+    """Plan the same again, at the same commits, without saying again what there was to say."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MoeplanWarning)
-        return plan(config, out, options)
+        return _plan(config, out, options, hub.anew())
 
 
 def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
@@ -476,7 +480,7 @@ def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:
 
 def _warn_degenerate(merge_plan: MergePlan, facts: RouterFacts) -> None:
     if facts.degenerate:
-        advice = "" if merge_plan.config.gate_mode in gates.PROMPTLESS else "; give them prompts that differ more"
+        advice = "" if merge_plan.config.gate_mode in PROMPTLESS else "; give them prompts that differ more"
         layers = "all layers" if len(facts.degenerate) == facts.num_layers else _layers(facts.degenerate)
         warnings.warn(
             f"routing is degenerate in {layers}: the router cannot tell some experts apart{advice}",

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moeplan.checkpoint import CheckpointError, opened
-from moeplan.config import ALLOW_ALL_SAME_FLAG, MergeConfig, is_useless_without_training
+from moeplan.config import ALLOW_ALL_SAME_FLAG, PROMPTLESS, MergeConfig, is_useless_without_training
 from moeplan.errors import MoeplanWarning
-from moeplan.gates import PROMPTLESS
 from moeplan.model_ref import parse_model_ref
 from moeplan.options import DECISIVE, flag
 

@@ -32,6 +32,9 @@ DECISIVE = (
 )
 """The options that the bytes of the output depend on."""
 
+EVALUATION = ("load_in_8bit", "load_in_4bit", "device")
+"""Those of them that do not matter where the base is not evaluated."""
+
 
 def flag(name: str) -> str:
     """An option's name on the command line."""
@@ -54,7 +57,7 @@ class Options:
     None: the first that the family has, which is `separate` for all that every program reads."""
 
     random_seed: int = 0
-    """Seeds the random gate modes and the noise."""
+    """Seeds the random gate modes, the noise, and which text of files and models is drawn."""
 
     copy_tokenizer: bool = True
     """Put the base's tokenizer, chat template and generation_config.json beside the weights."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from executor.manifest import Segment, manifest
 from executor.reader import name_of
 from moeplan.checkpoint import CONFIG
-from moeplan.options import DECISIVE, flag
+from moeplan.gates import gate_mode
+from moeplan.options import DECISIVE, EVALUATION, Options, flag
 from moeplan.safetensors_header import LENGTH_NBYTES
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
@@ -39,7 +40,9 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     options, base = merge_plan.options, merge_plan.sources.base.checkpoint
     values = {name: getattr(options, name) for name in DECISIVE}
     values |= {"out_shard_size": str(options.out_shard_size), "expert_layout": merge_plan.layout}
-    packages = [*PACKAGES, *(["bitsandbytes"] if options.bits else [])]
+    if not gate_mode(merge_plan.config.gate_mode).evaluates:
+        values |= {name: getattr(Options(), name) for name in EVALUATION}
+    packages = [*PACKAGES, *(["bitsandbytes"] if "moeplan.gates.quantised" in merge_plan.memory.packages else [])]
     return {
         "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
         "option": {flag(name): value for name, value in values.items()},

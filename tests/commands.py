@@ -104,7 +104,8 @@ def sparse_llama(path: Path, **sizes: int) -> Path:
                 "mlp.down_proj": (hidden, wide),
             }.items()
         }
-    shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)

@@ -13,8 +13,7 @@ from moeplan.architectures.mixtral import MIXTRAL
 from moeplan.architectures.qwen2_moe import QWEN2_MOE
 from moeplan.architectures.qwen3_moe import QWEN3_MOE
 from moeplan.checkpoint import Checkpoint, CheckpointError
-from moeplan.config import ConfigError, MergeConfig
-from moeplan.gates import PROMPTLESS
+from moeplan.config import PROMPTLESS, ConfigError, MergeConfig
 from moeplan.untrusted_json import show
 
 FAMILIES: tuple[Family, ...] = (MIXTRAL, DEEPSEEK, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE_SHARED)

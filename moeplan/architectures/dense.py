@@ -34,10 +34,11 @@ class TensorSpec:
     optional: bool = False
 
 
+EMBEDDING, NORM, OUTPUT_MATRIX = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER = "model.layers.{layer}."
 
 DECODER = (
-    TensorSpec("model.embed_tokens.weight", ("vocab_size", "hidden_size")),
+    TensorSpec(EMBEDDING, ("vocab_size", "hidden_size")),
     TensorSpec(LAYER + "input_layernorm.weight", ("hidden_size",)),
     TensorSpec(LAYER + "self_attn.q_proj.weight", ("q_size", "hidden_size")),
     TensorSpec(LAYER + "self_attn.k_proj.weight", ("kv_size", "hidden_size")),
@@ -47,8 +48,8 @@ DECODER = (
     TensorSpec(LAYER + "mlp.gate_proj.weight", ("intermediate_size", "hidden_size")),
     TensorSpec(LAYER + "mlp.up_proj.weight", ("intermediate_size", "hidden_size")),
     TensorSpec(LAYER + "mlp.down_proj.weight", ("hidden_size", "intermediate_size")),
-    TensorSpec("model.norm.weight", ("hidden_size",)),
-    TensorSpec("lm_head.weight", ("vocab_size", "hidden_size"), optional=True),
+    TensorSpec(NORM, ("hidden_size",)),
+    TensorSpec(OUTPUT_MATRIX, ("vocab_size", "hidden_size"), optional=True),
 )
 
 
@@ -126,6 +127,8 @@ class DenseModel:
             for name, spec, _ in self.specs()
             if (read := self.tensor(name, spec) if ".mlp." in name else self.checkpoint.tensors.get(name)) is not None
         }
+        if self.settings["tie_word_embeddings"]:
+            weights.setdefault(OUTPUT_MATRIX, self.checkpoint.tensors[EMBEDDING])
         return replace(self, adapter=open_adapter(place, weights))
 
     @property
@@ -180,6 +183,16 @@ class DenseModel:
                 f"{list(expected)} ({' × '.join(spec.shape)})"
             )
         return read
+
+    def check_tensors(self) -> None:
+        """Raises CheckpointError where one is missing, or of another shape than the config says."""
+        for name, spec, _ in self.specs():
+            self.tensor(name, spec)
+        if OUTPUT_MATRIX not in self.checkpoint.tensors and not self.settings["tie_word_embeddings"]:
+            raise CheckpointError(
+                f"{self.checkpoint.label}: there is no tensor {OUTPUT_MATRIX}, and config.json does not tie it to the "
+                "embeddings (tie_word_embeddings)"
+            )
 
     def layer_tensor(self, layer: int, name: str) -> Read:
         """Where the tensor `name` of a layer lies, as `tensor` says it."""

@@ -29,9 +29,6 @@ MODULES = {
     "uniform_random": "random",
 }
 
-PROMPTLESS = ("random", "uniform_random")
-"""The modes that read no prompts."""
-
 
 @dataclass(frozen=True)
 class GateRequest:

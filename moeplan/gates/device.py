@@ -116,6 +116,9 @@ def find(name: str, max_memory: str | int | None) -> Device:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        if name == "auto":
+            warnings.warn(f"--device auto: not cuda:{index}: {reason}; the CPU does it", MoeplanWarning, stacklevel=3)
+            return CPU
         raise OptionError(f"--device {name}: it cannot be used: {reason}; see what nvidia-smi says") from error
     budget = free if max_memory is None else memory_nbytes(max_memory, total, "--max-device-memory")
     return Device(f"cuda:{index}", min(budget, free))

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.errors import RunError
 from moeplan.architectures.attention import rope_switch
-from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.dense import EMBEDDING, DenseModel
 from moeplan.gates import GateRequest
 from moeplan.gates.device import BLOCKS, LIBRARIES_NBYTES
 from moeplan.gates.layers import (
@@ -39,7 +39,7 @@ from moeplan.gates.layers import (
     skeleton_of,
     token_nbytes,
 )
-from moeplan.gates.prompts import EMBEDDING, Prompts, embedding_rows, kept, tokenize
+from moeplan.gates.prompts import Prompts, embedding_rows, kept, tokenize
 from moeplan.gates.samples import sample, samples
 from moeplan.options import OptionError
 from planner.expr import DType, Expr, Opaque

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 BLOCK_NBYTES = 2 << 20
 """Linear layers multiply by about so many bytes of their weight at a time, in float32: what a core's cache holds."""
 
+RUNS_CODE = "--trust-remote-code runs it"
+
 
 def block_rows(num_columns: int) -> int:
     """How many rows of a matrix are multiplied at a time. Fewer than 64 would waste the arithmetic units."""
@@ -58,15 +60,15 @@ def layer_weights(
     return matrices, {name: tensor for name, tensor in weights.items() if name not in matrices}
 
 
-def model_params(model: DenseModel, trust_remote_code: bool) -> dict[str, Any]:
+def model_params(model: DenseModel, trust_remote_code: bool, otherwise: str = RUNS_CODE) -> dict[str, Any]:
     """What the kernels know a model by. Code that it brings with it is run where that is trusted, and warned about
-    where it is not: transformers has a model of the same type, which need not be the same model."""
+    `otherwise`: transformers has a model of the same type, which need not be the same model."""
     checkpoint = model.checkpoint
     own = own_model_class(checkpoint.config) is not None
     if own and not trust_remote_code:
         warnings.warn(
             f"{checkpoint.label}/{CONFIG}: auto_map names code of the model's own, which is not run: prompts are "
-            f"evaluated with transformers' {checkpoint.model_type}; --trust-remote-code runs it",
+            f"evaluated with transformers' {checkpoint.model_type}; {otherwise}",
             MoeplanWarning,
             stacklevel=2,
         )

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.dense import EMBEDDING, DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
@@ -27,8 +27,6 @@ from moeplan.gates.passages import PassageError, passages
 from moeplan.output import TOKENIZER_FILES
 from moeplan.untrusted_json import show
 from planner.expr import Concat, rows
-
-EMBEDDING = "model.embed_tokens.weight"
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
 SENTENCEPIECE = b"\n"
@@ -169,7 +167,8 @@ def tokenize(request: GateRequest) -> Prompts:
         for text in of_row:
             if text.key in listed:
                 tokens = (*start, *ids[text.text])
-                if wrong := _what_is_wrong(text.text, tokens, base):
+                shown = repr(text.text if len(text.text) <= 40 else text.text[:40] + "…")
+                if wrong := _what_is_wrong(f"the prompt {shown}", tokens, base):
                     raise PromptError(text.place, wrong)
                 listed[text.key].append(tokens)
         of_files = [text for text in of_row if text.key == "positive_files"]
@@ -179,6 +178,10 @@ def tokenize(request: GateRequest) -> Prompts:
                 raise PromptError(of_files[0].place, wrong)
         of_rows.append(listed)
     of_texts = [list(cut(drawn)) for drawn in others]
+    for file, of_text in zip(request.texts, of_texts, strict=True):
+        for tokens in of_text:
+            if wrong := _what_is_wrong("a passage", tokens, base):
+                raise PassageError(f"{file}: {wrong}")
     ordered = sorted(
         {tokens for listed in (*(of for row in of_rows for of in row.values()), *of_texts) for tokens in listed},
         key=lambda tokens: (len(tokens), tokens),
@@ -219,18 +222,17 @@ def embedding_rows(request: GateRequest, token_ids: Sequence[int]) -> Concat:
     return Concat(tuple(rows(table, token, token + 1) for token in token_ids), (len(token_ids), table.shape[1]))
 
 
-def _what_is_wrong(text: str, tokens: tuple[int, ...], base: DenseModel) -> str | None:
-    shown = repr(text if len(text) <= 40 else text[:40] + "…")
+def _what_is_wrong(what: str, tokens: tuple[int, ...], base: DenseModel) -> str | None:
     path = base.checkpoint.path
     if not tokens:
-        return f"the prompt {shown} has no tokens, and the tokenizer of {path} has no BOS token"
+        return f"{what} has no tokens, and the tokenizer of {path} has no BOS token"
     context = base.settings["max_position_embeddings"]
     if len(tokens) > context:
-        return f"the prompt {shown} has {len(tokens)} tokens, and the context of {path} is {context}"
+        return f"{what} has {len(tokens)} tokens, and the context of {path} is {context}"
     if not 0 <= min(tokens) <= max(tokens) < base.sizes["vocab_size"]:
         return (
-            f"the prompt {shown} has token {max(tokens)}, and the embeddings of {path} have "
-            f"{base.sizes['vocab_size']} rows; its tokenizer is of another model"
+            f"{what} has token {max(tokens)}, and the embeddings of {path} have {base.sizes['vocab_size']} rows; its "
+            "tokenizer is of another model"
         )
     return None
 

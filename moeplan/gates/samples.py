@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.dense import EMBEDDING, NORM, OUTPUT_MATRIX, DenseModel
+from moeplan.checkpoint import CheckpointError
 from moeplan.gates import GateRequest
 from moeplan.gates.layers import layer_weights, matrix_block_nbytes, model_params, skeleton_of, token_nbytes
-from moeplan.gates.prompts import EMBEDDING, PromptError, PromptPlace, Prompts
+from moeplan.gates.prompts import PromptError, PromptPlace, Prompts
+from moeplan.untrusted_json import show
 from planner.expr import DType, Expr, Opaque
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 TOKENS = 128
 """Of a passage, beside BOS."""
 
-HEAD, NORM = "lm_head.weight", "model.norm.weight"
+RUNS_NO_CODE = "--trust-remote-code is for the base's alone"
 
 
 def samples(request: GateRequest, prompts: Prompts) -> tuple[Opaque | None, ...]:
@@ -50,11 +52,21 @@ def _passages(number: int, count: int, request: GateRequest, prompts: Prompts) -
         raise PromptError(place, f"{model.label} has a larger vocabulary than the base, which must read its passages")
     if model.settings["max_position_embeddings"] <= TOKENS:
         raise PromptError(place, f"{model.label} has a context of no more than {TOKENS} tokens, which passages have")
+    try:
+        model.check_tensors()
+    except CheckpointError as error:
+        raise PromptError(place, f"{error}; passages are drawn from the whole model") from error
+    if unknown := model.unknown_tensors():
+        raise PromptError(
+            place,
+            f"{model.label}: transformers' {model.name} has no {show(unknown[0])}, so passages drawn from it would be "
+            "another model's",
+        )
     matrices, tensors = _weights(model)
     sizes = model.sizes
     kv_cache_nbytes = 4 * 2 * (model.num_layers + 2) * count * (TOKENS + 1) * sizes["kv_size"]
     params = {
-        **model_params(model, trust_remote_code=False),
+        **model_params(model, trust_remote_code=False, otherwise=RUNS_NO_CODE),
         "seed": [request.seed, number],
         "start": _start(model, prompts, place),
         "never": _token_ids(model, "eos_token_id"),
@@ -79,8 +91,8 @@ def _weights(model: DenseModel) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """All matrices of a model, and its other tensors: those of layers under `LAYER NAME`."""
     stored = model.checkpoint.tensors
     matrices: dict[str, Expr] = {EMBEDDING: stored[EMBEDDING]}
-    if HEAD in stored and not model.settings["tie_word_embeddings"]:
-        matrices[HEAD] = stored[HEAD]
+    if OUTPUT_MATRIX in stored and not model.settings["tie_word_embeddings"]:
+        matrices[OUTPUT_MATRIX] = stored[OUTPUT_MATRIX]
     tensors: dict[str, Expr] = {NORM: stored[NORM]}
     for layer in range(model.num_layers):
         of_layer = layer_weights(model, layer, stored.__getitem__)
@@ -111,7 +123,7 @@ def sample(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, we
 
     tensors = dict(zip(params["tensors"], inputs, strict=True))
     matrices = dict(zip(params["matrices"], weights.matrices, strict=True))
-    head = matrices[HEAD if HEAD in matrices else EMBEDDING]
+    head = matrices[OUTPUT_MATRIX if OUTPUT_MATRIX in matrices else EMBEDDING]
     skeleton = skeleton_of(params)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(params["seed"])))
     cache = skeleton.cache()

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from moeplan.config import PROMPTLESS
 from moeplan.errors import UserError
-from moeplan.gates import PROMPTLESS, GateMode, GateRequest
+from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.evaluation import KERNELS, Evaluation
 from moeplan.gates.prompts import folds
 from planner.expr import DType, Opaque

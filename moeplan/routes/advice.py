@@ -7,6 +7,7 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
+from moeplan.config import PROMPTLESS
 from moeplan.routes.wording import percent
 from moeplan.routing import MAX_CONDITION
 
@@ -36,8 +37,6 @@ less than independent."""
 
 NAMED = 3
 """How many experts or pairs are named, rather than counted."""
-
-RANDOM_MODES = ("random", "uniform_random")
 
 
 def advice(data: dict[str, Any]) -> list[str]:
@@ -80,7 +79,7 @@ def _chance(data: dict[str, Any]) -> Iterator[str]:
     if agreement is None or num_experts == 1 or agreement >= min(1.5 * chance, chance + CHANCE * (1 - chance)):
         return
     found = f"{percent(agreement)} of tokens go first to the expert whose text they are from, and chance is "
-    if data["gate_mode"] in RANDOM_MODES:
+    if data["gate_mode"] in PROMPTLESS:
         yield f"{found}{percent(chance)}: the routers are random; train them, or choose a gate_mode that reads prompts"
     else:
         yield (
@@ -192,7 +191,7 @@ def _labels(data: dict[str, Any]) -> list[int]:
 
 
 def _prompts(data: dict[str, Any]) -> str:
-    return "" if data["gate_mode"] in RANDOM_MODES else "; give them prompts that differ more"
+    return "" if data["gate_mode"] in PROMPTLESS else "; give them prompts that differ more"
 
 
 def _layers(layers: Sequence[int], data: dict[str, Any]) -> str:

@@ -18,10 +18,10 @@ from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates import GateRequest
 from moeplan.gates.prompts import Prompts, tokenize
-from moeplan.memory import MIB
+from moeplan.memory import MIB, limit_nbytes
 from moeplan.merging import naming_prompts
 from moeplan.model_card import CONFIG_COPY
-from moeplan.options import OptionError, Options, memory_nbytes
+from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
 from moeplan.output import CONFIG
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 LOADED_SHARE = 1.2
 """What a model takes in memory while transformers loads and evaluates it, for each byte of its tensors."""
-
-OF_A_BASE = ("device", "max_device_memory", "load_in_8bit", "load_in_4bit")
-"""Options that say how the base of a merge is evaluated."""
 
 
 def routes_after(
@@ -100,10 +97,10 @@ def routes_after(
 
 
 def _check_options(options: Options) -> None:
-    for name in OF_A_BASE:
+    for name in (*EVALUATION, "max_device_memory"):
         if getattr(options, name) != getattr(Options(), name):
             raise OptionError(
-                f"--{name.replace('_', '-')}: a finished model is evaluated as it is, by the CPU; leave the option "
+                f"{flag(name)}: a finished model is evaluated as it is, by the CPU; leave the option "
                 "out, or give the YAML file of the merge"
             )
 
@@ -127,8 +124,11 @@ def _family(checkpoint: Checkpoint) -> Family:
 
 
 def _check_memory(checkpoint: Checkpoint, options: Options) -> None:
-    memory = psutil.virtual_memory()
-    most = memory.available if options.max_memory is None else memory_nbytes(options.max_memory, memory.total)
+    limit = limit_nbytes()
+    if options.max_memory is None:
+        most = min(psutil.virtual_memory().available, limit)
+    else:
+        most = memory_nbytes(options.max_memory, limit)
     needed = int(LOADED_SHARE * sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     if needed > most:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from moeplan.config import MergeConfig
 from moeplan.gates.device import evaluating
 from moeplan.gates.evaluation import IMPORTS
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
-from moeplan.memory import compile_within, memory_cap
+from moeplan.hub import Hub
+from moeplan.memory import compile_within, memory_cap, runtime_is_known
 from moeplan.merging import naming_prompts, open_models
 from moeplan.options import Options
 from moeplan.routes.statistics import Layer, Routes, Text, routes
@@ -44,7 +46,8 @@ def routes_before(
     """
     from executor.engine import run  # here, because it takes numpy, which other commands do without
 
-    models = open_models(config, options, reads_text=True)
+    hub = Hub(options.transformers_cache)
+    models = open_models(config, options, hub, reads_text=True)
     mode = gates.gate_mode(config.gate_mode)
     request = models.gate_request(config, options, texts=tuple(files))
     with naming_prompts(config):
@@ -54,6 +57,9 @@ def routes_before(
         graph.add(f"router.{layer}", router)
         graph.add(f"scores.{layer}", scores)
     modules = (*IMPORTS, *(["moeplan.gates.quantised"] if options.bits else []))
+    if not runtime_is_known():  # so it is seen what they take
+        for module in modules:
+            import_module(module)
     plan = compile_within(memory_cap(options.max_memory, modules), graph, SHARD_NBYTES, options.threads)
     if on_start is not None:
         on_start(plan.written_nbytes)
@@ -63,7 +69,7 @@ def routes_before(
             Path(directory),
             kernels(mode),
             on_progress,
-            headers=models.hub.headers,
+            headers=hub.headers,
             threads=options.threads,
             imports=modules,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 class PageError(UserError):
     """The page cannot be drawn."""
+
+
+def check_place(html: Path) -> None:
+    """Raises PageError where no page can be put at `html`."""
+    if html.is_dir() or not html.parent.is_dir():
+        why = "is a directory" if html.is_dir() else f"there is no directory {html.parent}"
+        raise PageError(f"--html: {html}: {why}; name a file in one that there is")
 
 
 def check_installed() -> None:
@@ -182,7 +190,7 @@ def _figures(data: dict[str, Any]) -> Iterable[str]:
             ),
         )
     texts = data["texts"]
-    names = [shortened(printable(text["name"]).removeprefix("experts"), 22) for text in texts]
+    names = [shortened(printable(text["name"]), 22) for text in texts]
     yield _figure(
         "Which text goes where",
         "The share of each text's tokens by best expert, in per cent, mean over layers. Outlined: the expert whose "

@@ -26,7 +26,7 @@ class Text:
     """A group of tokens with one label."""
 
     name: str
-    """What it is called: `experts[0]: models/doctor`, or a file's name."""
+    """What it is called: by the name of the expert's model, or of the file."""
     expert: int | None
     """The expert that its tokens belong to; None where there is none, as for a file of `--text`."""
     tokens: int

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplan.report import printable
-from moeplan.routes.wording import CUT, among, best, decimals, layer_cells, layer_columns, percent, shortened
+from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
 
 WIDTH = 80
 """What fits every terminal. Nothing is drawn wider."""
@@ -113,26 +113,6 @@ def routes_view(data: dict[str, Any]) -> RenderableType:
     parts += [Text(), *_heat_maps(data)]
     parts += [Text(), _confusion(data), Text(), _table(data), Text(), _advice(data)]
     return Group(*parts)
-
-
-def summary_lines(data: dict[str, Any]) -> list[str]:
-    """Three lines for the end of a merge: agreement, load, and what matters most of the advice."""
-    overall, advice, num_experts = data["overall"], data["advice"], len(data["experts"])
-    if overall["agreement_top1"] is None:
-        agreement = "no text has an expert that it belongs to"
-    else:
-        agreement = (
-            f"{percent(overall['agreement_top1'])} of tokens go first to their own text's expert "
-            f"(chance: {percent(1 / num_experts)})"
-        )
-    most, least = (pick(range(num_experts), key=overall["top1"].__getitem__) for pick in (max, min))
-    more = f" (and {len(advice) - 1} more)" if len(advice) > 1 else ""
-    return [
-        f"routes  {agreement}",
-        f"load    {decimals(overall['load_balance'])} (1 is even): expert {most} comes first for "
-        f"{percent(overall['top1'][most])}, expert {least} for {percent(overall['top1'][least])}",
-        f"advice  {advice[0] if advice else 'none: no problem was found'}{more}",
-    ]
 
 
 def _facts(data: dict[str, Any]) -> RenderableType:

@@ -48,6 +48,17 @@ def write_adapter(path: Path, shapes: dict[str, Any] = TENSORS, **config: Any) -
     return path
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_an_adapter_adds_to_an_output_matrix_is_left_out_also_where_that_is_the_embeddings(
+    tmp_path: Path, tied: bool
+) -> None:
+    model = as_dense_model(open_checkpoint(sparse_llama(tmp_path / "base", tie_word_embeddings=tied)))
+    factors = {"base_model.model.lm_head.lora_A.weight": (4, 64), "base_model.model.lm_head.lora_B.weight": (500, 4)}
+    adapter = model.with_adapter(write_adapter(tmp_path / "lora", factors)).adapter
+    assert adapter is not None
+    assert adapter.left_out == ["lm_head.lora_A.weight", "lm_head.lora_B.weight"]
+
+
 @pytest.fixture
 def refusal(model: DenseModel, tmp_path: Path) -> Callable[..., str]:
     """`refusal(path)`: the message with which an adapter on `model` is refused, without the directory's name."""

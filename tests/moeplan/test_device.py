@@ -93,6 +93,22 @@ def test_whatever_is_there_is_the_cpu_where_a_gpu_has_too_little_memory(experts,
     assert "--device auto: not cuda:1: 1 MiB of its memory may be taken, and evaluating" in messages[-1]
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda:0"])
+def test_whatever_is_there_is_the_cpu_where_a_gpu_cannot_be_used(config, monkeypatch, name):
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(device, "_lacking", lambda name: None)
+    monkeypatch.setattr(torch, "ones", full)
+    result = moeplan(config, "--plan", "--json", "--device", name)
+    if name == "auto":
+        assert result.stderr == "warning: --device auto: not cuda:0: CUDA error: out of memory; the CPU does it\n"
+        assert json.loads(result.stdout)["plan"]["router"]["device"] == "cpu"
+    else:
+        assert result.status == 2
+        assert "--device cuda:0: it cannot be used: CUDA error: out of memory; see" in result.stderr
+
+
 def test_a_gpu_s_name_is_part_of_the_plan_and_its_free_memory_is_not(experts, plan, monkeypatch):
     budgets = iter((1 << 30, 1 << 31))
     monkeypatch.setattr(device, "find", lambda name, _: CPU if name == "cpu" else Device("cuda:0", next(budgets)))

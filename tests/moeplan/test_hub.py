@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -220,6 +221,25 @@ def test_a_revision_is_what_it_says(
         assert written(out) == written(expected)
 
 
+def test_a_branch_that_moves_meanwhile_changes_nothing(
+    hub: Hub, tmp_path: Path, models: dict[str, Path], cache: Path
+) -> None:
+    """A merge that downloads plans twice, and both times with the commit that the branch was at first."""
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, EXPERT])
+    later = shutil.copytree(models[BASE], tmp_path / "later")
+    (later / "README.md").write_text("An edit.")
+
+    def push(plan: api.MergePlan) -> None:
+        hub.add(BASE, later)
+        hub.add(BASE, models[BASE], revision="before")
+
+    api.merge(api.load_config(config), tmp_path / "out", on_plan=push)
+    local = write_config(tmp_path / "local.yml", models[BASE], [models[BASE], models[EXPERT]])
+    assert moeplan(local, tmp_path / "local").status == 0
+    assert written(tmp_path / "out") == written(tmp_path / "local")
+    assert not any("/resolve/" in request.path and hub.commit(BASE, "main") in request.path for request in hub.requests)
+
+
 def test_a_local_directory_of_that_name_wins(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +398,17 @@ def test_a_model_that_is_nowhere_is_one_message_with_the_name_that_was_meant(
     message = refused(config)
     assert message.startswith(f"{config}:1: experts[1].source_model: org/exprt: there is no such directory, and no ")
     assert f"no such model on {hub.url}; did you mean org/expert?; if it is private, set HF_TOKEN, or run" in message
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("name", ["models/my--finetune", "models/llama-", f"models/{'a' * 100}", "modèles/base"])
+def test_a_name_that_no_model_on_the_hub_can_have_is_one_message(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, offline: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline == "1")
+    config = write_config(tmp_path / "config.yml", models[BASE], [models[BASE], name])
+    message = refused(config)
+    assert f": {name}: there is no such directory, and no model on the Hub has such a name: " in message
 
 
 def test_a_revision_that_is_not_there_is_one_message_with_those_that_are(

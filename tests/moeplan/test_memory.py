@@ -11,8 +11,9 @@ from commands import outcome, sparse_llama, start, write_config
 from make_models import save_tokenizer
 from safetensors.torch import save_file
 
-from moeplan import memory
+from moeplan import Options, UserError, memory
 from moeplan.memory import CapError, MemoryCap, cgroup_limit_nbytes, memory_cap
+from moeplan.routes.after import routes_after
 
 MIB = 1 << 20
 
@@ -77,6 +78,13 @@ def test_processes_that_differ_by_little_have_the_same_left_for_buffers(monkeypa
         monkeypatch.setattr(memory, "resident_nbytes", lambda nbytes=nbytes: nbytes)
         caps.add(memory_cap("1GiB", ()))
     assert len(caps) == 1
+
+
+def test_a_container_s_limit_counts_for_a_finished_model_too(checkpoint, merge, monkeypatch):
+    monkeypatch.setattr(memory, "cgroup_limit_nbytes", lambda: 100_000)
+    source = checkpoint("llama-plain")
+    with pytest.raises(UserError, match="and 0 MiB may be taken"):
+        routes_after(merge(source, [source, source], max_memory="1GiB"), Options())
 
 
 def test_a_cap_that_is_too_small_names_the_smallest_that_works():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import moeplan as api
 from executor.engine import Progress
 from executor.errors import RunError
-from moeplan import merging
+from moeplan import merging, record
 from moeplan.gates import evaluation
 from moeplan.memory import MemoryCap
 
@@ -285,6 +285,18 @@ def test_a_base_cannot_be_quantised_without_bitsandbytes(refused, monkeypatch, t
     elsewhere = ModuleSpec("bitsandbytes", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(evaluation, "find_spec", lambda name: elsewhere)
     assert "has no library for this machine's processor" in refused(option, gate_mode="hidden")
+
+
+def test_how_a_base_would_be_evaluated_does_not_matter_where_none_is(models, configure, tmp_path, monkeypatch):
+    """Nor does bitsandbytes have to be there. So a merge that was stopped is gone on with by any of these options."""
+    versions = dict.fromkeys(record.PACKAGES, "1")
+    monkeypatch.setattr(record, "version", versions.__getitem__)
+    made_from = []
+    for settings in ({}, {"load_in_8bit": True}, {"load_in_4bit": True, "device": "cuda"}):
+        config, options = configure(models[0], list(models), **settings)
+        identity = record.identity(api.plan(config, options=options))
+        made_from.append(identity["option"] | identity["version of"])
+    assert made_from[0] == made_from[1] == made_from[2]
 
 
 def test_a_tokenizer_of_another_model_is_refused(models, refused):

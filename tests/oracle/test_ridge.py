@@ -324,3 +324,37 @@ def test_samples_are_for_ridge_alone(checkpoint, plan):
     source = checkpoint("llama-plain")
     with pytest.raises(ConfigError, match=r"experts\[0\].positive_samples: gate_mode hidden takes prompts and files"):
         plan(source, [{"source_model": source, "positive_samples": 2}] * 2, gate_mode="hidden")
+    prompted = [{"source_model": source, "positive_prompts": [text]} for text in ("a", "b")]
+    shared = [{"source_model": source, "positive_samples": 2}]
+    with pytest.raises(ConfigError, match=r"shared_experts\[0\].positive_samples: gate_mode hidden takes prompts"):
+        plan(source, prompted, gate_mode="hidden", shared_experts=shared)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("model.norm.weight"),
+            r"there is no tensor model.norm.weight, .*; passages are drawn",
+        ),
+        (lambda tensors: tensors.pop("lm_head.weight"), r"there is no tensor lm_head.weight, .*; passages are drawn"),
+        (
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
+            r"transformers' llama has no 'model.layers.0.self_attn.q_proj.bias', so passages drawn from it would be",
+        ),
+    ],
+    ids=["no norm", "no output matrix", "a bias"],
+)
+def test_a_model_that_writes_must_be_whole_although_its_mlps_are_all_that_is_merged(
+    change, message, checkpoint, plan, tmp_path
+):
+    source = checkpoint("llama-plain")
+    spoiled = shutil.copytree(checkpoint("llama-plain", 1), tmp_path / "spoiled")
+    tensors = load_file(spoiled / "model.safetensors")
+    change(tensors)
+    save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
+    prompted = {"source_model": source, "positive_prompts": ["a prompt"]}
+    experts = [prompted, {"source_model": spoiled, "positive_prompts": ["another"]}]
+    plan(source, experts, gate_mode="ridge")
+    with pytest.raises(CheckpointError, match=r"experts\[1\].positive_samples: .*" + message):
+        plan(source, [prompted, {"source_model": spoiled, "positive_samples": 2}], gate_mode="ridge")

@@ -1,6 +1,7 @@
 """`moeplan routes`, against what transformers computes: of a merge before it is made, and of a finished model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from families import CASES
 from test_ridge import Base, expected
 from test_router_weights import case_of, has_gate
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeplan import Options
 from moeplan.errors import UserError
@@ -121,6 +122,18 @@ def test_text_of_files_is_routed_by_the_final_router(checkpoint, configure, laye
         np.testing.assert_allclose(layer.logits[-len(text) :], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_text_with_tokens_that_the_model_has_no_rows_for_is_refused(checkpoint, configure, tmp_path):
+    source = shutil.copytree(checkpoint("llama-plain"), tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(500)])
+    tokenizer.save_pretrained(source)
+    config, options = config_of(configure, source, gate_mode="hidden")
+    routes_before(config, "config.yml", options)
+    (tmp_path / "chat.txt").write_text("Hello <|499|>")
+    with pytest.raises(UserError, match=r"chat.txt: a passage has token \d+, and the embeddings of .* have \d+ rows"):
+        routes_before(config, "config.yml", options, [str(tmp_path / "chat.txt")])
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
 def test_a_finished_model_is_scored_through_its_own_layers(case, checkpoint, merge, layers_seen):
     sources = [checkpoint(f"{case.source}-plain", seed) for seed in range(3)]
@@ -182,6 +195,8 @@ def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp
         ([tmp_path / "0.yml", "--text", tmp_path / "none"], "none: cannot be read: No such file or directory"),
         ([source], "model_type is 'llama', which is no model that moeplan makes"),
         ([tmp_path / "none.yml"], "none.yml: no such file"),
+        ([tmp_path / "0.yml", "--html", tmp_path / "none" / "page.html"], "there is no directory"),
+        ([tmp_path / "0.yml", "--html", tmp_path], "is a directory; name a file"),
     ):
         refused = cli(*args)
         assert refused.returncode == 2

@@ -12,7 +12,7 @@ HIDDEN_SIZE = 1024
 
 
 def texts_of(experts: Sequence[str], tokens: int = 200, *, held_out: bool = True) -> list[Text]:
-    return [Text(f"experts[{index}]: {name}", index, tokens, held_out) for index, name in enumerate(experts)]
+    return [Text(name, index, tokens, held_out) for index, name in enumerate(experts)]
 
 
 def layers_of(

@@ -138,6 +138,13 @@ def test_plots_say_what_they_are_and_tables_have_their_numbers(small: str) -> No
     assert set(headings) == {"row", "col"}
 
 
+def test_plots_name_texts_as_tables_do() -> None:
+    names = ["experts/python", "experts/medicine"]
+    text = page(example(2, 2, names=names).to_data())
+    plots = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
+    assert all(name in plots for name in names)
+
+
 def test_long_tables_are_folded(small: str, large: str) -> None:
     assert 64 > MAX_OPEN_ROWS > 4
     for text, folded in ((small, 1), (large, 5)):

@@ -12,7 +12,7 @@ from rich.console import Console
 from routes_cases import example
 
 from moeplan.routes.statistics import Routes, Text
-from moeplan.routes.view import COLOURS, WIDTH, _luminance, _style, routes_view, summary_lines
+from moeplan.routes.view import COLOURS, WIDTH, _luminance, _style, routes_view
 
 SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 40, 4)]
 
@@ -73,7 +73,7 @@ def test_many_layers_are_shown_as_means_of_neighbours() -> None:
 
 def test_the_expert_that_a_text_belongs_to_is_marked() -> None:
     text = printed(example(3, 4, more_texts=[Text("notes.txt", None, 90, True)]))
-    [line] = [line for line in text.splitlines() if line.startswith("experts[1]: models/1")]
+    [line] = [line for line in text.splitlines() if line.startswith("models/1 ")]
     assert re.search(r"models/1 +\d+ +\[\d+\] +\d+ *$", line)
     [line] = [line for line in text.splitlines() if line.startswith("notes.txt")]
     assert "[" not in line
@@ -84,7 +84,7 @@ def test_of_many_texts_those_are_listed_that_agree_least() -> None:
     text = printed(found)
     assert "the 16 of 64 texts that agree least" in text
     agreement = [found.overall.text_top1[expert, expert] for expert in range(64)]
-    listed = [int(number) for number in re.findall(r"^experts\[(\d+)\]", text, re.MULTILINE)]
+    listed = [int(number) for number in re.findall(r"^models/(\d+) ", text, re.MULTILINE)]
     assert listed == sorted(np.argsort(agreement, kind="stable")[:16])
 
 
@@ -115,22 +115,3 @@ def test_text_on_every_colour_can_be_read() -> None:
 def test_colours_get_lighter_in_even_steps() -> None:
     lightness = [_luminance(colour) ** (1 / 2.4) for colour in COLOURS]
     assert all(low < high for low, high in pairwise(lightness))
-
-
-def test_the_summary_is_three_lines() -> None:
-    found = example(4, 4)
-    overall = found.overall
-    agreement, load, advice = summary_lines(found.to_data())
-    assert f"{100 * overall.agreement_top1:.0f} % of tokens go first to their own text's expert" in agreement
-    assert "(chance: 25 %)" in agreement
-    assert f"expert {overall.top1.argmax()} comes first for {100 * overall.top1.max():.0f} %" in load
-    assert advice == "advice  none: no problem was found"
-    *_, advice = summary_lines(example(4, 4, preference=0.0).to_data())
-    assert "no better than chance" in advice
-
-
-def test_the_summary_says_where_no_text_has_an_expert() -> None:
-    found = example(more_texts=[])
-    data = found.to_data()
-    data["overall"]["agreement_top1"] = None
-    assert summary_lines(data)[0] == "routes  no text has an expert that it belongs to"
