@@ -60,16 +60,10 @@ class WholeTensors:
         self._kept: list[memoryview] = []
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that there are."""
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the tensors that there are, and of what is kept beside them."""
         with self._lock:
-            return _nbytes(self._alive.values())
-
-    @property
-    def kept_nbytes(self) -> int:
-        """Bytes that are kept beside them."""
-        with self._lock:
-            return _nbytes(self._kept)
+            return _nbytes(self._alive.values()), _nbytes(self._kept)
 
     def get(self, buffer: int) -> memoryview:
         """The memory of `buffer`, allocated when first asked for, with anything in it."""

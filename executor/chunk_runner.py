@@ -42,7 +42,7 @@ class ChunkRunner:
         match root:
             case FileRoot(source, offset):
                 offset += piece.first * root.dtype.itemsize
-                self.reader.read_into(source, offset, slab, at, nbytes)
+                self.read_into(source, offset, slab, at, nbytes)
                 read = nbytes
             case MeanRoot(parts):
                 total = chunk_ops.as_array(chunk, root.dtype, piece.numel)
@@ -60,8 +60,6 @@ class ChunkRunner:
                 whole, to = self.tensors.get, _place_in_page(part, first)
                 data = chunk_ops.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
             written += self._write(step, part, piece.first, piece.numel, data)
-        if self.check_sources and isinstance(root, FileRoot):
-            self.reader.check_again(root.source, offset, slab, at, nbytes)
         return read, written
 
     def copy(self, slab: memoryview, alias: Alias, begin: int, nbytes: int) -> tuple[int, int]:

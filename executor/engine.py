@@ -311,14 +311,18 @@ class _Run:
                 self._submit(under_way, self._chunks.copy, alias, at, min(step, stop - at))
 
     def _run_kernel(self, index: int, step: KernelStep, forecast: int) -> None:
-        if index in self._work.restored:
-            self._kernels.restore(step)
-            self._check_forecast(forecast)
-        if index in self._work.kernels:
-            self.report(step.kernel)
-            run = self._kernels.prepare(step, self._read_block, self._check_stopping)
-            self._check_forecast(forecast, step.blocks_nbytes)
-            run()
+        try:
+            if index in self._work.restored:
+                self._kernels.restore(step)
+                self._check_forecast(forecast)
+            if index in self._work.kernels:
+                self.report(step.kernel)
+                run = self._kernels.prepare(step, self._read_block, self._check_stopping)
+                self._check_forecast(forecast, step.blocks_nbytes)
+                run()
+        except BaseException as error:
+            self._stop(error)  # so that the streams beside it are not waited for
+            raise
 
     def _read_block(self, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
         self._chunks.read_into(source, offset, slab, begin, nbytes)
@@ -340,8 +344,10 @@ class _Run:
             raise _StoppedError
 
     def _check_forecast(self, forecast: int, blocks_nbytes: int = 0) -> None:
-        used = self._slabs.nbytes + self._tensors.nbytes + blocks_nbytes
-        self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used + self._tensors.kept_nbytes)
+        tensors, kept = self._tensors.nbytes
+        used = self._slabs.nbytes + tensors + blocks_nbytes
+        with self._lock:
+            self.peak_buffer_nbytes = max(self.peak_buffer_nbytes, used + kept)
         if used > forecast:
             raise AssertionError(f"buffers take {used} bytes where the plan forecast {forecast}")
 

@@ -103,6 +103,7 @@ class Journal:
         self._fd: int | None = None
         self._position = 0
         self._is_lost = False
+        self._dropped: list[tuple[str, int]] = []  # results, and where the journal ended when it said so
         self.finished = Finished()
         if directory is None:
             return
@@ -168,6 +169,12 @@ class Journal:
         with self._lock:
             self._append({"safe": position})
         self._sync()
+        with self._lock:
+            gone = [key for key, end in self._dropped if end <= position]
+            self._dropped = [(key, end) for key, end in self._dropped if end > position]
+        for key in gone:
+            with suppress(OSError):
+                self._result(key).unlink()
 
     def distrust(self) -> None:
         """Syncing failed: nobody knows whether what was written since the last `mark_safe` is on the disk."""
@@ -199,13 +206,15 @@ class Journal:
             raise RunError(f"{path}: is not what was saved there; start again with --restart")
 
     def drop_result(self, key: str) -> None:
-        """Nothing needs this result any more."""
+        """Nothing needs this result any more.
+
+        It is removed when what took its place is sure to count: after a restart of the machine this line might not.
+        """
         if self._directory is None or self.finished.results.pop(key, None) is None:
             return
         with self._lock:
             self._append({"dropped": key})
-        with suppress(OSError):
-            self._result(key).unlink()
+            self._dropped.append((key, self._position))
 
     def _drop_damaged_results(self, directory: Path) -> None:
         for key, expected in list(self.finished.results.items()):

@@ -251,9 +251,11 @@ class RemoteReader:
         headers = {"Host": parts.netloc, **headers}
         if isinstance(connection, _ProxyConnection):
             target, headers = url, {**headers, **connection.login}
-        with self._lock:
-            self._busy.add(connection)
         try:
+            with self._lock:
+                if self._interrupted.is_set():
+                    raise RunError("interrupted")
+                self._busy.add(connection)
             connection.request("GET", target, headers=headers)
             return connection.getresponse()
         except BaseException:

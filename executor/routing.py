@@ -77,19 +77,15 @@ def physical_nbytes(plan: Plan, directory: Path) -> int:
 
     Tried with a page of each source; leaves nothing behind.
     """
-    try:
-        aliasing = can_reflink(directory)
-        sharing = {
-            index: isinstance(source, SourceFile) and can_reflink(directory, Path(source.path))
-            for index, source in enumerate(plan.sources)
-        }
-    except OSError:  # nothing can be written there, or a source is gone: the run itself will say so
-        return plan.written_nbytes
+    sharing = {
+        index: isinstance(source, SourceFile) and can_reflink(directory, Path(source.path))
+        for index, source in enumerate(plan.sources)
+    }
 
     def would_take(root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
         return whole_pages(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)
 
-    routes = _routes(plan, would_take, aliasing=aliasing)
+    routes = _routes(plan, would_take, aliasing=can_reflink(directory))
     return plan.written_nbytes - routes.shortcut_nbytes - sum(alias.nbytes for alias in routes.aliases)
 
 

@@ -106,13 +106,16 @@ def whole_pages(source_offset: int, target_offset: int, nbytes: int) -> tuple[in
 def can_reflink(directory: Path, source: Path | None = None) -> bool:
     """Whether a file in `directory` can share extents with `source`; None: with another file there.
 
-    Tried with a file that is gone afterwards. Raises OSError where no file can be made in `directory`.
+    Tried with a file that is gone afterwards. Where that cannot be made, or `source` opened, it is said to be not so.
     """
-    with TemporaryFile(dir=directory) as file, ExitStack() as opened:
-        file.write(bytes(2 * PAGE))
-        file.flush()
-        origin = file if source is None else opened.enter_context(open(source, "rb"))
-        return Reflink().move(origin.fileno(), 0, file.fileno(), PAGE, PAGE) == (0, PAGE)
+    try:
+        with TemporaryFile(dir=directory) as file, ExitStack() as opened:
+            file.write(bytes(2 * PAGE))
+            file.flush()
+            origin = file if source is None else opened.enter_context(open(source, "rb"))
+            return Reflink().move(origin.fileno(), 0, file.fileno(), PAGE, PAGE) == (0, PAGE)
+    except OSError:
+        return False
 
 
 SHORTCUTS: tuple[Shortcut, ...] = (Reflink(), OffloadedCopy())

@@ -242,7 +242,7 @@ class Plan:
     """Everything the executor needs, and everything `--plan` prints.
 
     `memory_nbytes[i]` forecasts the bytes of all buffers while step i runs: the pool, whole tensors, workspace, blocks.
-    A step that has to do with no kernel takes nothing but the pool, which is there all the time.
+    A step that has to do with no whole tensor takes nothing but the pool, which is there all the time.
     `graph_digest` is that of what was planned.
     """
 

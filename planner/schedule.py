@@ -467,7 +467,7 @@ def _file_root(read: Read, sources: dict[Source, int]) -> FileRoot:
 
 
 def _chunk_numel(root: Leaf, chains: Sequence[Chain], slab_nbytes: int) -> int:
-    """How many elements, with all that is computed from them at a time, fit a slab: see `executor.kernels`."""
+    """How many elements, with all that is computed from them at a time, fit a slab: see `executor.chunk_ops`."""
     ops = [op for chain, _ in chains for op in chain]
     scratch = max((dtype.itemsize for ops, dtype in chains if ops), default=0)
     if any(not isinstance(op, Cast) for op in ops):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from executor.engine import Progress, run
 from executor.errors import RunError
+from executor.routing import physical_nbytes
 from moeplan.safetensors_header import LENGTH_NBYTES
 from planner.expr import (
     DType,
@@ -361,3 +362,18 @@ def test_a_kernel_that_fails_ends_the_run_with_its_own_error(tmp_path: Path, out
 
     with pytest.raises(ZeroDivisionError):
         run(planned(outputs), tmp_path, {"column_sums": broken})
+
+
+def test_a_run_that_needs_no_more_space_goes_through_on_a_full_disk(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where extents cannot be tried to be shared, they are not shared."""
+
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("executor.shortcuts.TemporaryFile", full)
+    plan = planned(outputs, budget=40 << 20)
+    assert physical_nbytes(plan, tmp_path) == plan.written_nbytes
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out", {"column_sums": column_sums})

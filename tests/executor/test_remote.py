@@ -220,6 +220,17 @@ def test_an_answer_that_cannot_be_used_is_one_message(hub: Hub, file: RemoteFile
     assert str(refused.value).startswith(file.url)
 
 
+def test_what_was_interrupted_asks_nothing_more(hub: Hub, file: RemoteFile) -> None:
+    reader = RemoteReader(HEADERS)
+    reader.read(file, 0, 100)
+    asked = len(hub.requests)
+    reader.interrupt()
+    with pytest.raises(RunError, match="interrupted"):
+        reader.read(file, 100, 100)
+    assert len(hub.requests) == asked
+    reader.close()
+
+
 def test_a_run_that_is_interrupted_does_not_wait_for_a_busy_server(hub: Hub, file: RemoteFile) -> None:
     hub.faults.append(Fault("hub", "model", status=503, headers={"Retry-After": "120"}))
     reader = RemoteReader(HEADERS)

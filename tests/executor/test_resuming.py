@@ -219,6 +219,31 @@ def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
     assert digest(tmp_path / "synced" / "model") == whole[0]
 
 
+def test_a_result_stands_until_that_of_the_next_kernel_is_sure_to_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (memoryview(bytes([number] * 100)) for number in (1, 2))
+    kept = Journal(tmp_path, {})
+    kept.save_result("first", first)
+    synced = kept.position
+    kept.save_result("second", second)
+    kept.drop_result("first")
+    kept.mark_safe(synced)
+    kept.close()
+    with monkeypatch.context() as restarted:
+        restarted.setattr(journal, "_machine_start", lambda: "another start")
+        again = Journal(tmp_path, {})
+    assert list(again.finished.results) == ["first"]
+    found = memoryview(bytearray(100))
+    again.load_result("first", found)
+    assert found == first
+    again.save_result("second", second)
+    again.drop_result("first")
+    again.mark_safe(again.position)
+    again.close()
+    assert [file.name for file in (tmp_path / journal.RESULTS).iterdir()] == ["second"]
+
+
 def test_what_could_not_be_synced_does_not_count(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +437,24 @@ def test_a_second_reading_that_differs_is_told(
             RunError, match=r"source\.safetensors: the [\d,]+ bytes from byte [\d,]+ on were other ones"
         ):
             run(checked, tmp_path / "checked", KERNELS, check_sources=True)
+
+
+def test_what_a_second_reading_found_wrong_is_not_taken_for_finished(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_into, wrong = LocalFile.read_into, iter([0, 0, 4])
+
+    def flipping(
+        self: LocalFile, offset: int, slab: memoryview, begin: int, nbytes: int, *, cached: bool = True
+    ) -> None:
+        read_into(self, offset, slab, begin, nbytes, cached=cached)
+        slab[begin] ^= next(wrong, 0) if cached else 0
+
+    monkeypatch.setattr(LocalFile, "read_into", flipping)
+    with pytest.raises(RunError, match="were other ones when read again"):
+        go_on(plan, tmp_path / "place", check_sources=True)
+    go_on(plan, tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == whole[0]
 
 
 def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_nothing_else(tmp_path: Path) -> None:

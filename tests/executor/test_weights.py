@@ -1,5 +1,6 @@
 """Kernels that go through their weights block by block: the same numbers, wherever the weights are."""
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from test_engine import DTYPES, load, mean_of, source
 
-from executor.engine import Progress, run
+from executor.engine import run
 from executor.errors import RunError
+from executor.reader import SourceReader
 from executor.weights import Weights
+from planner import schedule
 from planner.expr import DType, Expr, Opaque, cast, mean
 from planner.graph import TensorGraph
 from planner.plan import FileView, KernelStep, MeanView, Plan
@@ -148,21 +151,56 @@ def test_a_copy_that_fails_beside_a_kernel_ends_the_run_with_its_own_error(
         run(plan, tmp_path, {"slow": endless})
 
 
-def test_a_kernel_runs_while_the_weights_of_the_next_are_read(tmp_path: Path) -> None:
-    reads = source(tmp_path / "source.safetensors", {"first": torch.ones(SHAPE), "second": torch.ones(SHAPE)})
+def test_a_kernel_that_fails_does_not_wait_for_what_is_read_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "MAX_SLAB_NBYTES", 1 << 20)
+    large = torch.zeros(1 << 17, 48)  # 24 chunks
+    reads = source(tmp_path / "source.safetensors", {"first": torch.ones(SHAPE), "second": large})
     state: tuple[Expr, ...] = ()
     for name, read in reads.items():
         state = (Opaque("layer", f'"{name}"', state, DType.F32, (1,), 0, (read,), block_nbytes=1 << 20),)
     plan = compile(TensorGraph({"y": state[0]}), budget_nbytes=64 << 20, shard_nbytes=1 << 40)
-    all_read = Event()
+    assert any(step.beside for step in plan.kernels)
+    failed, read_into = Event(), SourceReader.read_into
+    read_after: list[int] = []
+
+    def layer(*_: Any) -> None:
+        failed.set()
+        raise RunError("the kernel failed")
+
+    def slowly(self: SourceReader, source: int, offset: int, slab: memoryview, begin: int, nbytes: int) -> None:
+        if nbytes > reads["first"].nbytes:
+            assert failed.wait(timeout=30)
+            time.sleep(0.1)
+            read_after.append(nbytes)
+        read_into(self, source, offset, slab, begin, nbytes)
+
+    monkeypatch.setattr(SourceReader, "read_into", slowly)
+    with pytest.raises(RunError, match="the kernel failed"):
+        run(plan, tmp_path, {"layer": layer})
+    assert sum(read_after) < reads["second"].nbytes
+
+
+def test_a_kernel_runs_while_the_weights_of_the_next_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = source(tmp_path / "source.safetensors", {"first": torch.ones(SHAPE), "second": torch.zeros(SHAPE)})
+    state: tuple[Expr, ...] = ()
+    for name, read in reads.items():
+        state = (Opaque("layer", f'"{name}"', state, DType.F32, (1,), 0, (read,), block_nbytes=1 << 20),)
+    plan = compile(TensorGraph({"y": state[0]}), budget_nbytes=64 << 20, shard_nbytes=1 << 40)
+    all_read, read_into = Event(), SourceReader.read_into
+    still_to_read = {read.offset for read in reads.values()}
 
     def layer(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
         assert all_read.wait(timeout=30)
         output.fill_(1.0)
 
-    def watch(progress: Progress) -> None:
-        if progress.read_nbytes == plan.read_nbytes:
+    def watching(self: SourceReader, source: int, offset: int, *place: Any) -> None:
+        read_into(self, source, offset, *place)
+        still_to_read.discard(offset)
+        if not still_to_read:
             all_read.set()
 
-    run(plan, tmp_path, {"layer": layer}, watch)
+    monkeypatch.setattr(SourceReader, "read_into", watching)
+    run(plan, tmp_path, {"layer": layer})
     assert load(plan, tmp_path)["y"] == 1.0
