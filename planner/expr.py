@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -86,6 +87,12 @@ class RemoteFile:
 Source = SourceFile | RemoteFile
 
 
+@cache
+def field_names(cls: Any) -> tuple[str, ...]:
+    """The names of a dataclass's fields. There are hundreds of thousands of nodes, and few classes."""
+    return tuple(field.name for field in fields(cls))
+
+
 class _HashConsed(type):
     """Builds each distinct node once. Nodes compare by identity, so a key costs no walk of the tree."""
 
@@ -93,7 +100,7 @@ class _HashConsed(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         node = super().__call__(*args, **kwargs)
-        key = (cls, *(getattr(node, f.name) for f in fields(node)))
+        key = (cls, *(getattr(node, name) for name in field_names(cls)))
         return cls._nodes.setdefault(key, node)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from planner.expr import Expr, Opaque, RemoteFile, SourceFile
+from planner.expr import Expr, Opaque, RemoteFile, SourceFile, field_names
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -78,7 +78,7 @@ def digest(outputs: Mapping[str, Expr]) -> str:
     content = hashlib.sha256()
     for expr in walk(outputs):
         number[expr] = len(number)
-        values = [plain(getattr(expr, field.name)) for field in fields(expr)]  # type: ignore[arg-type]
+        values = [plain(getattr(expr, name)) for name in field_names(type(expr))]
         content.update(repr((type(expr).__name__, *values)).encode())
     content.update(repr([(name, number[expr]) for name, expr in outputs.items()]).encode())
     return content.hexdigest()

@@ -11,14 +11,14 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
 from itertools import groupby
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from planner.errors import UserError
-from planner.expr import DType, Op, Shape, Source
+from planner.expr import DType, Op, Shape, Source, field_names
 from planner.layout import Shard
 
 FORMAT = 5
@@ -328,12 +328,7 @@ def _encode(value: Any) -> Any:
         return [_encode(item) for item in value]
     if isinstance(value, Enum):
         return value.value
-    return {name: _encode(getattr(value, name)) for name in _field_names(kind)}
-
-
-@cache
-def _field_names(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls))
+    return {name: _encode(getattr(value, name)) for name in field_names(kind)}
 
 
 @cache
