@@ -136,7 +136,7 @@ class Skeleton:
             ) from error
         config = self._model.config
         self.layers = list(cast(nn.ModuleList, self._model.layers))
-        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._calls: tuple[torch.Size, list[Call]] | None = None
         self._norm, self._model.norm = cast(nn.Module, self._model.norm), nn.Identity()
         self.padding = Padding(self.device)
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
@@ -172,11 +172,14 @@ class Skeleton:
         return result
 
     def call(self, index: int, hidden_states: torch.Tensor) -> Call:
-        """What layer `index` is called with beside these hidden states."""
-        shape = (hidden_states.shape[0], hidden_states.shape[1])
-        if shape not in self._calls:
-            self._calls[shape] = self._run(torch.zeros_like(hidden_states)).calls
-        return self._calls[shape][index]
+        """What layer `index` is called with beside these hidden states.
+
+        That for the last shape is kept: masks of long prompts are large, and the plan counts those of one group alone.
+        """
+        if self._calls is None or self._calls[0] != hidden_states.shape:
+            self._calls = None
+            self._calls = hidden_states.shape, self._run(torch.zeros_like(hidden_states)).calls
+        return self._calls[1][index]
 
     @contextmanager
     def layer(

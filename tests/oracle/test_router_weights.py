@@ -3,6 +3,7 @@
 The gate of a shared expert is made of its prompts as a router's row is.
 """
 
+import weakref
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from moeplan.gates import evaluation
+from moeplan.gates.skeleton import Skeleton
 
 PROMPTS = [
     {"positive_prompts": ["Where does it hurt, and since when?"], "negative_prompts": ["a sword"]},
@@ -107,6 +109,21 @@ def test_hidden_gates_are_the_hidden_states_of_the_base_model(recipe, checkpoint
     source, case = checkpoint(recipe), case_of(recipe)
     weights = merged_router(merge, source, case, "hidden", dtype="float32")
     assert_same_directions(weights, expected_router(source, case, "hidden"))
+
+
+def test_the_masks_of_one_group_of_prompts_are_kept_and_no_others(checkpoint):
+    """Those of long prompts, under windows, are large, and the plan's forecast counts those of one group."""
+    skeleton = Skeleton(str(checkpoint("mistral-plain")), own_code=False, device="cpu")
+
+    def mask(num_tokens: int) -> weakref.ref[Tensor]:
+        _, settings = skeleton.call(0, torch.zeros(1, num_tokens, 64))
+        return weakref.ref(settings["attention_mask"])
+
+    with torch.inference_mode():
+        first = mask(40)
+        assert first() is mask(40)() is not None
+        assert mask(50)().shape[-1] == 50
+        assert first() is None
 
 
 MANY = [" ".join(["go"] * length) for length in range(1, 61)] + ["", "x", "Guten Tag", "yes, " * 40]
