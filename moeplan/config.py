@@ -75,8 +75,11 @@ class ConfigError(UserError):
 
 
 def _encodable(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("rule", "holds half of a surrogate pair, which is no text: write the character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = "holds half of a surrogate pair, which is no text: write the character"
+        raise PydanticCustomError("rule", message) from None
     return text
 
 
