@@ -32,6 +32,10 @@ Rectangle = tuple[int, int, int, int]
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 """An array of one of the dtypes of tensors."""
 
+ReadInto = Callable[[int, int, memoryview, int, int], None]
+"""`read_into(source, offset, slab, begin, nbytes)` fills `slab[begin : begin + nbytes]` from a source, and may
+overwrite up to a page before and after that. `slab` begins at a page."""
+
 _NUMPY_DTYPES = {
     DType.F32: np.dtype(np.float32),
     DType.F16: np.dtype(np.float16),
@@ -68,12 +72,11 @@ def average(
     first: int,
     total: Array,
     scratch: memoryview,
-    read_into: Callable[[int, int, memoryview, int, int], None],
+    read_into: ReadInto,
 ) -> None:
     """Fill flat float32 `total` with the mean of `parts`, each from its element `first` on, reading one at a time.
 
-    `read_into(source, offset, slab, begin, nbytes)` fills `slab[begin : begin + nbytes]` from a source, and may
-    overwrite up to a page before and after that. `slab` is `scratch`, which begins at a page.
+    What it reads into is `scratch`, which begins at a page.
     """
     numel, added = len(total), 0
     for part, times in read_once(parts):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from executor import chunk_ops
 from executor.buffers import WholeTensors
+from executor.chunk_ops import ReadInto
 from executor.journal import Journal
 from executor.torch_threads import TorchThreads
 from executor.weights import FileMatrix, Matrix, MeanMatrix, Weights, WholeMatrix
@@ -22,9 +23,6 @@ Kernel = Callable[..., None]
 """`kernel(params, inputs, output)` computes the tensor `output` in place, from the tensors `inputs`. `params` is the
 kernel step's JSON, parsed. Where the step works on blocks, a fourth argument is its `Weights`. In a run without torch
 tensors are numpy's arrays."""
-
-ReadInto = Callable[[int, int, memoryview, int, int], None]
-"""`read_into(source, offset, slab, begin, nbytes)` fills `slab[begin : begin + nbytes]` from a source."""
 
 
 class KernelRunner:

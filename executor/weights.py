@@ -20,7 +20,7 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol
 
 from executor.buffers import SlabPool
-from executor.chunk_ops import as_array, as_tensor, average, cut
+from executor.chunk_ops import ReadInto, as_array, as_tensor, average, cut
 from planner.expr import DType, Shape
 from planner.layout import PAGE
 from planner.plan import FileRoot
@@ -94,12 +94,12 @@ class FileMatrix:
 
 @dataclass(frozen=True)
 class MeanMatrix:
-    """The mean of matrices that lie in files, rounded to `dtype`. `read_into`: see `executor.chunk_ops.average`."""
+    """The mean of matrices that lie in files, rounded to `dtype`."""
 
     shape: Shape
     dtype: DType
     parts: Sequence[FileRoot]
-    read_into: Callable[[int, int, memoryview, int, int], None]
+    read_into: ReadInto
 
     def read(self, begin: int, end: int, memory: memoryview) -> None:
         numel, block, rest = self._place(begin, end, memory)
