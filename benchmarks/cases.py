@@ -94,6 +94,8 @@ class Case:
 CLOWN_CAR = Models(LLAMA_1B, 4)
 MEMORY_CAPS = ("368MiB", CAP, "1GiB")
 PLANNED_EXPERTS = (2, 8, 32, 128)
+PLANNING_TURNS = 3
+"""Turns a round: they are short, and how the curve bends is a difference of differences."""
 
 
 def growth_name(shape: Shape, layers: int, gate_mode: str = "random") -> str:
@@ -149,7 +151,7 @@ def _planning(num_experts: int) -> Case:
         f"--plan, {num_experts} experts, each another 70B (sparse files with true headers)",
         Models(LLAMA_70B, max(PLANNED_EXPERTS), sparse=True),
         tuple(range(num_experts)),
-        (moeplan("--plan"),),
+        (moeplan("--plan"),) * PLANNING_TURNS,
         smoke=num_experts in (PLANNED_EXPERTS[0], PLANNED_EXPERTS[-1]),
     )
 

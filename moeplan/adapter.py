@@ -19,14 +19,14 @@ from typing import Any
 
 from moeplan.checkpoint import (
     MAX_CONFIG_NBYTES,
-    MAX_HEADERS_NBYTES,
     MERGE_ADAPTER,
     CheckpointError,
     LocalPlace,
     Place,
+    Tensors,
     check_is_directory,
+    open_weights,
     read_json,
-    read_tensors,
 )
 from moeplan.untrusted_json import show
 from planner.expr import Expr, Read, add_low_rank
@@ -124,7 +124,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
     config = _read_config(path)
     is_bin = not place.has(WEIGHTS) and place.has(BIN_WEIGHTS)
     file = path / (BIN_WEIGHTS if is_bin else WEIGHTS)
-    tensors, _ = read_tensors(place, file.name, MAX_HEADERS_NBYTES)
+    tensors = Tensors([open_weights(place, file.name)])
     factors: dict[str, dict[str, Read]] = {}
     replaced: dict[str, Read] = {}
     left_out: list[str] = []

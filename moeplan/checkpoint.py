@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -42,6 +43,8 @@ of a 70B model, is 31,000 tensors in 4 MB of headers; a dense model of 70B has 0
 """
 MAX_TENSORS = 2**16
 MAX_SHARDS = 2**12
+MAX_REMEMBERED_HEADERS = 2**8
+"""Models that were trained from one and saved alike have the same headers: each is parsed once. 405B has 191 shards."""
 
 MERGE_ADAPTER = (
     "merge the adapter into its base model first (peft's merge_and_unload), save the result, and give its directory"
@@ -118,18 +121,54 @@ class LocalPlace:
             yield file, SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, path)
 
 
+TensorPlace = tuple[int, DType, Shape]
+"""A tensor's byte offset in its file, its dtype and its shape."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights: what plans are to read it as, where each tensor lies in it, and the size of its header."""
+
+    source: Source
+    places: Mapping[str, TensorPlace]
+    header_nbytes: int
+
+
+class Tensors(Mapping[str, Read]):
+    """The tensors in some files of weights, by their names.
+
+    A `Read` is made when it is asked for: of a merge of 128 models, two thirds of all tensors never are.
+    """
+
+    def __init__(self, files: Iterable[WeightsFile]) -> None:
+        self._files = {name: file for file in files for name in file.places}
+
+    def __getitem__(self, name: str) -> Read:
+        file = self._files[name]
+        return Read(file.source, *file.places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def files(self) -> frozenset[Source]:
+        """The files that hold them."""
+        return frozenset(file.source for file in self._files.values())
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened source model: what it is and where its tensors lie.
 
-    `path` is the directory of its small files, `label` what the user calls it, `config` the parsed `config.json`,
-    `tensors` a `Read` for each tensor name.
+    `path` is the directory of its small files, `label` what the user calls it, `config` the parsed `config.json`.
     """
 
     path: Path
     label: str
     config: Mapping[str, Any]
-    tensors: Mapping[str, Read]
+    tensors: Tensors
 
     @property
     def model_type(self) -> str:
@@ -185,11 +224,8 @@ def open_checkpoint(place: str | Path | Place) -> Checkpoint:
     if weights is None:
         raise CheckpointError(f"{place.label}: {_why_no_weights(place)}")
     config = _read_config(place.path, weights)
-    if weights in (INDEX, BIN_INDEX):
-        tensors = _read_shards(place, weights)
-    else:
-        tensors, _ = read_tensors(place, weights, MAX_HEADERS_NBYTES)
-    return Checkpoint(place.path, place.label, config, tensors)
+    files = _open_shards(place, weights) if weights in (INDEX, BIN_INDEX) else [open_weights(place, weights)]
+    return Checkpoint(place.path, place.label, config, Tensors(files))
 
 
 def check_is_directory(path: Path) -> None:
@@ -245,8 +281,8 @@ def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
     return config
 
 
-def _read_shards(place: Place, index: str) -> dict[str, Read]:
-    """The tensors of all shards. Index and shards must name the same ones.
+def _open_shards(place: Place, index: str) -> list[WeightsFile]:
+    """All shards. Index and shards must name the same tensors.
 
     Of a tensor that a shard holds and the index does not map there, transformers 4 takes no notice, and transformers 5
     loads it; so neither reading is safe.
@@ -259,23 +295,23 @@ def _read_shards(place: Place, index: str) -> dict[str, Read]:
     if len(mapped) > MAX_SHARDS:
         raise CheckpointError(f"{path / index}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
     place.prepare(mapped)
-    tensors: dict[str, Read] = {}
-    headers_nbytes = 0
+    files: list[WeightsFile] = []
+    left_nbytes = MAX_HEADERS_NBYTES
     for shard, names in sorted(mapped.items()):
-        held, header_nbytes = read_tensors(place, shard, MAX_HEADERS_NBYTES - headers_nbytes)
-        headers_nbytes += header_nbytes
+        file = open_weights(place, shard, left_nbytes)
+        left_nbytes -= file.header_nbytes
         for name in names:
-            if name not in held:
+            if name not in file.places:
                 raise CheckpointError(f"{where / shard}: tensor {show(name)} is not there; {index} says that it is")
-        if len(held) > len(names):
-            name = next(name for name in held if weight_map.get(name) != shard)
+        if len(file.places) > len(names):
+            name = next(name for name in file.places if weight_map.get(name) != shard)
             elsewhere = f"maps to {weight_map[name]}" if name in weight_map else "does not list"
             raise CheckpointError(
                 f"{where / shard}: holds tensor {show(name)}, which {index} {elsewhere}; index and shards are not of "
                 "one model. Download them again"
             )
-        tensors |= held
-    return tensors
+        files.append(file)
+    return files
 
 
 def _read_weight_map(path: Path, index: str) -> dict[str, str]:
@@ -304,20 +340,19 @@ def _read_weight_map(path: Path, index: str) -> dict[str, str]:
     return weight_map
 
 
-def read_tensors(place: Place, name: str, max_header_nbytes: int) -> tuple[dict[str, Read], int]:
-    """The tensors of one file of weights, and the size of its header. Raises CheckpointError."""
+def open_weights(place: Place, name: str, max_header_nbytes: int = MAX_HEADERS_NBYTES) -> WeightsFile:
+    """The file of weights `name`. Raises CheckpointError."""
     where = Path(place.label) / name
     with place.opened(name) as (file, source):
         refuse_lfs_pointer(where, file.read(len(LFS_POINTER)))
         locate = _located_in_archive if name.endswith(".bin") else _located_by_header
-        places, header_nbytes = locate(where, file, source.nbytes, max_header_nbytes)
-    return {tensor: Read(source, *at) for tensor, at in places.items()}, header_nbytes
+        return WeightsFile(source, *locate(where, file, source.nbytes, max_header_nbytes))
 
 
 def _located_by_header(
     where: Path, file: BinaryIO, file_nbytes: int, max_header_nbytes: int
-) -> tuple[dict[str, tuple[int, DType, Shape]], int]:
-    """Offset, dtype and shape of each tensor of a safetensors file, and the size of its header."""
+) -> tuple[Mapping[str, TensorPlace], int]:
+    """Where each tensor of a safetensors file lies, and the size of its header."""
     file.seek(0)
     start = file.read(LENGTH_NBYTES)
     if len(start) < LENGTH_NBYTES:
@@ -338,15 +373,22 @@ def _located_by_header(
     if len(header) != header_nbytes:
         raise CheckpointError(f"{where}: became shorter while it was read")
     try:
-        infos = parse_header(header, file_nbytes - data_offset)
+        return _places(header, file_nbytes - data_offset), header_nbytes
     except HeaderError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    return {name: (data_offset + info.begin, info.dtype, info.shape) for name, info in infos.items()}, header_nbytes
+
+
+@lru_cache(maxsize=MAX_REMEMBERED_HEADERS)
+def _places(header: bytes, data_nbytes: int) -> Mapping[str, TensorPlace]:
+    """Where each tensor lies in a file with this header before so many bytes of data. Raises HeaderError."""
+    offset = LENGTH_NBYTES + len(header)
+    infos = parse_header(header, data_nbytes)
+    return {name: (offset + info.begin, info.dtype, info.shape) for name, info in infos.items()}
 
 
 def _located_in_archive(
     where: Path, file: BinaryIO, file_nbytes: int, max_header_nbytes: int
-) -> tuple[dict[str, tuple[int, DType, Shape]], int]:
+) -> tuple[Mapping[str, TensorPlace], int]:
     """The same of a file of `torch.save`."""
     try:
         tensors, header_nbytes = read_archive(file, file_nbytes, max_header_nbytes)

@@ -346,7 +346,7 @@ def _sources(merge_plan: MergePlan) -> list[dict[str, Any]]:
     used = set(merge_plan.plan.sources)
     found: dict[frozenset[Source], dict[str, Any]] = {}
     for (key, *place), model in merge_plan.sources.named():
-        files = frozenset(read.file for read in model.reads)
+        files = model.files
         if files not in found:
             found[files] = {
                 "path": model.label,

@@ -25,6 +25,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.expr import Concat, DType, Expr, Read, Shape
 
@@ -55,7 +56,7 @@ class Shard:
 
     def header(self) -> bytes:
         """The first `data_start` bytes of the file: length, JSON, padding."""
-        text = _header_json(self.tensors, self.data_start)
+        text = _header_json((t.name, t.dtype, t.shape, t.nbytes) for t in self.tensors)
         return (self.data_start - 8).to_bytes(8, "little") + text.ljust(self.data_start - 8)
 
 
@@ -77,22 +78,31 @@ def index_json(shards: Iterable[Shard]) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def _by_residue(outputs: Mapping[str, Expr]) -> list[tuple[int, list[tuple[str, Expr]]]]:
+class _Tensor(NamedTuple):
+    """An output tensor that has no place yet."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    nbytes: int
+
+
+def _by_residue(outputs: Mapping[str, Expr]) -> list[tuple[int, list[_Tensor]]]:
     """`outputs` in groups that can lie at one residue, with that residue.
 
     A residue that few bytes have gets no file of its own: its tensors join those of the commonest.
     """
-    residues = {name: _residue(expr) for name, expr in outputs.items()}
+    tensors = [_Tensor(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in outputs.items()]
+    residues = [_residue(expr) for expr in outputs.values()]
     nbytes_at: Counter[int] = Counter()
-    for name, residue in residues.items():
+    for tensor, residue in zip(tensors, residues, strict=True):
         if residue is not None:
-            nbytes_at[residue] += outputs[name].nbytes
+            nbytes_at[residue] += tensor.nbytes
     commonest = min(nbytes_at, key=lambda residue: (-nbytes_at[residue], residue), default=0)
     own_files = {residue for residue, nbytes in nbytes_at.items() if nbytes >= MIN_OWN_FILE_NBYTES} | {commonest}
-    groups: dict[int, list[tuple[str, Expr]]] = {}
-    for name, expr in outputs.items():
-        residue = residues[name]
-        groups.setdefault(residue if residue in own_files else commonest, []).append((name, expr))
+    groups: dict[int, list[_Tensor]] = {}
+    for tensor, residue in zip(tensors, residues, strict=True):
+        groups.setdefault(residue if residue in own_files else commonest, []).append(tensor)
     return list(groups.items()) or [(0, [])]
 
 
@@ -109,15 +119,15 @@ def _residue(expr: Expr) -> int | None:
     return expr.offset % PAGE if isinstance(expr, Read) and expr.offset % 8 == 0 else None
 
 
-def _split(items: Iterable[tuple[str, Expr]], shard_nbytes: int) -> Iterator[list[tuple[str, Expr]]]:
-    group: list[tuple[str, Expr]] = []
+def _split(tensors: Iterable[_Tensor], shard_nbytes: int) -> Iterator[list[_Tensor]]:
+    group: list[_Tensor] = []
     used = 0
-    for name, expr in items:
-        if group and used + expr.nbytes > shard_nbytes:
+    for tensor in tensors:
+        if group and used + tensor.nbytes > shard_nbytes:
             yield group
             group, used = [], 0
-        group.append((name, expr))
-        used += expr.nbytes
+        group.append(tensor)
+        used += tensor.nbytes
     yield group
 
 
@@ -125,26 +135,23 @@ def _filename(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _shard(filename: str, residue: int, group: list[tuple[str, Expr]]) -> Shard:
-    ordered = sorted(group, key=lambda item: item[1].nbytes % PAGE != 0)  # stable: whole pages first
-    # The offsets in the JSON are relative to the data's start, so its length does not depend on where that is.
-    shortest = 8 + len(_header_json(_entries(ordered, 0), 0))
-    data_start = shortest + (residue - shortest) % PAGE
-    tensors = _entries(ordered, data_start)
-    return Shard(filename, data_start, data_start + sum(t.nbytes for t in tensors), tensors)
-
-
-def _entries(ordered: list[tuple[str, Expr]], offset: int) -> tuple[TensorEntry, ...]:
+def _shard(filename: str, residue: int, group: list[_Tensor]) -> Shard:
+    ordered = sorted(group, key=lambda tensor: tensor.nbytes % PAGE != 0)  # stable: whole pages first
+    shortest = 8 + len(_header_json(ordered))
+    offset = data_start = shortest + (residue - shortest) % PAGE
     entries = []
-    for name, expr in ordered:
-        entries.append(TensorEntry(name, expr.dtype, expr.shape, offset, expr.nbytes))
-        offset += expr.nbytes
-    return tuple(entries)
+    for tensor in ordered:
+        entries.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, offset, tensor.nbytes))
+        offset += tensor.nbytes
+    return Shard(filename, data_start, offset, tuple(entries))
 
 
-def _header_json(tensors: Iterable[TensorEntry], data_start: int) -> bytes:
+def _header_json(tensors: Iterable[tuple[str, DType, Shape, int]]) -> bytes:
+    """The JSON of a header: name, dtype, shape and bytes of each tensor, one after the other from the data's start."""
     header: dict[str, object] = {"__metadata__": METADATA}
-    for t in tensors:
-        begin = t.offset - data_start
-        header[t.name] = {"dtype": t.dtype.value, "shape": t.shape, "data_offsets": [begin, begin + t.nbytes]}
+    begin = 0
+    for name, dtype, shape, nbytes in tensors:
+        end = begin + nbytes
+        header[name] = {"dtype": dtype.value, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
     return json.dumps(header, separators=(",", ":")).encode()

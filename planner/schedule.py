@@ -266,7 +266,7 @@ def _streams(
         if not isinstance(expr, Opaque)
         for root, chain, offset in _leaves(expr, 0, buffers)
     ]
-    widest = _widest(leaf for leaf in (*streams, *(root for _, root, _, _ in filled)) if isinstance(leaf, Read | Mean))
+    widest = _widest([root for _, root, _, _ in filled if isinstance(root, Read | Mean)], streams)
     for is_factor, root, chain, sink in sorted(filled, key=lambda item: item[0]):
         if isinstance(root, Read | Mean) and not is_factor and all(isinstance(op, Cast) for op in chain[0]):
             root, first = widest[root]
@@ -279,11 +279,14 @@ def _streams(
     return [*streams.values(), *feeders.values()]
 
 
-def _widest(leaves: Iterable[Read | Mean]) -> dict[Read | Mean, tuple[Read | Mean, int]]:
-    """For each of `leaves`, the one of them that it is a part of, and from which element on: the widest, or itself."""
+def _widest(leaves: Collection[Read | Mean], others: Iterable[Leaf]) -> dict[Read | Mean, tuple[Read | Mean, int]]:
+    """For each of `leaves`, the one, of them and `others`, that it is a part of, and from which element on: the
+    widest, or itself."""
+    if not leaves:
+        return {}
     widest: dict[Read | Mean, tuple[Read | Mean, int]] = {}
     last: dict[Hashable, tuple[Read | Mean, int]] = {}
-    placed = [(*_place(leaf), leaf) for leaf in leaves]
+    placed = [(*_place(leaf), leaf) for leaf in (*leaves, *others) if isinstance(leaf, Read | Mean)]
     for kind, begin, leaf in sorted(placed, key=lambda item: (item[1], -item[2].numel)):
         whole, start = last.setdefault(kind, (leaf, begin))
         if begin + leaf.numel > start + whole.numel:

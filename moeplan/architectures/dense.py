@@ -16,7 +16,7 @@ from typing import Any
 from moeplan.adapter import Adapter, open_adapter
 from moeplan.architectures.setting_values import complete_settings
 from moeplan.checkpoint import Checkpoint, CheckpointError, Place
-from planner.expr import Expr, Read
+from planner.expr import Expr, Read, Source
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and every reader computes for itself."""
@@ -116,9 +116,11 @@ class DenseModel:
         return [self.checkpoint.path, *([] if self.adapter is None else [self.adapter.path])]
 
     @property
-    def reads(self) -> list[Read]:
-        """Every tensor that there is, the adapter's included."""
-        return [*self.checkpoint.tensors.values(), *([] if self.adapter is None else self.adapter.reads)]
+    def files(self) -> frozenset[Source]:
+        """The files of its weights, and its adapter's."""
+        return self.checkpoint.tensors.files() | {
+            read.file for read in (() if self.adapter is None else self.adapter.reads)
+        }
 
     def with_adapter(self, place: str | Path | Place) -> DenseModel:
         """This model with the LoRA adapter in directory `place` on it. Raises CheckpointError."""

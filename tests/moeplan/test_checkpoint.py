@@ -123,6 +123,18 @@ def test_a_header_may_be_padded_and_list_its_tensors_in_any_order(path: Path) ->
     assert_holds(open_checkpoint(path), {"a": torch.tensor(1.0), "b": torch.tensor([1.0, 2.0]).bfloat16()})
 
 
+def test_files_of_equal_headers_are_each_checked_and_read_as_themselves(path: Path, tmp_path: Path) -> None:
+    (other := tmp_path / "other").mkdir()
+    write_config(other)
+    negated = {name: -tensor for name, tensor in TENSORS.items()}
+    save_file(TENSORS, path / WEIGHTS)
+    save_file(negated, other / WEIGHTS)
+    assert_holds(open_checkpoint(path), TENSORS)
+    assert_holds(open_checkpoint(other), negated)
+    os.truncate(other / WEIGHTS, (other / WEIGHTS).stat().st_size - 1)
+    assert "is truncated: its header describes" in refusal(other)
+
+
 def test_one_file_is_preferred_to_an_index_as_transformers_does(path: Path) -> None:
     save_file(TENSORS, path / WEIGHTS)
     (path / INDEX).write_text("not even JSON")
