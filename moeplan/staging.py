@@ -18,7 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,10 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
             cleanup.callback(journal.close)
             yield Stage(partial / MODEL, journal)
             _publish(directory, journal, overwrite=overwrite)
+            journal.close()  # a network's file system keeps a directory in which a file is open
         except BaseException as error:
+            if journal is not None:
+                journal.close()
             if journal.is_empty if journal is not None else not is_begun:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
@@ -174,35 +177,55 @@ def _remove_if_empty(directory: Path) -> None:
 def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
     """Move the finished files to their place, and what they replace out of it.
 
-    Can be stopped anywhere and done again.
+    Can be stopped anywhere and done again. Raises RunError, and OutputError where something is in the way.
     """
     model, replaced = directory / PARTIAL / MODEL, directory / PARTIAL / REPLACED
-    if journal.finished.publishing is None:
-        names = [entry.name for entry in model.iterdir()]
-        there = [entry.name for entry in directory.iterdir() if entry.name != PARTIAL]
-        old = [name for name in there if name in names or is_of_a_model(name)] if overwrite else []
-        journal.begin_publishing(names, old)
-    new = sorted(journal.finished.publishing or (), key=_lateness)
-    # One that is not in `model/` any more is in its place already.
-    old = [name for name in journal.finished.replacing if name not in new or (model / name).exists()]
-    moves = [(directory / name, replaced / name) for name in sorted(old, key=_lateness, reverse=True)]
-    moves += [(model / name, directory / name) for name in new]
-    done: list[tuple[Path, Path]] = []
     try:
         sync(model)
+        if journal.finished.publishing is None:
+            names = [entry.name for entry in model.iterdir()]
+            journal.begin_publishing(names, _to_replace(directory, names, overwrite))
+        new = sorted(journal.finished.publishing or (), key=_lateness)
+        # One that is not in `model/` any more is in its place already.
+        old = [name for name in journal.finished.replacing if name not in new or (model / name).exists()]
+        gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
+        if gone:
+            raise RunError(f"{model / gone[0]}: is gone, though it was finished; remove {model.parent} and merge again")
+        moves = [(directory / name, replaced / name) for name in sorted(old, key=_lateness, reverse=True)]
+        moves += [(model / name, directory / name) for name in new]
         replaced.mkdir(exist_ok=True)
+        _move(directory, moves)
+    except OSError as error:
+        raise RunError(f"{directory}: the finished files could not be moved here: {error.strerror}") from error
+
+
+def _to_replace(directory: Path, names: Sequence[str], overwrite: bool) -> list[str]:
+    """What a model of these files takes the place of: the model that is there, if it may be overwritten."""
+    there = [entry.name for entry in directory.iterdir() if entry.name != PARTIAL]
+    taken = sorted({*there} & {*names})
+    if taken and not overwrite:
+        raise OutputError(
+            f"{directory / taken[0]}: has appeared there since the merge began; move it away, or add --overwrite"
+        )
+    return [name for name in there if name in names or is_of_a_model(name)] if overwrite else []
+
+
+def _move(directory: Path, moves: Sequence[tuple[Path, Path]]) -> None:
+    """Move files within `directory`, durably: all of them or none. Those that are not there are there already."""
+    done: list[tuple[Path, Path]] = []
+    try:
         for source, target in moves:
             if source.exists():
+                if (source, target) == moves[-1]:
+                    sync(directory)  # what loaders look for is there for good when all else is
                 done.append((source, target))
                 source.rename(target)
         sync(directory)
-    except BaseException as error:
+    except BaseException:
         # Back to where they were: half a model must not stay, and the old one must, whatever stopped this.
         for source, target in reversed(done):
             with suppress(OSError):
                 target.rename(source)
-        if isinstance(error, OSError):
-            raise RunError(f"{directory}: the finished files could not be moved here: {error.strerror}") from error
         raise
 
 

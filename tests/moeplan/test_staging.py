@@ -1,6 +1,7 @@
 """The output directory under way: nothing is in its place until all is, and nothing that is finished is lost."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,73 @@ def test_the_index_and_config_json_come_last(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "rename", lambda self, target: (moved.append(self.name), rename(self, target)))
     assert sorted(moved) == sorted((*MODEL, INDEX))
     assert moved[-2:] == [INDEX, "config.json"]
+
+
+def test_what_appeared_in_the_meantime_is_not_overwritten(tmp_path):
+    def put_between(**how: bool) -> None:
+        with staged(tmp_path, SAME, **how) as stage:
+            write_model(stage)
+            finish_something(stage)
+            (tmp_path / "config.json").write_text("a user's")
+
+    with pytest.raises(
+        OutputError, match=r"config\.json: has appeared there since the merge began; move it away"
+    ) as error:
+        put_between()
+    assert error.value.__notes__ == ["what is finished is kept: run the same command again to go on"]
+    assert snapshot(tmp_path)["config.json"] == b"a user's"
+    assert not (tmp_path / "tokenizer.json").exists()
+    put_between(overwrite=True)
+    assert (tmp_path / "config.json").read_text() == "config.json"
+
+
+def test_half_a_model_is_not_published_where_finished_files_are_gone(tmp_path):
+    def stop_before_the_first_move() -> None:
+        with staged(tmp_path, SAME) as stage:
+            write_model(stage)
+            finish_something(stage)
+            stage.journal.begin_publishing([*MODEL, INDEX], [])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_before_the_first_move()
+    (tmp_path / PARTIAL / "model" / MODEL[1]).unlink()
+    message = f"{MODEL[1]}: is gone, though it was finished; remove {tmp_path / PARTIAL} and merge again"
+    with pytest.raises(RunError, match=message), staged(tmp_path, SAME) as stage:
+        assert stage.is_complete
+    assert [entry.name for entry in tmp_path.iterdir()] == [PARTIAL]
+
+
+def test_config_json_is_moved_when_all_other_names_are_on_the_disk(tmp_path, monkeypatch):
+    done = []
+    rename, fsync = Path.rename, os.fsync
+    with staged(tmp_path, SAME) as stage:
+        write_model(stage)
+        monkeypatch.setattr(Path, "rename", lambda self, target: (done.append(self.name), rename(self, target)))
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: (done.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd))
+        )
+    model, at = done.index("model"), done.index("config.json")
+    assert model < done.index("journal") < done.index(MODEL[1])
+    assert done[at - 2 :] == [INDEX, tmp_path.name, "config.json", tmp_path.name]
+
+
+def test_no_file_is_open_in_a_directory_that_is_removed(tmp_path, monkeypatch):
+    """A network's file system would keep it."""
+    rmtree = shutil.rmtree
+
+    def checked(directory: Path, **how: bool) -> None:
+        fds = Path("/proc/self/fd")
+        assert not [fd for fd in fds.iterdir() if fd.exists() and str(fd.readlink()).startswith(str(directory))]
+        rmtree(directory, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", checked)
+    with staged(tmp_path / "good", SAME) as stage:
+        write_model(stage)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "bad", SAME):
+        raise KeyboardInterrupt
+    assert {path.name for path in (tmp_path / "good").iterdir()} == {*MODEL, INDEX}
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize("error", [RunError("the disk is full"), KeyboardInterrupt()])
