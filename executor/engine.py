@@ -50,7 +50,8 @@ _Chunks = deque[Future[tuple[int, int]]]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is. `doing` says what runs now, where it is not copying."""
+    """How far a run is. `doing` says what it takes time for now, where that is not copying: the name of a kernel, for
+    one, when everything is copied that waits for none."""
 
     read_nbytes: int
     written_nbytes: int
@@ -215,6 +216,8 @@ class _Run:
         self._lock = Lock()
         self._stopping = Event()
         self._error: BaseException | None = None
+        self._is_copying = True
+        self._kernel = ""
         self.read_nbytes = 0
         self.written_nbytes = sum(shard.data_start for shard in plan.shards)
         self.peak_buffer_nbytes = 0
@@ -226,6 +229,8 @@ class _Run:
             others = beside.submit(self._run_part, range(first, len(steps)))
             try:
                 self._run_part(range(first))
+                self._is_copying = False
+                self.report()
                 others.result()
             except BaseException as error:
                 first_error = self._stop(error)
@@ -240,6 +245,7 @@ class _Run:
     def _run_part(self, indices: range) -> None:
         """Run these steps in order, kernels beside the streams that may. When they fail, the other part is stopped."""
         under_way = _Chunks()
+        unneeded: list[int] = []
         kernel, last = None, -1
         with ThreadPoolExecutor(1) as kernels:
             try:
@@ -248,6 +254,8 @@ class _Run:
                     forecast = self._plan.memory_nbytes[index] if _needs_whole_tensors(step) else self._plan.peak_nbytes
                     if isinstance(step, KernelStep):
                         self._finish(under_way)
+                        self._kernels.drop_results(unneeded)
+                        unneeded.clear()
                         kernel, last = kernels.submit(self._run_kernel, index, step, forecast), index + step.beside
                     else:
                         self._run_stream(under_way, step, self._work.pieces.get(index, ()), forecast)
@@ -256,8 +264,9 @@ class _Run:
                     if step.frees:
                         self._finish(under_way)
                         self._tensors.free(step.frees)
-                        self._kernels.drop_results(step.frees)
+                        unneeded += step.frees  # and saved no more when what was made of it is written, if need be
                 self._finish(under_way)
+                self._kernels.drop_results(unneeded)
             except BaseException as error:
                 self._stop(error)
                 raise
@@ -272,6 +281,7 @@ class _Run:
 
     def report(self, doing: str = "") -> None:
         if self._on_progress is not None:
+            doing = doing or ("" if self._is_copying else self._kernel)
             self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
 
     def _run_stream(self, under_way: _Chunks, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
@@ -316,10 +326,12 @@ class _Run:
                 self._kernels.restore(step)
                 self._check_forecast(forecast)
             if index in self._work.kernels:
-                self.report(step.kernel)
-                run = self._kernels.prepare(step, self._read_block, self._check_stopping)
+                self._kernel = step.kernel
+                self.report()
+                run = self._kernels.prepare(step, self._read_block, self._check_kernel)
                 self._check_forecast(forecast, step.blocks_nbytes)
                 run()
+                self._kernel = ""
         except BaseException as error:
             self._stop(error)  # so that the streams beside it are not waited for
             raise
@@ -342,6 +354,12 @@ class _Run:
     def _check_stopping(self) -> None:
         if self._stopping.is_set():
             raise _StoppedError
+
+    def _check_kernel(self) -> None:
+        """Called before each block of a kernel, which may be all that happens for a long time."""
+        self._check_stopping()
+        with self._lock:
+            self._durability.now_and_then()
 
     def _check_forecast(self, forecast: int, blocks_nbytes: int = 0) -> None:
         tensors, kept = self._tensors.nbytes

@@ -113,6 +113,9 @@ class Journal:
         self._drop_damaged_results(directory)
         with _failing(directory / NAME):
             self._fd = self._rewritten(directory, identity or {}, lines, safe)
+            # Those that an earlier run had no time to remove.
+            left = {path.name for path in (directory / RESULTS).glob("*")} - self.finished.results.keys()
+            self._dropped = [(key, self._position) for key in left]
 
     @property
     def is_empty(self) -> bool:
@@ -194,6 +197,7 @@ class Journal:
             path.parent.mkdir(exist_ok=True)
             write_file(path, memory)
         with self._lock:
+            self._dropped = [(other, end) for other, end in self._dropped if other != key]
             self.finished.results[key] = xxh3_64_intdigest(memory)
             self._append({"result": key, "checksum": self.finished.results[key]})
 

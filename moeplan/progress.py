@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 LINE_SECONDS = 10.0
+ROUTERS = "routers"
 
 
 class ProgressBar:
@@ -63,7 +64,9 @@ class ProgressLines:
         self._last, self._said = now, True
         seconds, nbytes = now - self._first[0], state.written_nbytes - self._first[1]
         rate = nbytes / seconds if seconds else 0.0
-        left = f", {_duration((self._total - state.written_nbytes) / rate)} left" if rate else ""
+        # How long routers take is not told by bytes.
+        is_known = rate and _doing(state) != ROUTERS
+        left = f", {_duration((self._total - state.written_nbytes) / rate)} left" if is_known else ""
         self._console.print(
             f"{_doing(state)}: {100 * state.written_nbytes // self._total}%, {decimal(state.written_nbytes)} of "
             f"{decimal(self._total)}, {decimal(int(rate))}/s{left}"
@@ -81,7 +84,7 @@ def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLi
 def _doing(state: Progress) -> str:
     """What runs now, in a word. The executor names kernels, and those make routers."""
     known = ("syncing", "verifying", "fetching", "routing")
-    return "copying" if not state.doing else state.doing if state.doing in known else "routers"
+    return "copying" if not state.doing else state.doing if state.doing in known else ROUTERS
 
 
 def _duration(seconds: float) -> str:

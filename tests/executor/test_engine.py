@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.routing import physical_nbytes
+from executor.weights import Weights
 from moeplan.safetensors_header import LENGTH_NBYTES
 from planner.expr import (
     DType,
@@ -292,6 +294,29 @@ def test_progress_ends_at_all_bytes_read_and_written(tmp_path: Path, outputs: di
     assert "column_sums" in {state.doing for state in seen}
     assert (seen[-1].read_nbytes, seen[-1].written_nbytes) == (plan.read_nbytes, plan.written_nbytes)
     assert [s.written_nbytes for s in seen] == sorted(s.written_nbytes for s in seen)
+
+
+def test_a_kernel_is_what_a_run_does_when_nothing_is_copied_any_more(tmp_path: Path) -> None:
+    reads = source(tmp_path / "source.safetensors", {"a": torch.randn(600, 1000), "b": torch.randn(600, 1000)})
+    kernel = Opaque("slow", "0", (), DType.F32, (600, 1000), weights=(reads["b"],), block_nbytes=1 << 20)
+    plan = planned({"copy": reads["a"], "sums": kernel})
+    seen: list[Progress] = []
+    copied = Event()
+
+    def slow(params: object, inputs: object, output: torch.Tensor, weights: Weights) -> None:
+        assert copied.wait(30)
+        output.zero_()
+        weights.for_each_block(weights.matrices[0], 100, lambda begin, block: None)
+
+    def watch(state: Progress) -> None:
+        seen.append(state)
+        if state.written_nbytes >= reads["a"].nbytes and state.doing:
+            copied.set()
+
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out", {"slow": slow}, watch)
+    while_it_ran = [state.doing for state in seen if reads["a"].nbytes <= state.written_nbytes < plan.written_nbytes]
+    assert while_it_ran[-6:] == ["slow"] * 6
 
 
 def test_a_source_that_changed_since_planning_is_refused(tmp_path: Path, outputs: dict[str, Expr]) -> None:

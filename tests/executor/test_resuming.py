@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from test_engine import column_sums, digest, planned, source
 
 from executor import durability, journal, routing
+from executor.chunk_runner import ChunkRunner
 from executor.engine import RunResult, run
 from executor.errors import RunError
 from executor.journal import Journal
 from executor.local import LocalFile
 from executor.reader import SourceReader
 from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, mean, rows, scale
-from planner.plan import FileSink, Plan
+from planner.plan import BufferRoot, FileSink, Plan, StreamStep
 
 KERNELS = {"column_sums": column_sums}
 
@@ -184,6 +185,64 @@ def test_kernels_whose_results_were_saved_do_not_run_again(plan: Plan, tmp_path:
     assert digest(tmp_path / "place" / "model") == whole[0]
     assert result.checksums == whole[1].checksums
     assert list((tmp_path / "place" / journal.RESULTS).iterdir()) == []
+
+
+def test_a_result_is_kept_until_what_is_made_of_it_is_written(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or all kernels would run again that it is made of."""
+    ran: list[int] = []
+
+    def counted(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        ran.append(params)
+        column_sums(params, inputs, output)
+
+    def failing(self: ChunkRunner, slab: memoryview, step: StreamStep, piece: object) -> tuple[int, int]:
+        if isinstance(step.root, BufferRoot):
+            raise Stop
+        return work(self, slab, step, piece)
+
+    work = ChunkRunner.run
+    monkeypatch.setattr(ChunkRunner, "run", failing)
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    monkeypatch.setattr(ChunkRunner, "run", work)
+    go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    assert ran == [1, 2, 2]
+    assert digest(tmp_path / "place" / "model") == whole[0]
+
+
+def test_results_that_an_earlier_run_had_no_time_to_remove_are_removed(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    for name in ("first", "second"):
+        kept.save_result(name, memoryview(bytes(100)))
+    kept.drop_result("first")
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.mark_safe(again.position)
+    again.close()
+    assert [file.name for file in (tmp_path / journal.RESULTS).iterdir()] == ["second"]
+
+
+def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
+    reads: dict[str, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
+    whole = rows(reads["third"], 0, 1000)
+    kernel = Opaque("slow", "0", (), DType.F32, (1,), weights=(whole,), block_nbytes=16 << 20)
+    plan = planned({"copy": reads["large"], "sums": kernel}, budget=64 << 20)
+    synced: list[int] = []
+    mark_safe = Journal.mark_safe
+    monkeypatch.setattr(Journal, "mark_safe", lambda self, at: (synced.append(at), mark_safe(self, at)))
+
+    def slow(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Any) -> None:
+        output.zero_()
+        before, deadline = len(synced), time.monotonic() + 30
+        while len(synced) < before + 3 and time.monotonic() < deadline:
+            weights.for_each_block(weights.matrices[0], 1000, lambda begin, block: None)
+        assert len(synced) >= before + 3
+
+    go_on(plan, tmp_path / "place", kernels={"slow": slow})
 
 
 def test_a_saved_result_that_was_damaged_is_computed_again(plan: Plan, tmp_path: Path, whole: Any) -> None:

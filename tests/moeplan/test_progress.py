@@ -49,6 +49,15 @@ def test_lines_come_now_and_then_with_bytes_rate_and_time_left(clock):
     ]
 
 
+def test_how_long_routers_take_is_not_told_by_bytes(clock):
+    on, stream = console(width=200)
+    lines = ProgressLines(on, 100 * GB)
+    lines.show(Progress(0, 0, ""))
+    clock.now += 20
+    lines.show(Progress(0, 80 * GB, "ridge"))
+    assert stream.getvalue() == "routers: 80%, 80.0 GB of 100.0 GB, 4.0 GB/s\n"
+
+
 def test_a_merge_of_a_few_seconds_says_nothing_on_the_way(clock):
     on, stream = console()
     lines = ProgressLines(on, GB)
