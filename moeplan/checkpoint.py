@@ -52,7 +52,6 @@ MERGE_ADAPTER = (
 """What to do with an adapter that moeplan does not take."""
 
 LFS_POINTER = b"version https://git-lfs"
-_READS = "moeplan reads local directories"
 _INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
 _INSTEAD = {
@@ -194,15 +193,6 @@ class Checkpoint:
             raise self.wrong_value(key, f"a whole number from {minimum:,} to {maximum:,}")
         return value
 
-    def number(self, key: str, *, default: float | None = None, maximum: float = 1e15) -> float:
-        """The number above 0 and up to `maximum` that `config.json` has for `key`, as `integer` does it."""
-        value = self.config.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None or type(value) not in (int, float) or not 0 < value <= maximum:
-            raise self.wrong_value(key, f"a number above 0, up to {maximum:g}")
-        return float(value)
-
     def wrong_value(self, key: str, expected: str) -> CheckpointError:
         """The error that what `config.json` has for `key` is not what is `expected`."""
         value = self.config.get(key)
@@ -243,7 +233,7 @@ def check_is_directory(path: Path) -> None:
         raise CheckpointError(f"{path}: no such directory; a model on the Hub is named ORG/NAME or ORG/NAME@REVISION")
     if not is_directory:
         give = _INSTEAD_OF_GGUF if path.suffix == ".gguf" else "give the directory that holds it"
-        raise CheckpointError(f"{path}: is a file; {_READS}: {give}")
+        raise CheckpointError(f"{path}: is a file, and no model's directory: {give}")
 
 
 def _why_no_weights(place: Place) -> str:

@@ -8,18 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeplan.architectures.attention import rope
 from moeplan.architectures.dense import EMBEDDING, OUTPUT_MATRIX, DenseModel, TensorSpec
 from moeplan.architectures.family import Family, MlpTensor
 from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.untrusted_json import show
-from planner.expr import Concat, DType, Expr, Opaque, Read, Zeros, add_noise, cast, mean, rows, scale
+from planner.expr import Concat, DType, Expr, Opaque, Read, Zeros, add_noise, cast, mean, rows, scale, stack
 from planner.graph import TensorGraph
 
-MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
+MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "residual_multiplier")
 SHOULD_AGREE = ("rope_theta", "vocab_size")
 MUST_AGREE_TO_AVERAGE = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHOULD_AGREE_TO_AVERAGE = ("rope_scaling", "sliding_window", "attention_multiplier", "embedding_multiplier")
+"""Settings of the base's that its MLPs, or the attention of all, were not trained under, if they differ."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
             )
         is_averaged = config.backbone == "average" and place[0] == "experts"
         must_agree = (*MUST_AGREE, *(MUST_AGREE_TO_AVERAGE if is_averaged else ()))
-        for key in dict.fromkeys((*must_agree, *SHOULD_AGREE)):
+        should_agree = (*SHOULD_AGREE, *(SHOULD_AGREE_TO_AVERAGE if is_averaged else ()))
+        for key in dict.fromkeys((*must_agree, *should_agree)):
             its, bases = _setting(expert, key), _setting(base, key)
             if its == bases:
                 continue
@@ -99,12 +103,20 @@ def _check_backbone(family: Family, base: DenseModel, expert: DenseModel, where:
 
 
 def _setting(model: DenseModel, key: str) -> Any:
-    """A setting, complete with its default. RoPE's base may stand among the other parameters of RoPE."""
+    """A setting, complete with its default; None of what the family does not have.
+
+    RoPE's base may stand among the other parameters of RoPE.
+    """
     config = model.checkpoint.config
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    if key == "rope_theta" and isinstance(rope, dict) and key in rope:
-        return rope[key]
-    return model.settings[key]
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    if key == "rope_theta" and isinstance(given, dict) and key in given:
+        return given[key]
+    if key == "rope_scaling":
+        return rope(model)[1]
+    if key == "sliding_window":
+        windows = model.windows()
+        return windows[0] if len({*windows}) == 1 else windows
+    return model.settings.get(key)
 
 
 def _refuse_what_is_lost(family: Family, model: DenseModel, names: Sequence[str]) -> None:
@@ -131,10 +143,8 @@ def averaged(config: MergeConfig, sources: Sources, dtype: DType) -> dict[str, E
 
 
 def _of_backbone(model: DenseModel, name: str, spec: TensorSpec) -> Read:
-    """A tensor that is no MLP's, as the model has it: an output matrix that is tied is the embeddings."""
-    if name == OUTPUT_MATRIX and model.settings["tie_word_embeddings"]:
-        return model.checkpoint.tensors[EMBEDDING]
-    read = model.tensor(name, spec)
+    """A tensor that is no MLP's, as the model has it."""
+    read = model.tensor(name, spec) or (model.output_matrix if name == OUTPUT_MATRIX else None)
     assert read is not None  # or `check_fit` would have refused the model
     return read
 
@@ -184,9 +194,7 @@ class Lowering:
         `.bin` files name the embeddings a second time for it; safetensors leave it out.
         """
         is_tied = self.sources.base.settings["tie_word_embeddings"]
-        if self.averaged:
-            return None if is_tied and self.family.tied else stored
-        embeddings = self.sources.base.checkpoint.tensors[EMBEDDING]
+        embeddings = self.averaged.get(EMBEDDING) or self.sources.base.checkpoint.tensors[EMBEDDING]
         if stored is not None and not (is_tied and stored is embeddings):
             return stored
         return None if self.family.tied else embeddings
@@ -208,7 +216,7 @@ class Lowering:
                 for number, expr in enumerate(experts):
                     graph.add(tensor.name.format(layer=layer, expert=number), expr)
             else:
-                graph.add(tensor.name.format(layer=layer), Concat(tuple(experts), (count, *experts[0].shape)))
+                graph.add(tensor.name.format(layer=layer), stack(experts))
         if shared is None or not self.config.shared_experts:
             return
         if shared.gate is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from executor.manifest import Segment, manifest
 from executor.reader import name_of
 from moeplan.checkpoint import CONFIG
+from moeplan.config import PROMPTLESS
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
 from moeplan.safetensors_header import LENGTH_NBYTES
@@ -42,11 +43,13 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     values |= {"out_shard_size": str(options.out_shard_size), "expert_layout": merge_plan.layout}
     if not gate_mode(merge_plan.config.gate_mode).evaluates:
         values |= {name: getattr(Options(), name) for name in EVALUATION}
+    values["device"] = merge_plan.device.name  # which may be another one than at first, where any will do
     packages = [*PACKAGES, *(["bitsandbytes"] if "moeplan.gates.quantised" in merge_plan.memory.packages else [])]
     return {
         "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
         "option": {flag(name): value for name, value in values.items()},
         "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
+        "text in": {file: _text(Path(file)) for file in _texts(merge_plan)},
         "settings in": {str(base.path / CONFIG): base.config_sha256},
         "version of": {package: version(package) for package in packages},
         "plan": {"fingerprint": merge_plan.plan.fingerprint},
@@ -113,6 +116,22 @@ def _source(source: Source) -> dict[str, Any]:
     except OSError:
         digest = None
     return {"nbytes": source.nbytes, "mtime_ns": source.mtime_ns, "header_sha256": digest}
+
+
+def _texts(merge_plan: MergePlan) -> list[str]:
+    """The files that passages were drawn from."""
+    config = merge_plan.config
+    rows = () if config.gate_mode in PROMPTLESS else (*config.experts, *config.shared_experts)
+    return sorted({file for row in rows for file in row.positive_files})
+
+
+def _text(file: Path) -> dict[str, Any] | None:
+    """Size and time of the last change, in nanoseconds, of a file of text; None of one that is gone."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return {"nbytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def file_sha256(path: Path) -> str:

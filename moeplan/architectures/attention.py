@@ -41,7 +41,7 @@ def attention_settings(family: Family, base: DenseModel) -> dict[str, Any]:
             f"{_path(base)}: heads are {base.sizes['head_dim']} wide, and those of {family.name} are always "
             f"hidden_size / num_attention_heads = {base.hidden_size // base.sizes['num_attention_heads']}"
         )
-    theta, scaling = _rope(base)
+    theta, scaling = rope(base)
     if scaling["rope_type"] not in family.rope_types:
         raise CannotHoldError(
             f"{_path(base)}: RoPE scaling is of type {scaling['rope_type']!r}, and {family.name} has only "
@@ -75,7 +75,7 @@ def _sliding_window(family: Family, base: DenseModel) -> dict[str, Any]:
     return {"sliding_window": base.settings["sliding_window"], "layer_types": every_layer, **family.windowed}
 
 
-def _rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
+def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     """RoPE's base and its scaling parameters, from either spelling, as transformers 5 reads them.
 
     The scaling has a `rope_type`, `default` where there is none. Raises CheckpointError for what no merged model could
@@ -135,7 +135,7 @@ def _is_positive(value: Any) -> bool:
 
 def rope_switch(model: DenseModel) -> int | None:
     """The number of tokens beyond which longrope rotates all tokens in another way; None for other kinds of RoPE."""
-    _, scaling = _rope(model)
+    _, scaling = rope(model)
     tokens = scaling.get(ORIGINAL_CONTEXT)
     return tokens if scaling["rope_type"] == "longrope" and type(tokens) is int else None
 

@@ -129,8 +129,8 @@ class DenseModel:
             for name, spec, _ in self.specs()
             if (read := self.tensor(name, spec) if ".mlp." in name else self.checkpoint.tensors.get(name)) is not None
         }
-        if self.settings["tie_word_embeddings"]:
-            weights.setdefault(OUTPUT_MATRIX, self.checkpoint.tensors[EMBEDDING])
+        if self.settings["tie_word_embeddings"] and EMBEDDING in weights:
+            weights.setdefault(OUTPUT_MATRIX, weights[EMBEDDING])
         return replace(self, adapter=open_adapter(place, weights))
 
     @property
@@ -140,6 +140,16 @@ class DenseModel:
     @property
     def hidden_size(self) -> int:
         return self.sizes["hidden_size"]
+
+    @property
+    def output_matrix(self) -> Read:
+        """Its output matrix: the embeddings, where it stores none of its own.
+
+        One that is stored counts though `tie_word_embeddings` may say otherwise, as in transformers 5
+        (modeling_utils.py, `tie_weights`).
+        """
+        tensors = self.checkpoint.tensors
+        return tensors[OUTPUT_MATRIX if OUTPUT_MATRIX in tensors else EMBEDDING]
 
     def windows(self) -> list[int | None]:
         """For each layer how many tokens back its attention sees; None: all.

@@ -86,7 +86,10 @@ KINDS: Mapping[str, Kind] = {
     "embedding_multiplier": MULTIPLIER,
     "attention_multiplier": MULTIPLIER,
     "residual_multiplier": MULTIPLIER,
-    "logits_scaling": MULTIPLIER,
+    "logits_scaling": (
+        f"a number other than 0, of at most {MAX_NUMBER:g}",
+        lambda value: is_number(value) and value != 0,
+    ),
 }
 """Of the settings that are no whole numbers, which `Checkpoint.integer` checks."""
 

@@ -291,6 +291,10 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "an activation that is an object": ({"hidden_act": "{}"}, "`hidden_act` is {}; it must be the name"),
     "a norm that is text": ({"rms_norm_eps": '"1e-5"'}, "`rms_norm_eps` is '1e-5'; it must be a number from 0 to 1"),
     "dropout of 500 %": ({"attention_dropout": "5"}, "`attention_dropout` is 5; it must be a number from 0 to 1"),
+    "logits divided by nothing": (
+        {"model_type": '"granite"', "logits_scaling": "0"},
+        "`logits_scaling` is 0; it must be a number other than 0",
+    ),
     "a switch that is text": (
         {"tie_word_embeddings": '"no"'},
         "`tie_word_embeddings` is 'no'; it must be true or",
@@ -665,7 +669,7 @@ YAMLS: dict[str, tuple[str | bytes, str, str]] = {
         ":1",
         "name too long",
     ),
-    "a device for a model": (YAML.replace("base_model: model", "base_model: /dev/zero"), ":1", "/dev/zero: is a file;"),
+    "a device for a model": (YAML.replace("base_model: model", "base_model: /dev/zero"), ":1", "/dev/zero: is a file,"),
     "60,000 wrong keys": (YAML + "".join(f"k{n}: 1\n" for n in range(60_000)), ":", "more than 25,000 values"),
 }
 

@@ -59,6 +59,20 @@ def test_what_an_adapter_adds_to_an_output_matrix_is_left_out_also_where_that_is
     assert adapter.left_out == ["lm_head.lora_A.weight", "lm_head.lora_B.weight"]
 
 
+def test_a_model_that_ties_its_output_matrix_may_be_without_embeddings(tmp_path: Path) -> None:
+    """Of an expert no more is needed than its MLPs."""
+    base = sparse_llama(tmp_path / "base", tie_word_embeddings=True, num_hidden_layers=1)
+    shapes = {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}
+    mlp = {f"model.layers.0.mlp.{part}.weight": torch.zeros(shape) for part, shape in shapes.items()}
+    save_file(mlp, base / "model.safetensors")
+    model = as_dense_model(open_checkpoint(base))
+    factors = {
+        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (4, 64),
+        "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": (96, 4),
+    }
+    assert model.with_adapter(write_adapter(tmp_path / "lora", factors)).adapter is not None
+
+
 @pytest.fixture
 def refusal(model: DenseModel, tmp_path: Path) -> Callable[..., str]:
     """`refusal(path)`: the message with which an adapter on `model` is refused, without the directory's name."""

@@ -299,6 +299,26 @@ def test_how_a_base_would_be_evaluated_does_not_matter_where_none_is(models, con
     assert made_from[0] == made_from[1] == made_from[2]
 
 
+def test_text_that_changed_tells_an_unfinished_merge_from_another(models, configure, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Where does it hurt?")
+    experts = [{"source_model": str(path), "positive_files": [str(text)]} for path in models]
+    experts[1]["positive_prompts"] = ["Draw your sword!"]
+    found = []
+    for mode in ("ridge", "ridge", "random"):
+        config, options = configure(models[0], experts, gate_mode=mode)
+        found.append(record.identity(api.plan(config, options=options))["text in"])
+        text.write_text("Where does it hurt, and since when?")
+    nbytes = [{name: state["nbytes"] for name, state in each.items()} for each in found]
+    assert nbytes == [{str(text): 19}, {str(text): 35}, {}]
+
+
+def test_the_device_that_is_used_tells_an_unfinished_merge_from_another(models, configure):
+    experts = [{"source_model": str(path), "positive_prompts": [path.name]} for path in models]
+    config, options = configure(models[0], experts, gate_mode="hidden", device="auto")
+    assert record.identity(api.plan(config, options=options))["option"]["--device"] == "cpu"
+
+
 def test_a_tokenizer_of_another_model_is_refused(models, refused):
     def shrink(tensors: dict[str, torch.Tensor]) -> None:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -428,6 +448,35 @@ def test_a_difference_that_does_not_reach_the_output_is_a_warning(models, tmp_pa
     warning = warning.replace(f"{tmp_path}/", "")
     assert warning.startswith(f"config.yml:1: experts[1].source_model: {difference}")
     assert warning.endswith("; the merged model has the base's")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_scaling is {'factor': 2.0, 'rope_type': 'linear'} in other and {'rope_type': 'default'} in the base",
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling is {'factor': 2.0, 'rope_type'"),
+    ],
+)
+def test_attention_that_was_trained_otherwise_is_a_warning_where_it_is_averaged(models, tmp_path, changes, difference):
+    edit_config(models[1], **changes)
+    for backbone, count in (("base", 0), ("average", 1)):
+        config = write_config(tmp_path / "config.yml", models[0], models, backbone=backbone)
+        warnings = warned(moeplan(config, "--plan"))
+        assert len(warnings) == count
+    assert difference in warnings[0].replace(f"{tmp_path}/", "")
+
+
+def test_mlps_whose_results_count_otherwise_are_not_merged(checkpoint, tmp_path):
+    models = [shutil.copytree(checkpoint("granite-plain", seed), tmp_path / f"{seed}") for seed in range(2)]
+    edit_config(models[1], residual_multiplier=0.25)
+    result = moeplan(write_config(tmp_path / "config.yml", models[0], models), "--plan")
+    assert result.status == 2
+    assert re.search(
+        r"residual_multiplier is 0\.25 in .*/1 and [\d.]+ in the base .*; they must be equal", result.error
+    )
 
 
 def test_rope_in_another_spelling_is_no_difference(models, tmp_path):
