@@ -32,7 +32,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         return [[token, times] for token, times in sorted(tokens.items())]
 
     positive, negative = (
-        kept(of_rows, prompts.positive, prompts.lengths, request.without)
+        kept(of_rows, prompts.positive, prompts.lengths, len(prompts.start), request.without)
         for of_rows in (prompts.positive, prompts.negative)
     )
     params = {

@@ -96,7 +96,7 @@ class Evaluation:
 
     def used(self, of_rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """The prompts and passages of each row that routers are to be made of."""
-        return kept(of_rows, self.positive, self.lengths, self.request.without)
+        return kept(of_rows, self.positive, self.lengths, len(self.prompts.start), self.request.without)
 
     @cached_property
     def _parts(self) -> list[list[int]]:

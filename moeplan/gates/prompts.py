@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,13 +91,15 @@ class Prompts:
         return sorted({token for ids in self.tokens for token in ids})
 
 
-def folds(positive: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, int]:
+def folds(positive: Sequence[Sequence[int]], lengths: Sequence[int], bos: int) -> dict[int, int]:
     """In which of two halves, 0 or 1, each prompt is, so that routers can be made without one half and tried on it.
 
     `positive` are the prompts of each expert, which is left some in either half; one that has a single prompt cannot do
-    without it, so that is in neither. Halves have about the same number of tokens.
+    without it, so that is in neither. Nor are those that have no more than `bos` tokens, which tell nothing. Halves
+    have about the same number of tokens.
     """
     found: dict[int, int] = {}
+    positive = [[prompt for prompt in prompts if lengths[prompt] > bos] for prompts in positive]
     for prompts in positive:
         sizes = [sum(lengths[prompt] for prompt in prompts if found.get(prompt) == fold) for fold in (0, 1)]
         for prompt in prompts:
@@ -111,10 +113,14 @@ def folds(positive: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int
 
 
 def kept(
-    of_rows: Sequence[Sequence[int]], positive: Sequence[Sequence[int]], lengths: Sequence[int], without: int | None
+    of_rows: Sequence[Sequence[int]],
+    positive: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    bos: int,
+    without: int | None,
 ) -> list[list[int]]:
     """The prompts of each row that are left `without` that fold of the `positive` ones."""
-    fold = {} if without is None else folds(positive, lengths)
+    fold = {} if without is None else folds(positive, lengths, bos)
     return [[prompt for prompt in prompts if without is None or fold.get(prompt) != without] for prompts in of_rows]
 
 
@@ -152,14 +158,14 @@ def tokenize(request: GateRequest) -> Prompts:
         warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
     context = base.settings["max_position_embeddings"] - len(start)
 
-    def cut(drawn: Iterable[str]) -> Iterator[tuple[int, ...]]:
-        """Passages, of `gate_tokens` tokens in all at most."""
+    def cut(drawn: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Passages, and what is taken of each: of all, `gate_tokens` tokens at most."""
         room = request.gate_tokens
         for text in drawn:
             tokens = ids[text][: max(0, min(PASSAGE_TOKENS, context, room))]
             room -= len(tokens)
             if tokens:
-                yield (*start, *tokens)
+                yield text, (*start, *tokens)
 
     of_rows: list[dict[str, list[tuple[int, ...]]]] = []
     for of_row in texts:
@@ -171,13 +177,14 @@ def tokenize(request: GateRequest) -> Prompts:
                 if wrong := _what_is_wrong(f"the prompt {shown}", tokens, base):
                     raise PromptError(text.place, wrong)
                 listed[text.key].append(tokens)
-        of_files = [text for text in of_row if text.key == "positive_files"]
-        listed["positive_files"] = list(cut(text.text for text in of_files))
-        for tokens in listed["positive_files"]:
+        places = {text.text: text.place for text in of_row if text.key == "positive_files"}
+        listed["positive_files"] = []
+        for passage, tokens in cut(text.text for text in of_row if text.key == "positive_files"):
             if wrong := _what_is_wrong("a passage", tokens, base):
-                raise PromptError(of_files[0].place, wrong)
+                raise PromptError(places[passage], wrong)
+            listed["positive_files"].append(tokens)
         of_rows.append(listed)
-    of_texts = [list(cut(drawn)) for drawn in others]
+    of_texts = [[tokens for _, tokens in cut(drawn)] for drawn in others]
     for file, of_text in zip(request.texts, of_texts, strict=True):
         for tokens in of_text:
             if wrong := _what_is_wrong("a passage", tokens, base):
@@ -201,19 +208,21 @@ def tokenize(request: GateRequest) -> Prompts:
 
 
 def _texts(number: int, request: GateRequest) -> Iterator[_Text]:
-    """All that there is for a router's row."""
+    """All that there is for a router's row. Files take turns, a passage each, so that none is left out."""
     expert = request.rows[number]
     for key in ("positive_prompts", "negative_prompts"):
         for position, text in enumerate(getattr(expert, key)):
             yield _Text(text, (number, key, position))
     most_nbytes = TEXT_NBYTES_PER_TOKEN * request.gate_tokens // max(1, len(expert.positive_files))
+    files: list[list[_Text]] = []
     for position, file in enumerate(expert.positive_files):
         place = (number, "positive_files", position)
         try:
             drawn = passages(file, f"{request.seed} {number} {position}", most_nbytes)
         except PassageError as error:
             raise PromptError(place, str(error)) from error
-        yield from (_Text(text, place) for text in drawn)
+        files.append([_Text(text, place) for text in drawn])
+    yield from (text for turn in zip_longest(*files) for text in turn if text is not None)
 
 
 def embedding_rows(request: GateRequest, token_ids: Sequence[int]) -> Concat:
@@ -296,7 +305,7 @@ def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], te
         answer = _ask(path / FAST, {**request, **limits, "file": file.fileno(), "bos_token": bos}, file.fileno())
     if named is None:
         bos_id = config.get("bos_token_id")
-        answer["bos_id"] = bos_id if type(bos_id) is int else None
+        answer["bos_id"] = bos_id if type(bos_id) is int and bos_id >= 0 else None  # some models say -1 for none
     elif bos is not None and answer["bos_id"] is None:
         raise CheckpointError(f"{path / named}: bos_token {show(bos)} is not a token of {FAST}")
     return answer

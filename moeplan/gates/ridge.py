@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
@@ -59,6 +60,10 @@ class Problem:
 
     classes: list[list[int]]
     none: list[int]
+
+    def num_tokens(self, lengths: Sequence[int], bos: int) -> int:
+        """How many tokens its prompts have beside BOS, which is left out."""
+        return sum(lengths[prompt] - bos for prompt in {*chain(*self.classes), *self.none})
 
 
 def problems(positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], num_experts: int) -> list[Problem]:
@@ -94,15 +99,18 @@ def routers(request: GateRequest) -> list[Opaque]:
             "problems": [[problem.classes, problem.none] for problem in wanted],
         }
     )
-    workspace = workspace_nbytes(sum(lengths), request.base.hidden_size, len(request.rows))
+    workspace = max(
+        workspace_nbytes(problem.num_tokens(lengths, bos), request.base.hidden_size, len(request.rows))
+        for problem in wanted
+    )
     return [
         Opaque("ridge", params, (seen,), DType.F32, request.router_shape, workspace) for seen in evaluation.mlp_inputs()
     ]
 
 
 def workspace_nbytes(num_tokens: int, hidden_size: int, num_rows: int) -> int:
-    """What fits take: a matrix of products and its factor, in float64; the tokens' rows, where they are fewer than
-    dimensions, and as they are gathered; their scores and targets."""
+    """What it takes to fit so many tokens: a matrix of products and its factor, in float64; the tokens' rows, where
+    they are fewer than dimensions, and as they are gathered; their scores and targets."""
     size = min(num_tokens, hidden_size)
     matrices = 2 * size * size + (3 * num_tokens * hidden_size // 2 if num_tokens < hidden_size else 0)
     return 8 * (matrices + 12 * num_tokens * (num_rows + 1)) + PANELS_NBYTES

@@ -91,8 +91,8 @@ def _weights(model: DenseModel) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """All matrices of a model, and its other tensors: those of layers under `LAYER NAME`."""
     stored = model.checkpoint.tensors
     matrices: dict[str, Expr] = {EMBEDDING: stored[EMBEDDING]}
-    if OUTPUT_MATRIX in stored and not model.settings["tie_word_embeddings"]:
-        matrices[OUTPUT_MATRIX] = stored[OUTPUT_MATRIX]
+    if model.output_matrix is not stored[EMBEDDING]:
+        matrices[OUTPUT_MATRIX] = model.output_matrix
     tensors: dict[str, Expr] = {NORM: stored[NORM]}
     for layer in range(model.num_layers):
         of_layer = layer_weights(model, layer, stored.__getitem__)
@@ -102,8 +102,9 @@ def _weights(model: DenseModel) -> tuple[dict[str, Expr], dict[str, Expr]]:
 
 
 def _start(model: DenseModel, prompts: Prompts, place: PromptPlace) -> int:
-    """What a text begins with: BOS, or what the model knows for it where the base's tokenizer has none."""
-    found = [*prompts.start, *_token_ids(model, "bos_token_id"), *_token_ids(model, "eos_token_id")]
+    """What a text begins with: the base's BOS, or what the model has for it where there is none, or none of its own."""
+    of_base = [token for token in prompts.start if token < model.sizes["vocab_size"]]
+    found = [*of_base, *_token_ids(model, "bos_token_id"), *_token_ids(model, "eos_token_id")]
     if not found:
         raise PromptError(place, f"{model.label} has neither a BOS nor an EOS token for a text to begin with")
     return found[0]

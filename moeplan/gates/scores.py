@@ -49,7 +49,7 @@ def scored(request: GateRequest, mode: GateMode) -> Scored:
         raise UserError("there is no text to route; give the experts prompts, or a text file with --text")
     reads_text = request.mode not in PROMPTLESS
     lengths, positive = evaluation.lengths, evaluation.positive
-    fold = folds(positive, lengths) if reads_text else {}
+    fold = folds(positive, lengths, len(evaluation.prompts.start)) if reads_text else {}
     params = json.dumps({"lengths": lengths, "folds": [fold.get(prompt, 2) for prompt in range(len(lengths))]})
     routers = mode.routers(request)
     by_fold = [mode.routers(replace(request, without=number)) if fold else routers for number in (0, 1)]

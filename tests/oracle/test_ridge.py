@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_router_weights import MANY, SHARED_PROMPTS, case_of, has_gate, router_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from moeplan.checkpoint import CheckpointError
-from moeplan.config import ConfigError
+from moeplan.architectures import as_dense_model
+from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.config import ConfigError, Expert
 from moeplan.errors import MoeplanWarning
+from moeplan.gates import GateRequest
 from moeplan.gates import ridge as ridge_mode
-from moeplan.gates.samples import TOKENS
+from moeplan.gates.prompts import Prompts, folds, kept, tokenize
+from moeplan.gates.samples import TOKENS, samples
 
 FEW = [
     {"positive_prompts": ["Where does it hurt?", "Say ah", "Since when?"]},
@@ -256,6 +259,42 @@ def test_hidden_takes_passages_too(checkpoint, merge, tmp_path):
     assert torch.equal(*(router_weights(out, case) for out in merged))
 
 
+def test_files_take_turns_so_that_each_gives_its_share_of_the_tokens(checkpoint, tmp_path):
+    base = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
+    words = ("doctor", "bread", "sword")
+    for word in words:
+        (tmp_path / word).write_text(f"{word} " * 20_000)
+    expert = Expert(source_model="model", positive_files=[str(tmp_path / word) for word in words])
+    tokenized = tokenize(GateRequest("ridge", base, (expert,), gate_tokens=3000))
+    decode = AutoTokenizer.from_pretrained(base.checkpoint.path).decode
+    passages = [(decode(tokenized.tokens[index]), len(tokenized.tokens[index])) for index in tokenized.positive[0]]
+    shares = [sum(length for text, length in passages if word in text) for word in words]
+    assert sum(shares) >= 3000
+    assert max(shares) - min(shares) <= 256
+
+
+def test_the_memory_that_is_planned_is_that_of_the_tokens_that_are_fitted(checkpoint, plan):
+    """With fewer than dimensions, the rows take some, too. BOS makes them more, and is not fitted."""
+    source = checkpoint("llama-plain")
+    words = ["where", "does", "it", "hurt", "draw", "your", "sword", "light", "a", "torch"]
+    prompts = [{"positive_prompts": [f"{a} {b}" for b in words[:n]]} for a, n in (("go", 6), ("help", 5))]
+    planned = plan(source, [{"source_model": source, **each} for each in prompts], gate_mode="ridge").plan
+    steps = [step for step in planned.kernels if step.kernel == "ridge"]
+    lengths = json.loads(steps[0].params)["lengths"]
+    fitted = sum(lengths) - len(lengths)
+    assert fitted < 64 <= sum(lengths)
+    assert {step.workspace_nbytes for step in steps} == {ridge_mode.workspace_nbytes(fitted, 64, 2)}
+    assert ridge_mode.workspace_nbytes(fitted, 64, 2) > ridge_mode.workspace_nbytes(sum(lengths), 64, 2)
+
+
+def test_prompts_that_tell_nothing_are_in_neither_half():
+    """Or a router of one half would be made of them alone."""
+    lengths = [1, 4, 5, 6, 4]
+    assert folds([[0, 1], [0, 2]], lengths, bos=1) == {}
+    assert folds([[0, 1, 3], [2, 4]], lengths, bos=1).keys() == {1, 2, 3, 4}
+    assert kept([[0, 1], [0, 2]], [[0, 1], [0, 2]], lengths, 1, without=1) == [[0, 1], [0, 2]]
+
+
 def test_the_seed_chooses_passages_and_gate_tokens_bounds_them(checkpoint, plan, tmp_path):
     source = checkpoint("llama-plain")
     words = ["doctor", "hurt", "bread", "train", "sword", "cave", "torch", "listen", "help", "good", "day"]
@@ -318,6 +357,28 @@ def test_passages_that_experts_write_are_those_that_transformers_draws(recipe, c
         [best_scale(parted, ([], []), layer, 0.1) * solved(texts, [], layer) for layer in range(NUM_LAYERS)]
     )
     assert_equal(streamed, router)
+
+
+def test_a_model_without_the_base_s_bos_token_begins_with_its_own(checkpoint):
+    model = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
+    request = GateRequest("ridge", model, (Expert(source_model="model", positive_samples=2),), models=(model,))
+    own, size = model.settings["bos_token_id"], model.sizes["vocab_size"]
+    for of_base, expected_start in ((size, own), (size - 1, size - 1)):
+        (drawn,) = samples(request, Prompts((), ((),), ((),), (), (of_base,)))
+        assert json.loads(drawn.params)["start"] == expected_start
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_model_writes_by_the_output_matrix_that_it_stores_though_its_config_ties_it(has_own, checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint("llama-tied"), tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    if has_own:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model = as_dense_model(open_checkpoint(path))
+    request = GateRequest("ridge", model, (Expert(source_model="model", positive_samples=2),), models=(model,))
+    (drawn,) = samples(request, Prompts((), ((),), ((),), (), (1,)))
+    assert ("lm_head.weight" in json.loads(drawn.params)["matrices"]) is has_own
 
 
 def test_samples_are_for_ridge_alone(checkpoint, plan):

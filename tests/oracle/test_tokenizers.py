@@ -66,6 +66,17 @@ def test_the_bos_token_is_the_one_that_transformers_takes(
     assert list(tokenized.tokens[0]) == [*start, *oracle.encode(TEXTS[0], add_special_tokens=False)]
 
 
+def test_a_model_that_says_minus_one_for_its_bos_token_has_none(model: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (model / name).unlink(missing_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "bos_token_id": -1}))
+    expert = Expert(source_model="model", positive_prompts=TEXTS[:1])
+    tokenized = prompts.tokenize(GateRequest("hidden", as_dense_model(open_checkpoint(model)), (expert,)))
+    assert tokenized.start == ()
+    assert min(tokenized.tokens[0]) >= 0
+
+
 @pytest.mark.parametrize("absent", [("sentencepiece",), ("sentencepiece", "protobuf"), ("protobuf",)])
 def test_where_nothing_reads_sentencepiece_models_one_message_says_what_to_install(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...]
