@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from executor.chunk_ops import as_tensor
 from executor.reader import name_of
 from moeplan import architectures
 from moeplan.architectures.dense import dense_model
@@ -24,6 +25,7 @@ from moeplan.model_card import CONFIG_COPY
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
 from moeplan.output import CONFIG
 from moeplan.routes.statistics import Layer, Routes, Text, routes
+from moeplan.untrusted_json import show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,7 +175,12 @@ def _layers(
     if on_start is not None:
         on_start(4 * sum(map(len, prompts.tokens)))
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", local_files_only=True)
+    except Exception as error:  # whatever transformers may raise at a model of others
+        raise CheckpointError(
+            f"{checkpoint.label}: transformers cannot load this model: {type(error).__name__}: {show(str(error))}"
+        ) from error
     layers = model.model.layers
     routers = [_router(checkpoint, family, layer) for layer in range(len(layers))]
     scores: list[list[np.ndarray]] = [[] for _ in layers]
@@ -196,12 +203,12 @@ def _layers(
 
 def _router(checkpoint: Checkpoint, family: Family, layer: int) -> torch.Tensor:
     """A layer's router as it is stored, `[num_experts, hidden_size]` in float32, under the name of either layout."""
-    from safetensors import safe_open
-
     names = [layout.router.format(layer=layer) for layout in family.layouts.values()]
     name = next((name for name in names if name in checkpoint.tensors), None)
     if name is None:
         raise CheckpointError(f"{checkpoint.label}: there is no tensor {names[0]}, which a {family.name} model has")
-    with safe_open(name_of(checkpoint.tensors[name].file), framework="pt") as tensors:
-        router: torch.Tensor = tensors.get_tensor(name).float()
-    return router
+    read = checkpoint.tensors[name]
+    with open(name_of(read.file), "rb") as file:
+        file.seek(read.offset)
+        router = as_tensor(memoryview(bytearray(file.read(read.nbytes))), read.dtype, read.numel)
+    return router.view(read.shape).float()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import CASES
+from models import read_tensors
 from test_ridge import Base, expected
 from test_router_weights import case_of, has_gate
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,6 +161,26 @@ def test_a_finished_model_is_scored_through_its_own_layers(case, checkpoint, mer
     assert [text.tokens for text in found.texts] == [sum(len(base.text(p)) for p in each) for each in PROMPTS]
     assert not any(text.held_out for text in found.texts)
     assert found.gate_mode == "ridge"
+
+
+def test_a_finished_model_in_bin_files_is_scored_as_it_is_in_safetensors(checkpoint, merge, layers_seen, tmp_path):
+    source = checkpoint("llama-plain")
+    experts = [{"source_model": source, "positive_prompts": each} for each in PROMPTS]
+    out = merge(source, experts, gate_mode="hidden")
+    expected = routes_after(out, Options())
+    in_bin = shutil.copytree(out, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(read_tensors(out), in_bin / "pytorch_model.bin")
+    found = routes_after(in_bin, Options())
+    assert found.to_data()["layers"] == expected.to_data()["layers"]
+
+
+def test_a_finished_model_that_transformers_cannot_load_is_refused(checkpoint, merge, tmp_path):
+    source = checkpoint("llama-plain")
+    out = merge(source, [{"source_model": source, "positive_prompts": each} for each in PROMPTS], gate_mode="hidden")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    with pytest.raises(UserError, match=f"{out}: transformers cannot load this model: "):
+        routes_after(out, Options())
 
 
 def test_a_finished_deepseek_is_refused(checkpoint, merge):
