@@ -2,8 +2,8 @@
 
 The names and keys are those of transformers' modelling files and of its `conversion_mapping.py`, never of moeplan's own
 declarations. DeepSeek's, which transformers lacks, are those of the remote code that its `auto_map` names and of its
-readers: vLLM (`vllm/model_executor/models/deepseek.py`), llama.cpp's converter (`DeepseekModel`), and mergekit, which
-writes them (`mergekit/moe/deepseek.py`).
+readers: vLLM (`vllm/model_executor/models/deepseek_v2.py`), llama.cpp's converter (`DeepseekModel`), and mergekit,
+which writes them (`mergekit/moe/deepseek.py`).
 """
 
 from collections.abc import Mapping, Sequence

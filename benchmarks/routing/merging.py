@@ -50,7 +50,7 @@ class Workshop:
         return measure(argv, out, self.directory / "merge", limits)
 
     def _config(self, merge: Merge) -> dict[str, Any]:
-        """The YAML: nothing but what the row needs, since mergekit-moe refuses keys that it does not know."""
+        """The YAML: nothing but what the row needs, since mergekit-moe passes over keys that it does not know."""
         row = merge.row
         config: dict[str, Any] = {
             "base_model": str(self.models.base),
