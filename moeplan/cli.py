@@ -70,7 +70,7 @@ NumThreads = Annotated[
 TransformersCache = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HOME]", show_default=False
+        metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HUB_CACHE]", show_default=False
     ),
 ]
 

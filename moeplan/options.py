@@ -100,7 +100,7 @@ class Options:
     """Read what is needed of models on the Hub straight into the output, instead of downloading them into the cache."""
 
     transformers_cache: str | Path | None = None
-    """The directory that models from the Hub are downloaded into. None: huggingface_hub's own (`HF_HOME`)."""
+    """The directory that models from the Hub are downloaded into. None: huggingface_hub's own (`HF_HUB_CACHE`)."""
 
     def __post_init__(self) -> None:
         if self.random_seed < 0:
