@@ -11,7 +11,7 @@ from moeplan.mergekit_flags import FLAGS, Fate
 
 GROUPS = {
     "What to do": ("plan", "as_json", "verbose", "quiet", "show_version", "help"),
-    "Memory and speed": ("max_memory", "num_threads", "device", "cuda", "max_device_memory"),
+    "Memory and speed": ("max_memory", "num_threads", "device", "cuda", "gpu_rich", "max_device_memory"),
     "Output": ("out_shard_size", "expert_layout", "copy_tokenizer", "write_model_card", "clone_tensors"),
     "Interruptions": ("restart", "overwrite", "check_sources"),
     "Models on the Hub": ("stream", "transformers_cache"),

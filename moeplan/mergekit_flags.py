@@ -75,7 +75,7 @@ FLAGS = (
     Flag(("--multi-gpu",), Fate.UNNEEDED, "copying takes no GPU; the disk sets the pace"),
     Flag(("--no-multi-gpu",), Fate.WORKS, "so it is"),
     Flag(("--num-threads", "-j"), Fate.WORKS, "how many threads compute; those that move bytes are beside them"),
-    Flag(("--gpu-rich",), Fate.UNNEEDED, "copying takes no GPU; the disk sets the pace"),
+    Flag(("--gpu-rich",), Fate.WORKS, "as --cuda; the rest that it means is not needed"),
     Flag(
         ("--async-write", "--no-async-write"),
         Fate.UNNEEDED,

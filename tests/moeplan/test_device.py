@@ -46,7 +46,7 @@ def test_a_gpu_s_memory_is_a_size_like_any_other(size):
 
 
 @CPU_BUILD
-@pytest.mark.parametrize("typed", [["--device", "cuda:1"], ["--cuda"]])
+@pytest.mark.parametrize("typed", [["--device", "cuda:1"], ["--cuda"], ["--gpu-rich"]])
 def test_a_gpu_is_refused_where_torch_can_use_none(config, tmp_path, typed):
     before = snapshot(tmp_path)
     result = moeplan(config, tmp_path / "out", *typed)
@@ -57,7 +57,10 @@ def test_a_gpu_is_refused_where_torch_can_use_none(config, tmp_path, typed):
 
 
 @NO_GPU
-@pytest.mark.parametrize("typed", [["--device", "auto"], ["--cuda", "--device", "cpu"], ["--no-cuda"]])
+@pytest.mark.parametrize(
+    "typed",
+    [["--device", "auto"], ["--cuda", "--device", "cpu"], ["--gpu-rich", "--device", "cpu"], ["--no-cuda"]],
+)
 def test_without_a_gpu_the_cpu_does_it_unless_one_is_asked_for(config, typed):
     result = moeplan(config, "--plan", "--json", *typed)
     assert (result.status, result.stderr) == (0, "")
