@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +46,7 @@ from moeplan.record import RECORD, identity, record
 from moeplan.routing import RouterFacts, router_facts, stored_routers
 from moeplan.staging import Identity, check_output, staged, unfinished_nbytes
 from moeplan.untrusted_json import show
+from moeplan.wording import runs
 from planner.expr import DType, RemoteFile
 from planner.layout import index_json
 from planner.plan import Plan
@@ -481,7 +481,7 @@ def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:
 def _warn_degenerate(merge_plan: MergePlan, facts: RouterFacts) -> None:
     if facts.degenerate:
         advice = "" if merge_plan.config.gate_mode in PROMPTLESS else "; give them prompts that differ more"
-        layers = "all layers" if len(facts.degenerate) == facts.num_layers else _layers(facts.degenerate)
+        layers = "all layers" if len(facts.degenerate) == facts.num_layers else f"layers {runs(facts.degenerate)}"
         warnings.warn(
             f"routing is degenerate in {layers}: the router cannot tell some experts apart{advice}",
             MoeplanWarning,
@@ -498,9 +498,3 @@ def _warn_of_missing_code(merge_plan: MergePlan, directory: Path) -> None:
             MoeplanWarning,
             stacklevel=3,
         )
-
-
-def _layers(numbers: Sequence[int]) -> str:
-    """`layers 0-3, 7`, for ascending numbers."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
-    return "layers " + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from moeplan.config import ALLOW_ALL_SAME_FLAG, PROMPTLESS, MergeConfig, is_usel
 from moeplan.errors import MoeplanWarning
 from moeplan.model_ref import parse_model_ref
 from moeplan.options import DECISIVE, flag
+from moeplan.wording import runs
 
 if TYPE_CHECKING:
     from moeplan.merging import MergePlan
@@ -174,9 +174,7 @@ def _models(merged: Sequence[Source]) -> list[str]:
 def _roles(roles: Sequence[str]) -> str:
     """`base, experts 0-3`"""
     numbers = [int(role.removeprefix("expert ")) for role in roles if role.startswith("expert ")]
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
-    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    experts = [f"expert{'s' * (len(numbers) > 1)} {listed}"] if numbers else []
+    experts = [f"expert{'s' * (len(numbers) > 1)} {runs(numbers)}"] if numbers else []
     others = [role for role in roles if not role.startswith("expert ")]
     return ", ".join([*others[:1], *experts, *others[1:]] if others[:1] == ["base"] else [*experts, *others])
 

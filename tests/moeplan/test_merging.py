@@ -509,14 +509,6 @@ def test_only_degenerate_layers_are_named_and_no_prompts_where_there_are_none(mo
     assert warning == "routing is degenerate in all layers: the router cannot tell some experts apart"
 
 
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [([3], "layers 3"), ([0, 1, 2, 7], "layers 0-2, 7"), ([1, 3, 4, 6, 7, 8], "layers 1, 3-4, 6-8")],
-)
-def test_layers_in_a_row_are_named_by_the_first_and_the_last(numbers, text):
-    assert merging._layers(numbers) == text
-
-
 def test_a_router_with_numbers_that_are_not_finite_is_degenerate(models, tmp_path):
     edit_tensors(models[0], lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
     config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="hidden")

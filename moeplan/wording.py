@@ -1,0 +1,12 @@
+"""How numbers are written for people, in messages and on the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """`0-3, 7`, for ascending numbers."""
+    found = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
