@@ -20,8 +20,9 @@ import yaml
 from moeplan.checkpoint import CheckpointError, opened
 from moeplan.config import ALLOW_ALL_SAME_FLAG, PROMPTLESS, MergeConfig, is_useless_without_training
 from moeplan.errors import MoeplanWarning
+from moeplan.gates import gate_mode
 from moeplan.model_ref import parse_model_ref
-from moeplan.options import DECISIVE, flag
+from moeplan.options import DECISIVE, EVALUATION, flag
 from moeplan.wording import runs
 
 if TYPE_CHECKING:
@@ -210,9 +211,10 @@ def _options(plan: MergePlan) -> list[str]:
     """The options that the model's bytes depend on, where they are not the defaults."""
     given, defaults = plan.options, type(plan.options)()
     options = [] if not is_useless_without_training(plan.config) else [ALLOW_ALL_SAME_FLAG]
+    evaluates = gate_mode(plan.config.gate_mode).evaluates
     for name in DECISIVE:
         value = getattr(given, name)
-        if value != getattr(defaults, name):
+        if value != getattr(defaults, name) and (evaluates or name not in EVALUATION):
             options.append(flag(name) if value is True else f"{flag(name)} {value}")
     return options
 

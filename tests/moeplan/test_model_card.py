@@ -116,7 +116,7 @@ def test_the_commands_on_the_card_merge_and_load_the_model(linked):
     model = linked("model")
     config = write_config(Path("config.yml"), model, [model] * 2, gate_mode="cheap_embed")
     given = [
-        "--load-in-8bit",
+        "--trust-remote-code",
         "--out-shard-size",
         "20K",
         "--random-seed",
@@ -135,6 +135,14 @@ def test_the_commands_on_the_card_merge_and_load_the_model(linked):
     exec(python, loaded)
     assert type(loaded["model"]).__name__ == "MixtralForCausalLM"
     assert loaded["tokenizer"]("Hello")["input_ids"]
+
+
+def test_options_that_do_not_reach_the_model_s_bytes_are_not_on_the_card(linked):
+    model = linked("model")
+    config = write_config(Path("config.yml"), model, [model, linked("other", 1)], gate_mode="cheap_embed")
+    for out, options in (("plain", []), ("given", ["--load-in-8bit", "--cuda", "--max-memory", "2GiB"])):
+        assert moeplan(config, out, *options).status == 0
+    assert snapshot(Path("given")) == snapshot(Path("plain"))
 
 
 def test_without_a_card_neither_it_nor_the_yaml_is_written(linked):
