@@ -219,6 +219,7 @@ def _plan(config: MergeConfig, out: str | Path | None, options: Options, hub: Hu
             MoeplanWarning,
             stacklevel=2,
         )
+    _warn_of_readers(config, family, models.families[1:])
     mode = gates.gate_mode(config.gate_mode)
     request = models.gate_request(config, options)
     with naming_prompts(config):
@@ -476,6 +477,17 @@ def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:
     router = merge_plan.family.layouts[merge_plan.layout].router
     names = [router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
     return router_facts(stored_routers(directory, merge_plan.plan.shards, names))
+
+
+def _warn_of_readers(config: MergeConfig, family: Family, alternatives: tuple[Family, ...]) -> None:
+    if family.readers is not None:
+        others = "".join(f"; `architecture: {other.name}` would fit, too" for other in alternatives)
+        warnings.warn(
+            f"{config.where('architecture')}: transformers 5 cannot load a {family.name} model: use {family.readers}"
+            f"{others}",
+            MoeplanWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_degenerate(merge_plan: MergePlan, facts: RouterFacts) -> None:

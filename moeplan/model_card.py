@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moeplan.architectures.family import PACKED
 from moeplan.checkpoint import CheckpointError, opened
 from moeplan.config import ALLOW_ALL_SAME_FLAG, PROMPTLESS, MergeConfig, is_useless_without_training
 from moeplan.errors import MoeplanWarning
@@ -222,9 +223,16 @@ def _options(plan: MergePlan) -> list[str]:
 def _how_to_load_it(plan: MergePlan) -> list[str]:
     remote = ", trust_remote_code=True" if "auto_map" in plan.model_config else ""
     of_tokenizer = remote or (", trust_remote_code=True" if any(file.suffix == ".py" for file in plan.copied) else "")
+    if plan.family.readers is not None:
+        needs = [f"transformers 5 cannot load it: use {plan.family.readers}.", ""]
+    elif plan.family.layouts[plan.layout].experts == PACKED:
+        needs = ["Its experts are the fused tensors of transformers 5, which transformers 4 cannot load.", ""]
+    else:
+        needs = []
     lines = [
         "## How to load it",
         "",
+        *needs,
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",

@@ -1,7 +1,8 @@
 """DeepSeek MoE, the first of the name, from Llama and Mistral models: none or one shared expert, which has no gate.
 
-transformers has no class for it; `auto_map` names the modelling code in DeepSeek's own repository, which also says what
-the family can hold: heads of hidden_size / num_attention_heads, linear and dynamic RoPE scaling, no sliding window.
+transformers has no class for it; `auto_map` names the modelling code in DeepSeek's own repository, which transformers 5
+cannot run (docs/compatibility.md). That code says what the family can hold: heads of hidden_size / num_attention_heads,
+linear and dynamic RoPE scaling, no sliding window.
 """
 
 from moeplan.architectures.family import SAME_NAMES, Family, Layout, SharedExpert, separate
@@ -41,4 +42,5 @@ DEEPSEEK = Family(
     },
     rope_types=("default", "linear", "dynamic"),
     free_head_dim=False,
+    readers="transformers 4.57 with use_cache=False, or vLLM, both with trust_remote_code=True",
 )

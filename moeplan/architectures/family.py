@@ -119,6 +119,9 @@ class Family:
     tied: bool = True
     """Whether it can tie the output matrix to the embeddings; otherwise it is written out, as their alias."""
 
+    readers: str | None = None
+    """What to load it with, in words, where transformers has no class of its own for it; None: it has one."""
+
     @property
     def name(self) -> str:
         return self.names[0]

@@ -117,7 +117,7 @@ def _family(checkpoint: Checkpoint) -> Family:
             f"{checkpoint.label}/{CONFIG}: model_type is {checkpoint.model_type!r}, which is no model that moeplan "
             f"makes ({known}); give a merged model, or the YAML file of a merge"
         )
-    if "auto_map" in family.constants:
+    if family.readers is not None:
         raise CheckpointError(
             f"{checkpoint.label}: transformers has no {family.name} of its own, so it cannot be routed when it is "
             "finished; give the YAML file of the merge"

@@ -491,6 +491,21 @@ def test_a_number_of_experts_that_is_no_power_of_two_is_a_warning(models, tmp_pa
     assert warning.endswith("experts: 3 is no power of two, which older versions of llama.cpp cannot read")
 
 
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [({"architecture": "deepseek"}, ""), ({}, "; `architecture: Qwen2 MoE` would fit, too")],
+    ids=["named", "inferred"],
+)
+def test_a_family_that_transformers_5_cannot_load_is_a_warning_that_says_what_can(models, tmp_path, settings, others):
+    shared = [{"source_model": models[0]}]
+    config = write_config(tmp_path / "config.yml", models[0], models, shared_experts=shared, **settings)
+    (warning,) = warned(moeplan(config, "--plan"))
+    assert warning == (
+        f"{config}:1: architecture: transformers 5 cannot load a DeepSeek MoE model: use transformers 4.57 with "
+        f"use_cache=False, or vLLM, both with trust_remote_code=True{others}"
+    )
+
+
 def test_layers_whose_router_cannot_tell_experts_apart_are_named(models, tmp_path):
     prompts = [{"positive_prompts": ["the same"]}, {"positive_prompts": ["the same", "the same"]}]
     experts = [{"source_model": path, **given} for path, given in zip(models, prompts, strict=True)]

@@ -137,6 +137,26 @@ def test_the_commands_on_the_card_merge_and_load_the_model(linked):
     assert loaded["tokenizer"]("Hello")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({"architecture": "deepseek"}, [], "transformers 5 cannot load it: use transformers 4.57 with use_cache=False"),
+        ({}, ["--expert-layout", "packed"], "the fused tensors of transformers 5, which transformers 4 cannot load."),
+        ({}, [], None),
+    ],
+    ids=["deepseek", "packed", "mixtral"],
+)
+def test_the_card_says_with_which_versions_the_model_loads_where_not_with_all(linked, settings, options, said):
+    model = linked("model")
+    config = write_config(Path("config.yml"), model, [model, linked("other", 1)], **settings)
+    assert moeplan(config, "out", *options).status == 0
+    how = Path("out/README.md").read_text().partition("## How to load it\n\n")[2]
+    if said is None:
+        assert how.startswith("```python")
+    else:
+        assert said in how.partition("```python")[0]
+
+
 def test_options_that_do_not_reach_the_model_s_bytes_are_not_on_the_card(linked):
     model = linked("model")
     config = write_config(Path("config.yml"), model, [model, linked("other", 1)], gate_mode="cheap_embed")
