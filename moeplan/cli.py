@@ -249,7 +249,7 @@ def command(
             teller.plan(merge_plan, out)
             teller.start(merge_plan.moved_nbytes)
 
-        teller.result(moeplan.merge(merge_config, out, options, on_plan, teller.progress))
+        teller.result(moeplan.merge(merge_config, out, options, on_plan, teller.progress), config)
 
 
 @verify_app.command(no_args_is_help=True)
@@ -351,9 +351,10 @@ class _Teller:
         data = report.plan_data(merge_plan, out)
         self._tell("plan", data, lambda data: report.plan_view(data, with_files=self._verbose))
 
-    def result(self, result: moeplan.MergeResult) -> None:
+    def result(self, result: moeplan.MergeResult, config: Path) -> None:
         self.stop()
-        self._tell("result", report.result_data(result), report.result_view)
+        routable = result.path if self._data["plan"]["readers"] is None else config
+        self._tell("result", report.result_data(result), lambda data: report.result_view(data, routable))
 
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
     return {
         "architecture": merge_plan.family.name,
         "would_fit_too": [family.name for family in merge_plan.alternatives],
+        "readers": merge_plan.family.readers,
         "dtype": DTYPE_NAMES[merge_plan.dtype],
         "num_experts": len(config.experts),
         "experts_per_token": config.experts_per_token,
@@ -149,8 +151,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def result_view(data: dict[str, Any]) -> RenderableType:
-    """What a finished merge prints, from `result_data`."""
+def result_view(data: dict[str, Any], routable: Path) -> RenderableType:
+    """What a finished merge prints, from `result_data`; `routable` is what `moeplan routes` is to be given."""
     by_path = sorted(data["nbytes_by_path"].items(), key=lambda item: -item[1])
     ways = ", ".join(f"{decimal(nbytes)} {name}" for name, nbytes in by_path)
     rate = data["written_nbytes"] / max(data["seconds"], 1e-9)
@@ -166,11 +168,11 @@ def result_view(data: dict[str, Any]) -> RenderableType:
     return (
         done
         if routers is None or routers["closest_experts"] is None
-        else Group(done, _fact("routers", _said(routers, data["path"])))
+        else Group(done, _fact("routers", _said(routers, routable)))
     )
 
 
-def _said(routers: dict[str, Any], path: str) -> list[str]:
+def _said(routers: dict[str, Any], routable: Path) -> list[str]:
     """What there is to say of routers after a merge: three lines."""
     first, second = routers["closest_experts"]
     degenerate = len(routers["degenerate_layers"])
@@ -178,7 +180,7 @@ def _said(routers: dict[str, Any], path: str) -> list[str]:
         f"experts {first} and {second} are most alike: cosine {round(routers['cosine'], 2) + 0.0:.2f}, the mean of "
         f"{_count(routers['layers'], 'layer')}",
         f"degenerate in {degenerate or 'none'} of them",
-        f"where tokens go: moeplan routes {printable(path)}",
+        f"where tokens go: moeplan routes {printable(shlex.quote(str(routable)))}",
     ]
 
 

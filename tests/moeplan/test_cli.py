@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -495,6 +496,19 @@ def test_after_a_merge_with_prompts_three_lines_say_how_alike_the_routers_rows_a
     assert said[0] == f"experts 0 and 2 are most alike: cosine {rows[0] @ rows[2]:.2f}, the mean of 3 layers"
     assert said[1] == "degenerate in none of them"
     assert said[2] == f"where tokens go: moeplan routes {out}"
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek"])
+def test_the_command_that_is_named_after_a_merge_says_where_tokens_go(checkpoint, tmp_path, architecture):
+    """DeepSeek MoE, which transformers has no class for, is routed by its YAML file alone."""
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    given = write_config(
+        tmp_path / "the config.yml", base, [base, other], gate_mode="cheap_embed", architecture=architecture
+    )
+    last = moeplan(given, tmp_path / "the model").stdout.splitlines()[-1]
+    command = shlex.split(last.partition("where tokens go: ")[2])
+    assert command == ["moeplan", "routes", str(given if architecture == "deepseek" else tmp_path / "the model")]
+    assert moeplan(*command[1:]).status == 0
 
 
 def test_after_a_merge_with_random_gates_nothing_is_said_of_them(config, tmp_path):
