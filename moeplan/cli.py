@@ -35,6 +35,7 @@ INTERRUPTED = "interrupted"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 verify_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 routes_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+OTHER_COMMANDS = {"verify": verify_app, "routes": routes_app}
 
 
 def _print_version(asked: bool) -> None:
@@ -95,6 +96,12 @@ MaxDeviceMemory = Annotated[
 def _device(name: str | None, cuda: bool) -> str:
     """What `--device` and `--cuda` ask for together, as in mergekit: the former decides."""
     return name or ("cuda" if cuda else "cpu")
+
+
+def _refuse_a_late_word(config: Path) -> None:
+    """Raises UserError for the word of another command where CONFIG is looked for: one that stands behind an option."""
+    if str(config) in OTHER_COMMANDS and not config.exists():
+        raise UserError(f"{config}: no such file; as a command the word comes first: moeplan {config} OUT --quiet")
 
 
 @app.command(cls=GroupedHelp, no_args_is_help=True)
@@ -217,6 +224,7 @@ def command(
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
     teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
     with _told(teller, verbose, INTERRUPTED if plan else f"{INTERRUPTED}; {GOES_ON}"):
+        _refuse_a_late_word(config)
         for note in mergekit_flags.notes(context.params):
             teller.note(note)
         options = Options(
@@ -482,8 +490,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 def run(args: list[str]) -> None:
     """Run the command with these arguments. Raises SystemExit."""
-    others = {"verify": verify_app, "routes": routes_app}
-    if args and args[0] in others:
-        others[args[0]](args[1:], prog_name=f"moeplan {args[0]}")
+    if args and args[0] in OTHER_COMMANDS:
+        OTHER_COMMANDS[args[0]](args[1:], prog_name=f"moeplan {args[0]}")
     else:
         app(args, prog_name="moeplan")
