@@ -33,6 +33,9 @@ Where the page cache holds a library in pages of 2 MiB, Linux maps it in such pa
 pages of 4 KiB, evaluating a model has 110 MiB less of torch resident.
 """
 
+ESTIMATE = "for torch's CPU build; the merge measures the torch that is installed"
+"""What to say of numbers that other builds may not keep to."""
+
 GROWTH_NBYTES = 32 * MIB
 """What the process may grow by while a plan runs: modelling code, thread stacks, progress, the plan itself."""
 
@@ -45,6 +48,9 @@ class MemoryCap:
     process_nbytes: int
     packages: tuple[str, ...] = ()
     """What the process will import."""
+
+    is_estimate: bool = False
+    """Whether `process_nbytes` is reckoned for another build of torch than is installed (see `ESTIMATE`)."""
 
     @property
     def budget_nbytes(self) -> int:
@@ -62,15 +68,15 @@ def memory_cap(max_memory: str | int | None, packages: Collection[str]) -> Memor
 
     By default half of what is available, beside what the process has already. Raises UserError for what is not a size.
     """
-    to_import = sum(IMPORT_NBYTES[name] for name in packages if name not in sys.modules)
+    to_import = [name for name in packages if name not in sys.modules]
     resident = -(-resident_nbytes() // GRAIN_NBYTES) * GRAIN_NBYTES
-    process = max(resident, INTERPRETER_NBYTES) + to_import + GROWTH_NBYTES
+    process = max(resident, INTERPRETER_NBYTES) + sum(IMPORT_NBYTES[name] for name in to_import) + GROWTH_NBYTES
     limit = limit_nbytes()
     if max_memory is None:
         nbytes = min(process + min(psutil.virtual_memory().available, limit) // 2, limit)
     else:
         nbytes = memory_nbytes(max_memory, limit)
-    return MemoryCap(nbytes, process, tuple(packages))
+    return MemoryCap(nbytes, process, tuple(packages), bool(to_import) and not runtime_is_known())
 
 
 def limit_nbytes() -> int:
@@ -106,10 +112,11 @@ class CapError(UserError):
     def __init__(self, cap: MemoryCap, needed_nbytes: int) -> None:
         self.cap = cap
         process, buffers = (-(-nbytes // MIB) for nbytes in (cap.process_nbytes, needed_nbytes))
+        build = f", {ESTIMATE}" if cap.is_estimate else ""
         super().__init__(
             f"the merge may take {cap.nbytes // MIB} MiB of memory, which is too little; the smallest that works is "
             f"--max-memory {process + buffers}MiB ({process} MiB for Python and its libraries, {buffers} MiB for "
-            "buffers)"
+            f"buffers){build}"
         )
 
 

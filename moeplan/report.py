@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from moeplan.memory import MIB
+from moeplan.memory import ESTIMATE, MIB
 from moeplan.merging import MergePlan, MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
@@ -61,6 +61,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
             "cap_nbytes": merge_plan.memory.nbytes,
             "forecast_nbytes": merge_plan.memory_nbytes,
             "process_nbytes": merge_plan.memory.process_nbytes,
+            "is_estimate": merge_plan.memory.is_estimate,
             "buffers_nbytes": merge_plan.buffers_nbytes,
         },
         "disk": {
@@ -227,6 +228,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
             [
                 f"{_mib(memory['forecast_nbytes'])} at most, of {_mib(memory['cap_nbytes'])} that it may take",
                 f"({_mib(memory['process_nbytes'])} Python and libraries, {_mib(memory['buffers_nbytes'])} buffers)",
+                *([f"({ESTIMATE})"] if memory["is_estimate"] else []),
             ],
         ),
         ("disk", [f"{decimal(disk['needed_nbytes'])} needed, {decimal(disk['free_nbytes'])} free"]),

@@ -4,10 +4,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import outcome, sparse_llama, start, write_config
+from commands import moeplan, outcome, sparse_llama, start, write_config
 from make_models import save_tokenizer
 from safetensors.torch import save_file
 
@@ -94,6 +95,17 @@ def test_a_cap_that_is_too_small_names_the_smallest_that_works():
         "the merge may take 100 MiB of memory, which is too little; the smallest that works is --max-memory 282MiB "
         "(280 MiB for Python and its libraries, 2 MiB for buffers)"
     )
+
+
+def test_numbers_for_another_torch_than_is_installed_are_said_to_be_such(checkpoint, tmp_path, monkeypatch):
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    monkeypatch.setattr(memory, "sys", SimpleNamespace(modules={}))  # as if torch were still to be imported
+    for mode, known, is_said in (("cheap_embed", True, False), ("cheap_embed", False, True), ("random", False, False)):
+        monkeypatch.setattr(memory, "runtime_is_known", lambda known=known: known)
+        config = write_config(tmp_path / "config.yml", base, [base, other], gate_mode=mode)
+        shown, refused = moeplan(config, "--plan").stdout, moeplan(config, "--plan", "--max-memory", "1MiB").error
+        assert ("buffers)\n        (for torch's CPU build; the merge measures " in shown) is is_said
+        assert ("MiB for buffers), for torch's CPU build; the merge measures " in refused) is is_said
 
 
 # --------------------------------------------------------------------------------------- a process of its own, measured
