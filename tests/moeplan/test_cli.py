@@ -347,6 +347,31 @@ def test_json_is_all_that_is_on_standard_output(checkpoint, tmp_path):
     assert both["result"]["path"] == str(tmp_path / "out")
 
 
+def places(value: object, at: str = "") -> set[str]:
+    """`a`, `a.b[]`: where in what JSON says something stands that is neither an object nor a list."""
+    if isinstance(value, list):
+        return set().union(*(places(item, f"{at}[]") for item in value))
+    if isinstance(value, dict) and at not in ("router.kernels", "nbytes_by_path"):  # whose keys are data
+        return set().union(*(places(item, f"{at}.{key}".lstrip(".")) for key, item in value.items()))
+    return {at}
+
+
+def test_the_documentation_names_everything_that_is_in_json(checkpoint, tmp_path):
+    base, out = checkpoint("llama-plain"), tmp_path / "out"
+    config = write_config(tmp_path / "config.yml", base, [base, checkpoint("llama-plain", 1)], gate_mode="hidden")
+    printed = {}
+    for args in ([config, out], ["verify", out], ["routes", config]):
+        printed |= json.loads(moeplan(*args, "--json").stdout)
+    docs = Path(__file__).parents[2] / "docs"
+    page, about_routes = (docs / "json.md").read_text(), (docs / "routes.md").read_text()
+    numbers = {*printed["routes"].pop("overall"), *(key for layer in printed["routes"].pop("layers") for key in layer)}
+    assert {number for number in numbers if f"`{number}`" not in about_routes} == set()
+    assert [key for key in printed if f"`{key}`" not in page] == []
+    for key in printed.keys() - {"warnings"}:
+        section = page.partition(f"\n## `{key}`\n")[2].partition("\n## ")[0]
+        assert {place for place in places(printed[key]) if f"`{place}`" not in section} == set()
+
+
 def test_an_error_leaves_no_json(tmp_path):
     result = moeplan(tmp_path / "none.yml", "--plan", "--json")
     assert result.stdout == ""
