@@ -35,6 +35,9 @@ READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 """What transformers reads one with: packages by their names, and a module of each."""
 
 BOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+LLAMA_CLASSES, LLAMA_BOS = ("LlamaTokenizer", "LlamaTokenizerFast"), "<s>"
+"""Where tokenizer_config.json does not speak of BOS, these classes of transformers have one, unless the tokenizer works
+on bytes, which they do not (tokenization_auto.py, `_tokenizer_json_has_byte_level`)."""
 
 MAX_NBYTES = 64 << 20
 """Of a tokenizer file. The largest honest ones, of a quarter million tokens, have 35 MB."""
@@ -294,15 +297,21 @@ def _is_installed(module: str) -> bool:
 
 
 def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], text_nbytes: int) -> dict[str, Any]:
-    """A tokenizer_config.json that names no BOS token means none; without such files config.json decides."""
+    """A tokenizer_config.json that names no BOS token means that of its class, or none; without such files config.json
+    decides."""
     named, bos = _bos(path)
+    by_class = LLAMA_BOS if named == BOS_FILES[0] and bos is None and _is_llama_s(path) else None
     with opened(path, FAST) as file:
         work_nbytes = _check_file(path / FAST, file) + TEXT_WEIGHT * text_nbytes
         limits = {
             "seconds": SECONDS + work_nbytes / NBYTES_PER_SECOND,
             "data_nbytes": DATA_NBYTES + DATA_NBYTES_PER_BYTE * work_nbytes,
         }
-        answer = _ask(path / FAST, {**request, **limits, "file": file.fileno(), "bos_token": bos}, file.fileno())
+        answer = _ask(
+            path / FAST,
+            {**request, **limits, "file": file.fileno(), "bos_token": bos, "bos_of_class": by_class},
+            file.fileno(),
+        )
     if named is None:
         bos_id = config.get("bos_token_id")
         answer["bos_id"] = bos_id if type(bos_id) is int and bos_id >= 0 else None  # some models say -1 for none
@@ -325,6 +334,12 @@ def _bos(path: Path) -> tuple[str | None, str | None]:
     if there == [newer, older] and "added_tokens_decoder" not in read_json(path, newer, MAX_NBYTES):
         named = older if "bos_token" in read_json(path, older, MAX_NBYTES) else newer
     return named, bos_token(path, named)
+
+
+def _is_llama_s(path: Path) -> bool:
+    """Whether the tokenizer is of one of `LLAMA_CLASSES`, and nothing is said of its BOS token."""
+    said = read_json(path, BOS_FILES[0], MAX_NBYTES)
+    return "bos_token" not in said and said.get("tokenizer_class") in LLAMA_CLASSES
 
 
 def bos_token(path: Path, name: str) -> str | None:

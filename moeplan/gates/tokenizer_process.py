@@ -10,7 +10,8 @@ A request is a JSON object on standard input:
     file                  a descriptor of tokenizer.json; without it, transformers reads `directory`
     own_code              beside `directory`: whether to run the tokenizer code that is in it
     texts                 what to tokenise
-    bos_token             beside `file`: the token whose id is wanted, or null
+    bos_token             beside `file`: the token whose id is wanted, or null; then
+    bos_of_class          the one that it is where the tokenizer does not work on bytes, or null
     seconds, data_nbytes  the most processor time and memory to take
     most_tokens           the most tokens to answer with
 
@@ -70,8 +71,9 @@ def _fast(request: dict[str, Any]) -> tuple[Encode, int | None]:
     from tokenizers import Tokenizer
 
     with open(request["file"], "rb") as file:
-        tokenizer = Tokenizer.from_buffer(file.read())
-    bos = request["bos_token"]
+        content = file.read()
+    tokenizer = Tokenizer.from_buffer(content)
+    bos = request["bos_token"] or (None if b'"ByteLevel"' in content else request["bos_of_class"])
     return _whole(tokenizer), None if bos is None else tokenizer.token_to_id(bos)
 
 

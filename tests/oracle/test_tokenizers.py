@@ -66,6 +66,24 @@ def test_the_bos_token_is_the_one_that_transformers_takes(
     assert list(tokenized.tokens[0]) == [*start, *oracle.encode(TEXTS[0], add_special_tokens=False)]
 
 
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("said", [{}, {"bos_token": None}, {"bos_token": "</s>"}], ids=str)
+@pytest.mark.parametrize("works_on_bytes", [True, False])
+def test_where_no_file_speaks_of_a_bos_token_its_class_has_one_as_in_transformers(
+    model: Path, works_on_bytes: bool, said: dict[str, object], tokenizer_class: str
+) -> None:
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, **said}))
+    if not works_on_bytes:
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["pre_tokenizer"] = tokenizer["decoder"] = {"type": "Metaspace", "replacement": "▁", "split": False}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    expert = Expert(source_model="model", positive_prompts=TEXTS[1:2])
+    tokenized = prompts.tokenize(GateRequest("hidden", as_dense_model(open_checkpoint(model)), (expert,)))
+    bos = AutoTokenizer.from_pretrained(model).bos_token_id
+    assert tokenized.start == (() if bos is None else (bos,))
+
+
 def test_a_model_that_says_minus_one_for_its_bos_token_has_none(model: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (model / name).unlink(missing_ok=True)
