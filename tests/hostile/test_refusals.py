@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hostile.corpus import CASES, make_merge
 
-MAX_SECONDS = 1.0
+MAX_SECONDS = 2.0
 MAX_KIB = 200 << 10
 
 
