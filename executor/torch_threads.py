@@ -38,7 +38,7 @@ class TorchThreads:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         gc.disable()  # importing makes a great many objects and no garbage; looking for it took a fifth of the time
         try:
-            with suppress(ImportError):  # what cannot be imported says so where it is used
+            with suppress(Exception):  # what cannot be imported says so where it is used
                 first, *others = self._imports
                 try:
                     open_library()

@@ -2,8 +2,15 @@
 
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
+import torch
+from test_engine import planned, source
+
+from executor.torch_threads import TorchThreads
+from planner.expr import Opaque
 
 PROGRAM = """
 import sys
@@ -20,3 +27,19 @@ print(torch.ones(3).sum().item())
 def test_torch_s_library_is_loaded_without_an_import_which_would_stop_all_threads() -> None:
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["True", "False", "3.0"]
+
+
+def test_what_cannot_be_loaded_in_the_background_says_so_where_it_is_used_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_torch.py").write_text("raise OSError('libcublas.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    unhandled: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
+    read = source(tmp_path / "model.safetensors", {"x": torch.ones(4)})["x"]
+    plan = planned({"y": Opaque("kernel", "{}", (read,), read.dtype, read.shape)})
+    TorchThreads(plan, 1, ("broken_torch",))
+    for thread in threading.enumerate():
+        if thread.name == "import torch":
+            thread.join()
+    assert unhandled == []
