@@ -4,7 +4,7 @@ Networks fail in the middle of things. A range that breaks off goes on at the by
 busy is asked again when it says so, or later and later. Every answer is checked to be of the file that was planned for.
 
 A server may send readers on to another host, as the Hub does for large files. Where a file was found is remembered, so
-that the next range costs one request, until that host no longer gives it. Credentials go to the host in the file's URL
+that the next range costs one request, until nothing comes from there. Credentials go to the host in the file's URL
 and to no other.
 """
 
@@ -42,6 +42,7 @@ _WORTH_ANOTHER_TRY = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {401, 403, 404, 410}
 """How a host to which readers were sent no longer gives a file: mostly, since the signed URL has expired."""
 
+_WEB_ADDRESS = re.compile(r"https?://[!-~]+")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 Origin = tuple[str, str, int]
@@ -98,6 +99,7 @@ class RemoteReader:
             try:
                 count = self._read_some(file, offset, memory)
             except _TryAgainError as error:
+                self._locations.pop(file, None)  # the server may send readers elsewhere by now
                 failures += 1
                 if failures == ATTEMPTS:
                     raise RunError(
@@ -270,36 +272,51 @@ class RemoteReader:
         proxy = None if proxy_bypass(host) else getproxies().get(scheme)
         if proxy is None:
             return self._connection(scheme, host, port)
-        at = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        try:
+            at = urlsplit(proxy)
+            _, proxy_host, proxy_port = _origin(proxy, port=80)
+        except ValueError:  # it is not shown, since it may hold a password
+            raise RunError(
+                f"{scheme}_proxy: what the environment names is no address of a proxy, such as http://host:8080; "
+                "correct it, or unset it"
+            ) from None
         login = {}
         if at.username is not None:
             pair = f"{unquote(at.username)}:{unquote(at.password or '')}"
             login = {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
         if scheme == "http":
-            return _ProxyConnection(at.hostname or "", at.port or 80, login)
-        connection = self._connection(scheme, at.hostname or "", at.port or 80)
+            return _ProxyConnection(proxy_host, proxy_port, login)
+        connection = self._connection(scheme, proxy_host, proxy_port)
         connection.set_tunnel(host, port, headers=login)
         return connection
 
     def _connection(self, scheme: str, host: str, port: int) -> HTTPConnection:
         if scheme == "http":
             return HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)
-        if self._context is None:
-            self._context = ssl.create_default_context()
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context()
         return HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS, context=self._context)
 
 
-def _origin(url: str) -> Origin:
+def _origin(url: str, port: int | None = None) -> Origin:
+    """`port` is the one where the URL names none. Raises ValueError for a host or port that cannot be."""
     parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    host = parts.hostname or ""
+    if not host.encode("idna"):
+        raise ValueError("no host")
+    return parts.scheme, host, parts.port or port or (443 if parts.scheme == "https" else 80)
 
 
 def _redirected(file: RemoteFile, url: str, response: HTTPResponse) -> str:
-    target = urljoin(url, response.headers.get("Location", ""))
-    scheme = urlsplit(target).scheme
-    if scheme not in ("http", "https") or (scheme == "http" and urlsplit(url).scheme == "https"):
-        raise RunError(f"{file.url}: the server redirects to where nothing is read from: {target[:100]!r}")
-    return target
+    location = response.headers.get("Location", "")
+    with suppress(ValueError):
+        target = urljoin(url, location)
+        downgraded = _origin(target)[0] == "http" and _origin(url)[0] == "https"
+        if _WEB_ADDRESS.fullmatch(target) and not downgraded:
+            return target
+    raise RunError(f"{file.url}: the server redirects to where nothing is read from: {location[:100]!r}")
 
 
 def _etag(response: HTTPResponse, header: str) -> str | None:

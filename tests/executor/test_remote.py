@@ -178,6 +178,20 @@ def test_a_signed_address_that_has_expired_is_asked_for_again(hub: Hub, file: Re
     assert [request.server for request in hub.requests] == ["hub", "cdn", "cdn", "hub", "cdn"]
 
 
+def test_a_host_that_is_gone_is_given_up_where_the_server_names_another_by_now(hub: Hub, file: RemoteFile) -> None:
+    living = hub.cdn_url
+    with serving() as other:
+        other.digests_of(hub)
+        hub.cdn_url = other.cdn_url
+        reader = RemoteReader(HEADERS)
+        first = reader.read(file, 0, 100)
+        assert other.asked("cdn") == 1
+        reader.close()  # a server that is shut down still answers on connections that it has
+    hub.cdn_url = living
+    assert reader.read(file, 0, 100) == first
+    assert hub.asked("cdn") == 1
+
+
 def test_a_source_that_changes_during_the_run_is_refused(
     hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path
 ) -> None:
@@ -210,6 +224,13 @@ def test_a_source_of_another_size_is_refused(file: RemoteFile) -> None:
         (Fault("cdn", "model", status=200), "answers a request for a range with HTTP 200"),
         (Fault("cdn", "model", status=206, headers={"Content-Encoding": "gzip"}), "compressed"),
         (Fault("hub", "model", status=302, headers={"Location": "file:///etc/passwd"}), "nothing is read from"),
+        (
+            Fault("hub", "model", status=302, headers={"Location": "https://[x/"}),
+            "nothing is read from: 'https://\\[x/'",
+        ),
+        (Fault("hub", "model", status=302, headers={"Location": "http://h:99999/"}), "nothing is read from"),
+        (Fault("hub", "model", status=302, headers={"Location": "http://a..b/"}), "nothing is read from"),
+        (Fault("hub", "model", status=302, headers={"Location": "/mod\xe8le"}), "nothing is read from"),
         (Fault("hub", "model", status=302, headers={"Location": "?"}, times=9), "redirects more than 5 times"),
     ],
 )
@@ -253,3 +274,15 @@ def test_a_proxy_that_the_environment_names_is_used(
     assert request.path == "http://hub.invalid/x"
     assert request.headers["Host"] == "hub.invalid"
     assert request.headers["Proxy-Authorization"] == "Basic dXNlcjp3b3Jk"
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://user:word@host:none", "http://[x", "//host:99999", "http://a..b:80", "http://"]
+)
+def test_an_address_that_no_proxy_has_is_one_message_that_shows_no_password(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(RunError, match=r"^http_proxy: what the environment names is no address of a proxy") as refused:
+        RemoteReader().read(RemoteFile("http://hub.invalid/x", "etag", 10), 0, 10)
+    assert "word" not in str(refused.value)
