@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from executor.errors import RunError
 from executor.files import copy_file, sync, write_file
 from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.errors import UserError
+from moeplan.errors import MoeplanWarning, UserError
+from moeplan.untrusted_json import show
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -91,7 +93,15 @@ def tokenizer_files(source: Path) -> list[Path]:
     names += sorted(file.name for file in source.glob("tokenization_*.py") if CODE.fullmatch(file.name))
     templates = source / TEMPLATES
     if templates.is_dir():
-        names += sorted(str(file.relative_to(source)) for file in templates.glob("*.jinja"))
+        found = sorted(str(file.relative_to(source)) for file in templates.glob("*.jinja"))
+        names += filter(TEMPLATE.fullmatch, found)
+        strange = [name for name in found if not TEMPLATE.fullmatch(name)]
+        if strange:
+            warnings.warn(
+                f"{source}: {', '.join(map(show, strange[:3]))}: not copied, since no chat template has such a name",
+                MoeplanWarning,
+                stacklevel=2,
+            )
     if len(names) > MAX_TOKENIZER_FILES:
         raise CheckpointError(f"{templates}: holds {len(names):,} files ({WITHOUT})")
     for name in names:
@@ -132,6 +142,8 @@ def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Pat
             copy_file(file, target)
             sync(target.parent)
     except OSError as error:
+        if error.filename in map(str, copied):
+            raise RunError(f"{error.filename}: cannot be read: {error.strerror}") from error
         raise RunError(f"{error.filename or directory}: writing failed: {error.strerror}") from error
 
 

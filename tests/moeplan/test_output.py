@@ -1,9 +1,12 @@
 """What stands beside the weights."""
 
+import os
+
 import pytest
 from commands import snapshot
 
 from executor.errors import RunError
+from moeplan.errors import MoeplanWarning
 from moeplan.output import (
     free_nbytes,
     tokenizer_files,
@@ -27,9 +30,18 @@ def test_what_stands_beside_the_weights_is_written_and_copied(tmp_path):
 
 
 def test_a_file_that_cannot_be_copied_fails_the_run(tmp_path):
-    with pytest.raises(RunError, match=r"gone/tokenizer\.json: writing failed: No such file or directory"):
+    with pytest.raises(RunError, match=r"gone/tokenizer\.json: cannot be read: No such file or directory"):
         write_beside(tmp_path, {}, [tmp_path / "gone" / "tokenizer.json"], tmp_path / "gone")
 
 
 def test_free_space_is_that_of_the_directory_that_will_hold_the_output(tmp_path):
     assert free_nbytes(tmp_path / "new" / "deeper") == pytest.approx(free_nbytes(tmp_path), rel=0.1)
+
+
+def test_a_chat_template_of_a_name_that_none_has_is_left_out_with_a_warning(tmp_path):
+    templates = tmp_path / "additional_chat_templates"
+    templates.mkdir()
+    for name in (b"tools.jinja", b"outils\xe9.jinja"):
+        (templates / os.fsdecode(name)).touch()
+    with pytest.warns(MoeplanWarning, match=r"outils.udce9.jinja': not copied, since no chat template has such a name"):
+        assert tokenizer_files(tmp_path) == [templates / "tools.jinja"]
