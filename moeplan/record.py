@@ -31,7 +31,10 @@ FORMAT = 1
 PACKAGES = ("moeplan", "numpy", "tokenizers", "torch", "transformers")
 
 MAX_HEADER_NBYTES = 16 << 20
-"""More than any header has, and little enough to read of a file that has none."""
+"""More than any header has."""
+
+BEGINNING_NBYTES = 64 << 10
+"""How much of a file without a header, such as a `.bin`, stands for it."""
 
 CHECKSUM = "sum modulo 2^64 of XXH3-64 of blocks of 16384 elements, the first of `head`, seeded with the block's number"
 
@@ -82,7 +85,7 @@ def record(
         },
         "files": {name: file_sha256(directory / name) for name in sorted(files)},
     }
-    return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(data, indent=1) + "\n"  # in ASCII, since the path of a source need not be UTF-8
 
 
 def _segment(segment: Segment, sources: list[str]) -> dict[str, Any]:
@@ -141,12 +144,23 @@ def file_sha256(path: Path) -> str:
 
 
 def header_sha256(path: Path) -> str:
-    """The SHA-256 of a safetensors file's header, its length included. Raises OSError."""
-    return hashlib.sha256(header(path)).hexdigest()
+    """The SHA-256 of a safetensors file's header, its length included; of anything else, of its beginning.
+
+    Raises OSError.
+    """
+    length, text = header(path)
+    digest = hashlib.sha256(length)
+    digest.update(text)
+    return digest.hexdigest()
 
 
-def header(path: Path) -> bytes:
-    """The header of a safetensors file, its length included; of anything else, what stands there. Raises OSError."""
+def header(path: Path) -> tuple[bytes, bytes]:
+    """The length of a safetensors file's header, as it stands there, and its text; of anything else, its beginning.
+
+    Raises OSError.
+    """
     with open(path, "rb") as file:
-        start = file.read(LENGTH_NBYTES)
-        return start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER_NBYTES))
+        length = file.read(LENGTH_NBYTES)
+        nbytes = int.from_bytes(length, "little")
+        has_one = nbytes <= MAX_HEADER_NBYTES and file.peek(1)[:1] == b"{"
+        return length, file.read(nbytes if has_one else BEGINNING_NBYTES)

@@ -33,9 +33,10 @@ def show(value: object) -> str:
     return _brief.repr(value)
 
 
-def parse_object(text: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
+def parse_object(text: bytes, max_values: int = MAX_VALUES, *, holds_paths: bool = False) -> dict[str, Any]:
     """The JSON object that `text` is. Whole numbers of over 20 digits, and -0, are floats.
 
+    `holds_paths` takes halves of surrogate pairs, too, by which Python spells the bytes of a path that are not UTF-8.
     Raises JSONError.
     """
     # Every value but the outermost follows one of these three, or a key that does.
@@ -52,7 +53,7 @@ def parse_object(text: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JSONError(f"is not a JSON object but {show(value)}")
     _check_depth(value)
-    if _LONE_SURROGATE_CANDIDATE.search(text):
+    if not holds_paths and _LONE_SURROGATE_CANDIDATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:

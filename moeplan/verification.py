@@ -7,6 +7,7 @@ checksum: they are compared with the source, as long as it is the file that it w
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from executor.verifying import Range, wrong
 from moeplan.errors import UserError
 from moeplan.record import FORMAT, RECORD, file_sha256, header, header_sha256
-from moeplan.safetensors_header import LENGTH_NBYTES, parse_header
+from moeplan.safetensors_header import parse_header
 from moeplan.untrusted_json import JSONError, parse_object, show
 
 MAX_RECORD_NBYTES = 64 << 20
@@ -71,9 +72,11 @@ def _ranges(directory: Path, record: dict[str, Any], found: Verification) -> tup
     names: list[str] = []
     sources = {path: _state(Path(path), facts) for path, facts in record["made_from"]["source"].items()}
     for shard, facts in record["shards"].items():
-        for tensor, offset, itemsize in _tensors(directory, shard, facts, found):
+        for tensor, offset, itemsize, numel in _tensors(directory, shard, facts, found):
             found.tensors += 1
-            for segment in record["tensors"][tensor]:
+            segments = record["tensors"][tensor]
+            _check_segments(segments, numel)
+            for segment in segments:
                 reason = sources[segment["source"]] if "source" in segment else None
                 if reason is not None:
                     found.unknown.append(f"{tensor}: was shared with {segment['source']}, which {reason}")
@@ -96,7 +99,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
     if len(text) > MAX_RECORD_NBYTES:
         raise RecordError(f"{file}: is larger than {MAX_RECORD_NBYTES:,} bytes; moeplan does not write such")
     try:
-        record = parse_object(text, max_values=MAX_RECORD_VALUES)
+        record = parse_object(text, MAX_RECORD_VALUES, holds_paths=True)
     except JSONError as error:
         raise RecordError(f"{file}: {error}") from None
     if record.get("format") != FORMAT:
@@ -111,21 +114,32 @@ def _check_file(path: Path, name: str, expected: str, found: Verification) -> No
         found.wrong.append(f"{name}: is not what was written")
 
 
-def _tensors(directory: Path, shard: str, facts: dict[str, Any], found: Verification) -> list[tuple[str, int, int]]:
-    """Name, offset and size of an element of each tensor of a shard whose header is what was written; else none."""
+def _check_segments(segments: list[dict[str, Any]], numel: int) -> None:
+    """See that a record's segments of a tensor make up all of it, in whole numbers. Raises ValueError."""
+    counts = [segment.get(key, 0) for segment in segments for key in ("numel", "head", "offset")]
+    if any(type(count) is not int or count < 0 for count in counts) or sum(s["numel"] for s in segments) != numel:
+        raise ValueError("segments that are not the tensor")
+
+
+def _tensors(
+    directory: Path, shard: str, facts: dict[str, Any], found: Verification
+) -> list[tuple[str, int, int, int]]:
+    """Of each tensor of a shard whose header is what was written: name, offset, size of an element, and how many it
+    has. Else none."""
     path = directory / shard
     if not path.is_file():
         found.wrong.append(f"{shard}: is not there")
         return []
-    start = header(path)
-    if hashlib.sha256(start).hexdigest() != facts["header_sha256"]:
+    length, text = header(path)
+    if hashlib.sha256(length + text).hexdigest() != facts["header_sha256"]:
         found.wrong.append(f"{shard}: its header is not what was written")
         return []
     nbytes = path.stat().st_size
     if nbytes != facts["nbytes"]:
         found.wrong.append(f"{shard}: has {nbytes:,} bytes, and {facts['nbytes']:,} were written")
-    infos = parse_header(start[LENGTH_NBYTES:], facts["nbytes"] - len(start))
-    return [(name, len(start) + info.begin, info.dtype.itemsize) for name, info in infos.items()]
+    start = len(length) + len(text)
+    infos = parse_header(text, facts["nbytes"] - start)
+    return [(name, start + info.begin, info.dtype.itemsize, math.prod(info.shape)) for name, info in infos.items()]
 
 
 def _range(file: Path, offset: int, itemsize: int, segment: dict[str, Any]) -> Range:

@@ -11,6 +11,7 @@ from commands import moeplan, snapshot, sparse_llama, write_config
 from safetensors import safe_open
 
 from moeplan.checkpoint import open_checkpoint
+from moeplan.record import header, header_sha256
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,46 @@ def test_without_a_record_that_can_be_read_nothing_is_verified(tmp_path, content
     result = moeplan("verify", tmp_path)
     assert result.status == 2
     assert f"{tmp_path}/moeplan.json" in result.error
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda segments: segments.clear(),
+        lambda segments: segments[0].update(numel=float(segments[0]["numel"])),
+        lambda segments: segments[0].update(head=1e3),
+        lambda segments: segments[0].update(numel=segments[0]["numel"] - 1),
+        lambda segments: segments.insert(0, {**segments[0], "numel": -1}),
+    ],
+)
+def test_a_record_whose_segments_are_not_the_tensor_is_told_to_be_damaged(model, damage):
+    before = (model / "moeplan.json").read_bytes()
+    record = json.loads(before)
+    damage(next(iter(record["tensors"].values())))
+    try:
+        (model / "moeplan.json").write_text(json.dumps(record))
+        result = moeplan("verify", model)
+    finally:
+        (model / "moeplan.json").write_bytes(before)
+    assert (result.status, result.error) == (2, f"{model}/moeplan.json: is not what moeplan writes")
+
+
+def test_paths_that_are_not_utf_8_are_recorded_and_read_again(checkpoint, tmp_path, monkeypatch):
+    place = tmp_path / os.fsdecode(b"mod\xe8les \xe9")
+    shutil.copytree(checkpoint("llama-plain"), place / "base")
+    monkeypatch.chdir(place)
+    config = write_config(tmp_path / "config.yml", "base", ["base", "base"], dtype="bfloat16")
+    merged = moeplan(config, "out")
+    assert merged.status == 0, merged.stderr
+    record = json.loads((place / "out" / "moeplan.json").read_text("ascii"))
+    assert str(place / "base" / "model.safetensors") in record["made_from"]["source"]
+    assert moeplan("verify", "out").status == 0
+
+
+def test_of_a_file_without_a_header_its_beginning_is_told_from_another(tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"PK\3\4\0\0\0\0" + bytes(32 << 20))
+    before = header_sha256(file)
+    assert sum(map(len, header(file))) <= 128 << 10
+    file.write_bytes(b"PK\3\4\0\0\0\0" + b"x" * (32 << 20))
+    assert header_sha256(file) != before
