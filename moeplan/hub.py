@@ -10,6 +10,7 @@ Names, tokens, the cache's place and offline mode are huggingface_hub's business
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import logging
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from executor.errors import RunError
@@ -152,6 +153,7 @@ class Hub:
         self._places: dict[RemoteFile, tuple[Snapshot, str]] = {}
         self._heads: dict[RemoteFile, bytes] = {}
         self._reader: RemoteReader | None = None
+        self._reader_lock = Lock()
 
     def anew(self) -> Hub:
         """The same models at the same commits, with what is in the cache by now."""
@@ -291,6 +293,19 @@ class Hub:
             why = self._why(error, snapshot.repository, snapshot.commit)
             raise CheckpointError(f"{snapshot.label}/{name}: {why}") from None
 
+    def check_downloadable(self, files: Collection[RemoteFile]) -> None:
+        """See that `files` are no larger than huggingface_hub downloads over HTTP. Raises CheckpointError."""
+        from huggingface_hub import constants
+
+        limit = constants.MAX_HTTP_DOWNLOAD_SIZE
+        for file in files:
+            snapshot, name = self._places[file]
+            if file.nbytes > limit:
+                raise CheckpointError(
+                    f"{snapshot.label}/{name}: is larger than the {limit / 1e9:.0f} GB that can be downloaded: "
+                    f"use --stream, or run `hf download {snapshot.repository}` first"
+                )
+
     @property
     def holds_weights(self) -> bool:
         """Whether it holds weights of a model that was opened, which are not in the cache."""
@@ -338,10 +353,11 @@ class Hub:
 
     def read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
         """Bytes of a file on the Hub. Raises RunError."""
-        if self._reader is None:
-            from executor.remote import RemoteReader  # here, because TLS takes memory that most plans can spare
+        with self._reader_lock:
+            if self._reader is None:
+                from executor.remote import RemoteReader  # here, because TLS takes memory that most plans can spare
 
-            self._reader = RemoteReader(self.headers)
+                self._reader = RemoteReader(self.headers)
         return self._reader.read(file, offset, nbytes)
 
     def head(self, file: RemoteFile) -> bytes:
@@ -375,6 +391,8 @@ class Hub:
                     return f"{self.endpoint} refuses access (HTTP {status}): {login}"
                 busy = ": it is busy, try again later" if status in _BUSY else ""
                 return f"{self.endpoint} answers with HTTP {status}{busy}"
+            case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+                return f"cannot be stored: the disk of the cache, {self.cache}, is full"
             case OSError() if error.filename is not None:
                 return f"{error.filename} cannot be written: {error.strerror}"
             case _:

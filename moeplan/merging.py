@@ -244,7 +244,7 @@ def _plan(config: MergeConfig, out: str | Path | None, options: Options, hub: Hu
     downloading = 0 if options.stream or not hub.holds_weights else DOWNLOAD_NBYTES
     shard_limit = shard_nbytes(options.out_shard_size, dtype.itemsize)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
-    return MergePlan(
+    merge_plan = MergePlan(
         config=config,
         family=family,
         alternatives=models.families[1:],
@@ -268,6 +268,9 @@ def _plan(config: MergeConfig, out: str | Path | None, options: Options, hub: Hu
         memory=cap,
         options=options,
     )
+    if merge_plan.downloads:
+        hub.check_downloadable(merge_plan.downloads)
+    return merge_plan
 
 
 def _packages(mode: gates.GateMode, sources: Sources, options: Options) -> tuple[str, ...]:

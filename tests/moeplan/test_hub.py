@@ -1,5 +1,6 @@
 """Merging models on the Hub, from a server that behaves like it: what is moved, what is kept, what goes wrong."""
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from commands import moeplan, outcome, snapshot, sparse_llama, start, write_config
 from hub_server import TOKEN, Fault, Hub, serving
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import moeplan as api
 from executor import remote
@@ -524,6 +525,30 @@ def test_a_download_that_breaks_off_for_good_says_so_and_can_be_gone_on_with(
     hub.faults.clear()
     data(config, tmp_path / "out")
     assert written(tmp_path / "out") == local
+
+
+def test_a_cache_on_a_full_disk_is_one_message(
+    hub: Hub, config: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data(config, "--plan")
+
+    def on_full_disk(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing to a file does, without its name
+
+    monkeypatch.setattr(file_download, "http_get", on_full_disk)
+    ran = moeplan(config, tmp_path / "out", "--no-copy-tokenizer")
+    assert ran.status == 1
+    assert f"/model.safetensors: cannot be stored: the disk of the cache, {cache}, is full; files that" in ran.error
+
+
+def test_a_file_that_is_too_large_to_be_downloaded_is_refused_by_the_plan_and_can_be_streamed(
+    hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 100_000)
+    message = refused(config)
+    assert f"{BASE}/model.safetensors: is larger than the 0 GB that can be downloaded: use --stream" in message
+    assert message.endswith(f"or run `hf download {BASE}` first")
+    assert moeplan(config, "--plan", "--stream").status == 0
 
 
 def test_a_stream_that_loses_the_hub_for_good_goes_on_later_with_what_is_missing(
