@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
+import threading
+from contextlib import suppress
 
 from moeplan import interruption
 
@@ -18,8 +21,21 @@ def main() -> None:
 
     try:
         run(sys.argv[1:])
+    except SystemExit as ended:
+        if any(thread.daemon and thread.name != interruption.WATCHER for thread in threading.enumerate()):
+            _leave(ended.code)
+        raise
     finally:
         interruption.unwatch()
+
+
+def _leave(status: int | str | None) -> None:
+    """End the process as it is: a thread may still be loading a library, and Python's own end, which takes everything
+    down around it, can crash it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

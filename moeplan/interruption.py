@@ -27,6 +27,9 @@ GRACE_SECONDS = 0.5
 STATUS = 130
 """128 + SIGINT, as shells have it."""
 
+WATCHER = "Ctrl-C"
+"""The name of the thread that waits for it."""
+
 STDERR = 2
 SHOW_CURSOR = "\x1b[?25h"
 """Progress bars hide it."""
@@ -43,7 +46,7 @@ def watch() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _unraisable
     sys.excepthook = _printed
-    Thread(target=_end_in_time, args=(awaited,), name="Ctrl-C", daemon=True).start()
+    Thread(target=_end_in_time, args=(awaited,), name=WATCHER, daemon=True).start()
 
 
 def unwatch() -> None:

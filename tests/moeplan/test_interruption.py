@@ -146,6 +146,20 @@ def test_at_whatever_moment_it_comes_the_process_ends_and_the_next_one_goes_on(c
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [(["--version"], 0, ("moeplan ", "")), (["no.yml", "--plan"], 2, ("", "error: no.yml: no such file"))],
+)
+def test_no_library_is_torn_down_that_a_thread_still_loads(args, status, said):
+    """As a crash after a merge that was interrupted showed. `atexit` tells whether Python's own end was begun."""
+    ends = "import atexit, os, threading, time; atexit.register(os._exit, 77); "
+    loads = "threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); "
+    assert outcome(start(*args, code=ends + MAIN)).status == 77
+    ended = outcome(start(*args, code=ends + loads + MAIN))
+    assert ended.status == status
+    assert (ended.stdout[:8], ended.stderr[:27]) == said
+
+
 def test_it_is_not_lost_where_python_cannot_raise_it(config, tmp_path):
     process = start(config, tmp_path / "out", code=STANDING_STILL + SWALLOWED + MAIN)
     wait_until(process, (tmp_path / "standing still").exists)
