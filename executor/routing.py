@@ -72,20 +72,26 @@ def route(plan: Plan, reader: SourceReader, writer: ShardWriter, shared_in: Path
     return routes
 
 
-def physical_nbytes(plan: Plan, directory: Path) -> int:
+def physical_nbytes(plan: Plan, directory: Path, *, downloaded_beside: bool = False) -> int:
     """The space that the plan's shards will take in `directory`, which exists, with every extent shared that can be.
 
-    Tried with a page of each source; leaves nothing behind.
+    `downloaded_beside`: remote sources will be on the same file system by then. Tried with a page of a source of each
+    device; leaves nothing behind.
     """
-    sharing = {
-        index: isinstance(source, SourceFile) and can_reflink(directory, Path(source.path))
-        for index, source in enumerate(plan.sources)
-    }
+    aliasing = can_reflink(directory)
+    by_device: dict[int, bool] = {}
+    for source in plan.sources:
+        if isinstance(source, SourceFile) and source.device not in by_device:
+            by_device[source.device] = can_reflink(directory, Path(source.path))
+    sharing = [
+        by_device[source.device] if isinstance(source, SourceFile) else downloaded_beside and aliasing
+        for source in plan.sources
+    ]
 
     def would_take(root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
         return whole_pages(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)
 
-    routes = _routes(plan, would_take, aliasing=can_reflink(directory))
+    routes = _routes(plan, would_take, aliasing=aliasing)
     return plan.written_nbytes - routes.shortcut_nbytes - sum(alias.nbytes for alias in routes.aliases)
 
 

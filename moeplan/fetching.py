@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from executor.errors import RunError
 from moeplan.hub import Snapshot
-from moeplan.output import MAX_TOKENIZER_NBYTES, existing, free_nbytes, is_tokenizer_file
+from moeplan.output import MAX_TOKENIZER_NBYTES, free_nbytes, is_tokenizer_file, on_one_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,13 +72,11 @@ def after(nbytes: int, on_progress: OnProgress | None) -> OnProgress | None:
 
 
 def _check_space(merge_plan: MergePlan, out: Path) -> None:
-    cache = existing(merge_plan.hub.cache)
-    needed = merge_plan.download_nbytes
-    if cache.stat().st_dev == existing(out).stat().st_dev:
-        needed += merge_plan.needed_nbytes(out)
+    cache = merge_plan.hub.cache
+    needed = merge_plan.needed_nbytes(out) if on_one_disk(cache, out) else merge_plan.download_nbytes
     free = free_nbytes(cache)
     if needed > free:
         raise RunError(
-            f"{merge_plan.hub.cache}: the models to download and what is made of them take {needed / 1e9:.2f} GB, and "
+            f"{cache}: the models to download and what is made of them take {needed / 1e9:.2f} GB, and "
             f"{free / 1e9:.2f} GB are free there: free some, give another --transformers-cache, or use --stream"
         )

@@ -38,6 +38,7 @@ from moeplan.output import (
     existing,
     free_nbytes,
     missing_code,
+    on_one_disk,
     to_json,
     tokenizer_files,
     write_beside,
@@ -118,11 +119,21 @@ class MergePlan:
         """What progress is measured by: bytes downloaded and bytes written."""
         return self.download_nbytes + self.plan.written_nbytes
 
-    def needed_nbytes(self, directory: Path) -> int:
-        """The space that the output will take in `directory`: less than its size where extents can be shared."""
-        if self.options.clone_tensors:
-            return self.disk_nbytes
-        return self.disk_nbytes - self.plan.written_nbytes + physical_nbytes(self.plan, existing(directory))
+    def needed_nbytes(self, out: Path | None) -> int:
+        """The space that the merge will yet take on the disk of `out`, or, where that is None, of this directory.
+
+        That is the output's, less what can be shared in `out` and what an unfinished merge has written there; and that
+        of downloads, where the cache is on the same disk.
+        """
+        here = existing(out or Path())
+        beside = on_one_disk(self.hub.cache, here)
+        nbytes = self.disk_nbytes
+        if out is not None and not self.options.clone_tensors:
+            downloaded = beside and not self.options.stream
+            nbytes += physical_nbytes(self.plan, here, downloaded_beside=downloaded) - self.plan.written_nbytes
+        if out is not None:
+            nbytes = max(0, nbytes - unfinished_nbytes(out))
+        return nbytes + (self.download_nbytes if beside else 0)
 
     @property
     def memory_nbytes(self) -> int:
@@ -371,8 +382,7 @@ def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
 
 
 def _check_space(merge_plan: MergePlan, directory: Path) -> None:
-    needed = max(0, merge_plan.needed_nbytes(directory) - unfinished_nbytes(directory))
-    free = free_nbytes(directory)
+    needed, free = merge_plan.needed_nbytes(directory), free_nbytes(directory)
     if needed > free:
         raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
 

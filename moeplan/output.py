@@ -78,6 +78,11 @@ def existing(directory: Path) -> Path:
     return place
 
 
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Whether two directories, which need not be there yet, are or will be on one file system."""
+    return existing(first).stat().st_dev == existing(second).stat().st_dev
+
+
 def free_nbytes(directory: Path) -> int:
     """The space that is free where `directory` is or will be."""
     return shutil.disk_usage(existing(directory)).free

@@ -65,7 +65,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
             "buffers_nbytes": merge_plan.buffers_nbytes,
         },
         "disk": {
-            "needed_nbytes": merge_plan.disk_nbytes if out is None else merge_plan.needed_nbytes(out),
+            "needed_nbytes": merge_plan.needed_nbytes(out),
             "free_nbytes": free_nbytes(out or Path()),
         },
         "fingerprint": plan.fingerprint,
@@ -191,11 +191,16 @@ def _fact(name: str, lines: Sequence[str]) -> Text:
 
 
 def space_warning(data: dict[str, Any]) -> str | None:
-    """What to say, from `plan_data`, where the disk is too small for the output."""
+    """What to say, from `plan_data`, where the disk is too small for the merge."""
     needed, free = data["disk"]["needed_nbytes"], data["disk"]["free_nbytes"]
     if needed <= free:
         return None
-    return f"the output takes {decimal(needed)} of disk space, and {decimal(free)} are free there"
+    what = (
+        "what is downloaded, and the output, take"
+        if data["hub"] and data["hub"]["download_nbytes"]
+        else "the output takes"
+    )
+    return f"{what} {decimal(needed)} of disk space, and {decimal(free)} are free there"
 
 
 def printable(text: str) -> str:

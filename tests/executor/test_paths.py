@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ from executor import shortcuts
 from executor.engine import RunResult, run
 from executor.local import LocalFile
 from executor.routing import physical_nbytes
-from planner.expr import DType, Expr, cast, scale, stack
+from planner.expr import DType, Expr, RemoteFile, cast, scale, stack
 from planner.layout import PAGE
 from planner.plan import Plan
 
@@ -100,6 +101,10 @@ def test_copies_are_shared_with_their_source_and_cost_no_space(reflinking: Path,
     assert used < forecast + MIB < plan.written_nbytes / 3
     assert result.read_nbytes < plan.read_nbytes
     shutil.rmtree(reflinking / "shared")
+    remote = tuple(RemoteFile(f"http://localhost/{at}", "e", file.nbytes) for at, file in enumerate(plan.sources))
+    streamed = replace(plan, sources=remote)
+    assert physical_nbytes(streamed, reflinking, downloaded_beside=True) == forecast
+    assert physical_nbytes(streamed, reflinking) > forecast + 10 * MIB
 
 
 def test_equal_tensors_share_extents_and_with_clone_tensors_each_has_its_own(

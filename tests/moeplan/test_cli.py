@@ -154,6 +154,18 @@ def enormous(tmp_path) -> Path:
     return write_config(tmp_path / "config.yml", source, [source, source])
 
 
+def test_a_plan_leaves_out_what_an_unfinished_merge_has_written(checkpoint, tmp_path):
+    config = write_config(
+        tmp_path / "config.yml", checkpoint("llama-plain"), [checkpoint("llama-plain", seed) for seed in (1, 2)]
+    )
+    args = (config, tmp_path / "out", "--plan", "--json")
+    needed = json.loads(moeplan(*args).stdout)["plan"]["disk"]["needed_nbytes"]
+    model = tmp_path / "out" / PARTIAL / MODEL
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(bytes(8192))
+    assert json.loads(moeplan(*args).stdout)["plan"]["disk"]["needed_nbytes"] == needed - 8192
+
+
 def test_a_disk_that_is_too_small_is_told_by_the_plan_and_refused_by_the_merge(enormous, tmp_path):
     planned = moeplan(enormous, tmp_path / "out", "--plan")
     assert planned.status == 0

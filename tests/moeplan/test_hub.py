@@ -18,6 +18,7 @@ from huggingface_hub import constants, file_download
 import moeplan as api
 from executor import remote
 from executor.engine import Progress
+from moeplan import merging
 from moeplan.checkpoint import open_checkpoint
 from moeplan.staging import PARTIAL
 from planner.schedule import WORKERS
@@ -117,6 +118,19 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 def large_files(cache: Path) -> list[Path]:
     return [file for file in cache.rglob("*") if file.is_file() and file.suffix in WEIGHTS]
+
+
+def test_a_plan_counts_the_disk_that_downloads_take_where_the_output_will_be(
+    config: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for out in ([], [tmp_path / "out"]):
+        downloading, streaming = (data(config, *out, "--plan", *how)["plan"] for how in ([], ["--stream"]))
+        needed = {each["disk"]["needed_nbytes"] - each["hub"]["download_nbytes"] for each in (downloading, streaming)}
+        assert len(needed) == 1
+        assert downloading["hub"]["download_nbytes"] > streaming["hub"]["download_nbytes"] + 10**6
+    monkeypatch.setattr(merging, "on_one_disk", lambda first, second: False)
+    elsewhere = data(config, tmp_path / "out", "--plan")["plan"]["disk"]["needed_nbytes"]
+    assert elsewhere == downloading["disk"]["needed_nbytes"] - downloading["hub"]["download_nbytes"]
 
 
 def test_streaming_gives_what_local_directories_give_moves_what_is_planned_and_stores_no_weights(
