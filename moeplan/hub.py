@@ -47,8 +47,9 @@ MAX_CARD_NBYTES = 128 << 10
 
 HEADS_AT_ONCE = 8
 MAX_HEADS = 256
-DOWNLOAD_NBYTES = 32 << 20
-"""Memory that one download may take: huggingface_hub reads 10 MB at a time."""
+DOWNLOAD_NBYTES = 40 << 20
+"""Memory that one download may take: huggingface_hub reads 10 MB at a time, and where the processor is short, four such
+blocks are there at once."""
 
 DOWNLOADS_AT_ONCE = 4
 ATTEMPTS = 4

@@ -695,7 +695,7 @@ def test_a_merge_of_models_on_the_hub_keeps_its_memory_cap(hub: Hub, tmp_path: P
     assert peak_nbytes <= told["plan"]["memory"]["forecast_nbytes"]
 
 
-@pytest.mark.parametrize(("args", "buffers"), [(["--stream"], 2), ([], 32)])
+@pytest.mark.parametrize(("args", "buffers"), [(["--stream"], 2), ([], 40)])
 def test_the_smallest_cap_that_works_holds_while_models_are_downloaded(
     hub: Hub, tmp_path: Path, args: list[str], buffers: int
 ) -> None:
