@@ -93,6 +93,11 @@ def average(
     np.divide(total, np.float32(added), out=total)
 
 
+def copy(data: memoryview, to: memoryview) -> None:
+    """Fill `to` with `data`, while other threads have the interpreter."""
+    np.copyto(np.frombuffer(to, np.uint8), np.frombuffer(data, np.uint8))
+
+
 def clear(memory: memoryview) -> None:
     """Fill `memory` with zeros."""
     np.frombuffer(memory, np.uint8).fill(0)

@@ -87,7 +87,7 @@ class ChunkRunner:
             if begin < end:
                 offset, nbytes = sink.offset + (begin - sink.first) * itemsize, (end - begin) * itemsize
                 at = (begin - first) * itemsize
-                self.tensors.get(sink.buffer)[offset : offset + nbytes] = data[at : at + nbytes]
+                chunk_ops.copy(data[at : at + nbytes], self.tensors.get(sink.buffer)[offset : offset + nbytes])
         if part.content is not None:
             self.journal.add_chunk(part.content, first, numel, checksum(data, itemsize, first, step.head_numel), files)
         return len(files) * len(data)

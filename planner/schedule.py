@@ -49,6 +49,7 @@ from planner.expr import (
     Mean,
     Opaque,
     Read,
+    RemoteFile,
     Slice,
     Source,
     SourceFile,
@@ -79,9 +80,14 @@ from planner.plan import (
     ZeroRoot,
 )
 
-WORKERS = 8
+COPYING = Pool(workers=8, slab_nbytes=4 << 20)
+"""The chunk buffers that help where all that a run does is to copy, or wait for a network."""
+
+BESIDE_BLOCKS = Pool(workers=3, slab_nbytes=8 << 20)
+"""Those beside kernels that work on blocks, which takes the processor, and long imports before. Each chunk takes the
+interpreter from these several times: so there are fewer chunks."""
+
 MIN_SLAB_NBYTES = 1 << 20
-MAX_SLAB_NBYTES = 4 << 20
 
 READ_AHEAD = 2
 """How many more blocks of a streamed weight are under way than are computed on."""
@@ -127,8 +133,9 @@ def compile(graph: TensorGraph, *, budget_nbytes: int, shard_nbytes: int, thread
     """
     shards = lay_out(graph.outputs, shard_nbytes)
     kernels = opaque_in_order(graph.outputs)
-    draft = _draft(graph, shards, kernels, budget_nbytes)
-    pool = _pool(budget_nbytes - max(draft.held, default=0), budget_nbytes)
+    most = _most_that_helps(graph, kernels)
+    draft = _draft(graph, shards, kernels, budget_nbytes, most)
+    pool = _pool(budget_nbytes - max(draft.held, default=0), budget_nbytes, most)
     sources = sorted({read.file for read in _reads(draft)}, key=_by_name)
     index = {file: i for i, file in enumerate(sources)}
     steps: list[Step] = []
@@ -174,9 +181,18 @@ class _Draft:
         return any(weight not in self.buffers for weight in kernel.weights)
 
 
-def _draft(graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque], budget_nbytes: int) -> _Draft:
-    """The draft that fills weights beside kernels, if it and a pool as large as helps keep within the budget; else the
-    one that streams the weights of as few kernels as keep it within the budget, or of all."""
+def _most_that_helps(graph: TensorGraph, kernels: Sequence[Opaque]) -> Pool:
+    if not any(kernel.block_nbytes for kernel in kernels):
+        return COPYING
+    files = (read.file for expr in walk(graph.outputs) for read in reads_of(expr))
+    return COPYING if any(isinstance(file, RemoteFile) for file in files) else BESIDE_BLOCKS
+
+
+def _draft(
+    graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque], budget_nbytes: int, most: Pool
+) -> _Draft:
+    """The draft that fills weights beside kernels, if it and a pool of the `most` that helps keep within the budget;
+    else the one that streams the weights of as few kernels as keep it within the budget, or of all."""
     products = [expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank)]
     factors = {factor for product in products for factor in (product.b, product.a)}
 
@@ -191,9 +207,9 @@ def _draft(graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque
         return _Draft(order, running, buffers, frees, held)
 
     ahead = draft((), beside=True)
-    if max(ahead.held, default=0) <= budget_nbytes - WORKERS * MAX_SLAB_NBYTES:
+    if max(ahead.held, default=0) <= budget_nbytes - most.nbytes:
         return ahead
-    limit_nbytes = budget_nbytes - WORKERS * MIN_SLAB_NBYTES
+    limit_nbytes = budget_nbytes - most.workers * MIN_SLAB_NBYTES
     streamed: set[Opaque] = set()
     while True:
         one_by_one = draft(streamed, beside=False)
@@ -423,13 +439,13 @@ def _held(
         nbytes -= sum(buffer_nbytes[buffer] for buffer in freed)
 
 
-def _pool(available_nbytes: int, budget_nbytes: int) -> Pool:
-    """As many chunk buffers as help, as large as helps; first they get smaller, then fewer."""
+def _pool(available_nbytes: int, budget_nbytes: int, most: Pool) -> Pool:
+    """The `most` that helps, if it fits; else chunk buffers get smaller first, then fewer."""
     if available_nbytes < MIN_SLAB_NBYTES:
         needed = budget_nbytes - available_nbytes + MIN_SLAB_NBYTES
         raise BudgetError(f"buffers need {needed} bytes, and may use {budget_nbytes}", needed)
-    workers = min(WORKERS, available_nbytes // MIN_SLAB_NBYTES)
-    slab = min(MAX_SLAB_NBYTES, available_nbytes // workers)
+    workers = min(most.workers, available_nbytes // MIN_SLAB_NBYTES)
+    slab = min(most.slab_nbytes, available_nbytes // workers)
     return Pool(workers, slab - slab % MIN_SLAB_NBYTES)
 
 

@@ -18,7 +18,7 @@ from executor.weights import Weights
 from planner import schedule
 from planner.expr import DType, Expr, Opaque, cast, mean
 from planner.graph import TensorGraph
-from planner.plan import FileView, KernelStep, MeanView, Plan
+from planner.plan import FileView, KernelStep, MeanView, Plan, Pool
 from planner.schedule import block_nbytes, compile
 
 SHAPE = (1000, 48)
@@ -154,7 +154,7 @@ def test_a_copy_that_fails_beside_a_kernel_ends_the_run_with_its_own_error(
 def test_a_kernel_that_fails_does_not_wait_for_what_is_read_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "MAX_SLAB_NBYTES", 1 << 20)
+    monkeypatch.setattr(schedule, "BESIDE_BLOCKS", Pool(8, 1 << 20))
     large = torch.zeros(1 << 17, 48)  # 24 chunks
     reads = source(tmp_path / "source.safetensors", {"first": torch.ones(SHAPE), "second": large})
     state: tuple[Expr, ...] = ()

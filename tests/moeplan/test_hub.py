@@ -21,7 +21,7 @@ from executor.engine import Progress
 from moeplan import merging
 from moeplan.checkpoint import open_checkpoint
 from moeplan.staging import PARTIAL
-from planner.schedule import WORKERS
+from planner.schedule import COPYING
 
 MIB = 1 << 20
 ABOUT = ("README.md", "moeplan.json", "moeplan_config.yml")
@@ -595,7 +595,7 @@ def test_a_stream_whose_process_is_killed_goes_on_with_what_is_missing(hub: Hub,
     hub.faults.append(busy)
     process = start(*command, env=environment(hub, tmp_path))
     deadline = time.monotonic() + 60
-    while FOREVER - busy.times < WORKERS:  # as many as ask at once: then nothing is under way any more
+    while FOREVER - busy.times < COPYING.workers:  # as many as ask at once: then nothing is under way any more
         assert process.poll() is None, outcome(process).stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)

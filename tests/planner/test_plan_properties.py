@@ -19,6 +19,7 @@ from planner.expr import (
     Expr,
     Opaque,
     Read,
+    RemoteFile,
     Shape,
     SourceFile,
     add_low_rank,
@@ -45,7 +46,7 @@ from planner.plan import (
     Step,
     StreamStep,
 )
-from planner.schedule import MIN_SLAB_NBYTES, READ_AHEAD, compile
+from planner.schedule import BESIDE_BLOCKS, COPYING, MIN_SLAB_NBYTES, READ_AHEAD, compile
 
 FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
 FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
@@ -510,7 +511,7 @@ def test_weights_that_fit_the_budget_are_held_and_read_once_and_others_are_read_
 def test_the_next_weights_are_read_beside_a_kernel_where_two_layers_fit() -> None:
     nbytes = 20 << 20
     wide, narrow = (
-        compile(layer_graph(3, nbytes), budget_nbytes=budget << 20, shard_nbytes=1 << 40) for budget in (80, 70)
+        compile(layer_graph(3, nbytes), budget_nbytes=budget << 20, shard_nbytes=1 << 40) for budget in (72, 62)
     )
     for plan, beside in ((wide, [1, 1, 0]), (narrow, [0, 0, 0])):
         assert [step.beside for step in plan.steps if isinstance(step, KernelStep)] == beside
@@ -537,8 +538,20 @@ def test_as_many_blocks_are_under_way_as_threads_and_budget_allow() -> None:
 
     assert workers(200 << 20, 8) == 8
     assert workers(50 << 20, 8) == 8 + READ_AHEAD  # streamed: some blocks are being read
-    assert workers(36 << 20, 8) < 8
+    assert workers(28 << 20, 8) < 8
     assert workers(3 << 20, 8) == 1
+
+
+def test_chunks_are_fewer_and_larger_beside_kernels_that_work_on_blocks_but_not_where_a_network_is_waited_for() -> None:
+    graph = layer_graph(1, 20 << 20)
+    there = RemoteFile("https://hub/weights", "e", 1 << 40)
+    copied, remote = TensorGraph(), TensorGraph(dict(graph.outputs))
+    copied.add("copied", Read(FILES[1], 8, DType.F32, (16,)))
+    remote.add("remote", Read(there, 8, DType.F32, (16,)))
+    pools = [compile(g, budget_nbytes=100 << 20, shard_nbytes=1 << 40).pool for g in (graph, copied, remote)]
+    assert pools == [BESIDE_BLOCKS, COPYING, COPYING]
+    assert BESIDE_BLOCKS.workers < COPYING.workers
+    assert BESIDE_BLOCKS.slab_nbytes > COPYING.slab_nbytes
 
 
 def test_a_fingerprint_tells_what_is_computed_of_what() -> None:
