@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 BLOCK_NBYTES = 1 << 20
 
@@ -20,11 +20,23 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Put what `source` holds into the file `path`, a block at a time, and wait until it is there. Raises OSError."""
+    """Put what `source` holds into the file `path`, a block at a time, and wait until it is there.
+
+    Raises OSError, which names `source` where that cannot be read.
+    """
     with open(source, "rb") as file, open(path, "wb") as target:
-        shutil.copyfileobj(file, target, BLOCK_NBYTES)
+        while block := _read(file):
+            target.write(block)
         target.flush()
         os.fsync(target.fileno())
+
+
+def _read(file: BinaryIO) -> bytes:
+    try:
+        return file.read(BLOCK_NBYTES)
+    except OSError as error:
+        error.filename = str(file.name)
+        raise
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -1,6 +1,7 @@
 """What stands beside the weights."""
 
 import os
+from pathlib import Path
 
 import pytest
 from commands import snapshot
@@ -32,6 +33,12 @@ def test_what_stands_beside_the_weights_is_written_and_copied(tmp_path):
 def test_a_file_that_cannot_be_copied_fails_the_run(tmp_path):
     with pytest.raises(RunError, match=r"gone/tokenizer\.json: cannot be read: No such file or directory"):
         write_beside(tmp_path, {}, [tmp_path / "gone" / "tokenizer.json"], tmp_path / "gone")
+
+
+def test_a_file_that_fails_while_it_is_copied_is_named(tmp_path):
+    unreadable = Path("/proc/self/mem")  # can be opened, and has nothing at its start
+    with pytest.raises(RunError, match=r"^/proc/self/mem: cannot be read: Input/output error$"):
+        write_beside(tmp_path, {}, [unreadable], unreadable.parent)
 
 
 def test_free_space_is_that_of_the_directory_that_will_hold_the_output(tmp_path):
