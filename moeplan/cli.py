@@ -361,7 +361,10 @@ class _Teller:
 
     def result(self, result: moeplan.MergeResult, config: Path) -> None:
         self.stop()
-        routable = result.path if self._data["plan"]["readers"] is None else config
+        from moeplan.routes.after import fits  # here, so that a plan does without
+
+        loads = self._data["plan"]["readers"] is None and fits(result.run.written_nbytes)
+        routable = result.path if loads else config
         self._tell("result", report.result_data(result), lambda data: report.result_view(data, routable))
 
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:

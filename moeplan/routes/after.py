@@ -125,13 +125,22 @@ def _family(checkpoint: Checkpoint) -> Family:
     return family
 
 
+def fits(nbytes: int) -> bool:
+    """Whether a model whose tensors have so many bytes can be evaluated in the memory that is free."""
+    return _evaluated_nbytes(nbytes) <= _free_nbytes()
+
+
+def _evaluated_nbytes(nbytes: int) -> int:
+    return int(LOADED_SHARE * nbytes)
+
+
+def _free_nbytes() -> int:
+    return min(psutil.virtual_memory().available, limit_nbytes())
+
+
 def _check_memory(checkpoint: Checkpoint, options: Options) -> None:
-    limit = limit_nbytes()
-    if options.max_memory is None:
-        most = min(psutil.virtual_memory().available, limit)
-    else:
-        most = memory_nbytes(options.max_memory, limit)
-    needed = int(LOADED_SHARE * sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    most = _free_nbytes() if options.max_memory is None else memory_nbytes(options.max_memory, limit_nbytes())
+    needed = _evaluated_nbytes(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     if needed > most:
         raise UserError(
             f"{checkpoint.label}: evaluating it takes {needed // MIB:,} MiB of memory, and {most // MIB:,} MiB may be "

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import moeplan, outcome, snapshot, sparse_llama, start, write_config
+from commands import MAIN, moeplan, outcome, snapshot, sparse_llama, start, write_config
 from make_models import save_tokenizer
 from safetensors import safe_open
 
@@ -556,6 +556,16 @@ def test_the_command_that_is_named_after_a_merge_says_where_tokens_go(checkpoint
     command = shlex.split(last.partition("where tokens go: ")[2])
     assert command == ["moeplan", "routes", str(given if architecture == "deepseek" else tmp_path / "the model")]
     assert moeplan(*command[1:]).status == 0
+
+
+def test_after_a_merge_that_is_too_large_to_evaluate_whole_the_command_that_is_named_takes_the_yaml_file(
+    checkpoint, tmp_path
+):
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    given = write_config(tmp_path / "config.yml", base, [base, other], gate_mode="cheap_embed")
+    large = f"import moeplan.routes.after as after; after.LOADED_SHARE = 1e9; {MAIN}"
+    last = outcome(start(given, tmp_path / "out", code=large)).stdout.splitlines()[-1]
+    assert last.endswith(f"moeplan routes {given}")
 
 
 def test_after_a_merge_with_random_gates_nothing_is_said_of_them(config, tmp_path):
