@@ -361,11 +361,16 @@ class _Teller:
 
     def result(self, result: moeplan.MergeResult, config: Path) -> None:
         self.stop()
+        self._tell(
+            "result", report.result_data(result), lambda data: report.result_view(data, self._routable(result, config))
+        )
+
+    def _routable(self, result: moeplan.MergeResult, config: Path) -> Path:
+        """What `moeplan routes` is to be given: the model, or, where that cannot be loaded here, `config`."""
         from moeplan.routes.after import fits  # here, so that a plan does without
 
         loads = self._data["plan"]["readers"] is None and fits(result.run.written_nbytes)
-        routable = result.path if loads else config
-        self._tell("result", report.result_data(result), lambda data: report.result_view(data, routable))
+        return result.path if loads else config
 
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data

@@ -84,8 +84,8 @@ COPYING = Pool(workers=8, slab_nbytes=4 << 20)
 """The chunk buffers that help where all that a run does is to copy, or wait for a network."""
 
 BESIDE_BLOCKS = Pool(workers=3, slab_nbytes=8 << 20)
-"""Those beside kernels that work on blocks, which takes the processor, and long imports before. Each chunk takes the
-interpreter from these several times: so there are fewer chunks."""
+"""Those beside kernels that work on blocks, which are what takes long there. Each chunk costs these time, whatever its
+size: so there are fewer, and larger ones."""
 
 MIN_SLAB_NBYTES = 1 << 20
 
@@ -182,6 +182,7 @@ class _Draft:
 
 
 def _most_that_helps(graph: TensorGraph, kernels: Sequence[Opaque]) -> Pool:
+    """The chunk buffers that help, if there is memory for them."""
     if not any(kernel.block_nbytes for kernel in kernels):
         return COPYING
     files = (read.file for expr in walk(graph.outputs) for read in reads_of(expr))
