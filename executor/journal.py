@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 
 from executor.checksums import MODULUS
 from executor.errors import RunError
-from executor.files import sync, write_all, write_file
+from executor.files import sync, write_all
 from planner.plan import FileSink
 
 NAME = "journal"
@@ -104,6 +104,7 @@ class Journal:
         self._position = 0
         self._is_lost = False
         self._dropped: list[tuple[str, int]] = []  # results, and where the journal ended when it said so
+        self._unsynced: set[str] = set()  # results that may not be on the disk
         self.finished = Finished()
         if directory is None:
             return
@@ -111,6 +112,7 @@ class Journal:
         for line in lines:
             self.finished.add(line)
         self._drop_damaged_results(directory)
+        self._unsynced |= self.finished.results.keys()
         with _failing(directory / NAME):
             self._fd = self._rewritten(directory, identity or {}, lines, safe)
             # Those that an earlier run had no time to remove.
@@ -149,10 +151,9 @@ class Journal:
             for content in list(self.finished.streams):
                 del self.finished.streams[content]
                 self._append({"forgotten": [content.shard, content.offset]})
-            # Without this mark, what was forgotten would count again after a restart of the machine. It says nothing
-            # that is not true: nothing written counts any more, and saved results are on the disk before their line.
-            self._append({"safe": self._position})
-        self._sync()
+        # Without this mark, what was forgotten would count again after a restart of the machine. It says nothing that
+        # is not true: nothing written counts any more.
+        self.mark_safe(self._position)
 
     def add_chunk(self, content: FileSink, first: int, numel: int, checksum: int, sinks: Iterable[FileSink]) -> None:
         """Elements `first` to `first + numel` of the stream known as `content` are written to all of `sinks`."""
@@ -168,13 +169,15 @@ class Journal:
             )
 
     def mark_safe(self, position: int) -> None:
-        """Everything that the journal said up to `position` is on the disk."""
+        """What the journal says up to `position` is on the disk, but for saved results, which are put there now."""
+        with self._lock:
+            gone = {key for key, end in self._dropped if end <= position}
+            self._dropped = [(key, end) for key, end in self._dropped if end > position]
+            saved, self._unsynced = self._unsynced - gone, set()
+        self._sync_results(saved)
         with self._lock:
             self._append({"safe": position})
         self._sync()
-        with self._lock:
-            gone = [key for key, end in self._dropped if end <= position]
-            self._dropped = [(key, end) for key, end in self._dropped if end > position]
         for key in gone:
             with suppress(OSError):
                 self._result(key).unlink()
@@ -189,15 +192,20 @@ class Journal:
     # ------------------------------------------------------------------------------------------------ kernels' results
 
     def save_result(self, key: str, memory: memoryview) -> None:
-        """Save a kernel's result, under a name that the plan gives it."""
+        """Save a kernel's result, under a name that the plan gives it.
+
+        It is put on the disk when it is to count after a restart: see `mark_safe`. Who waited for that here would wait
+        for all that the disk has been given before.
+        """
         if self._directory is None:
             return
         path = self._result(key)
         with _failing(path):
             path.parent.mkdir(exist_ok=True)
-            write_file(path, memory)
+            path.write_bytes(memory)
         with self._lock:
             self._dropped = [(other, end) for other, end in self._dropped if other != key]
+            self._unsynced.add(key)
             self.finished.results[key] = xxh3_64_intdigest(memory)
             self._append({"result": key, "checksum": self.finished.results[key]})
 
@@ -228,6 +236,14 @@ class Journal:
                 intact = False
             if not intact:
                 del self.finished.results[key]
+
+    def _sync_results(self, keys: Iterable[str]) -> None:
+        """Wait until these results, and their names, are on the disk."""
+        paths = [self._result(key) for key in keys]
+        names = paths[0].parents[:2] if paths else ()
+        for path in (*paths, *names):
+            with _failing(path):
+                sync(path)
 
     def _result(self, key: str) -> Path:
         assert self._directory is not None

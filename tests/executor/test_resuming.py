@@ -21,7 +21,7 @@ from executor.journal import Journal
 from executor.local import LocalFile
 from executor.reader import SourceReader
 from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, mean, rows, scale
-from planner.plan import BufferRoot, FileSink, Plan, StreamStep
+from planner.plan import BufferRoot, Plan, StreamStep
 
 KERNELS = {"column_sums": column_sums}
 
@@ -212,18 +212,6 @@ def test_a_result_is_kept_until_what_is_made_of_it_is_written(
     assert digest(tmp_path / "place" / "model") == whole[0]
 
 
-def test_results_that_an_earlier_run_had_no_time_to_remove_are_removed(tmp_path: Path) -> None:
-    kept = Journal(tmp_path, {})
-    for name in ("first", "second"):
-        kept.save_result(name, memoryview(bytes(100)))
-    kept.drop_result("first")
-    kept.close()
-    again = Journal(tmp_path, {})
-    again.mark_safe(again.position)
-    again.close()
-    assert [file.name for file in (tmp_path / journal.RESULTS).iterdir()] == ["second"]
-
-
 def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
     reads: dict[str, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,31 +266,6 @@ def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
     assert digest(tmp_path / "synced" / "model") == whole[0]
 
 
-def test_a_result_stands_until_that_of_the_next_kernel_is_sure_to_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = (memoryview(bytes([number] * 100)) for number in (1, 2))
-    kept = Journal(tmp_path, {})
-    kept.save_result("first", first)
-    synced = kept.position
-    kept.save_result("second", second)
-    kept.drop_result("first")
-    kept.mark_safe(synced)
-    kept.close()
-    with monkeypatch.context() as restarted:
-        restarted.setattr(journal, "_machine_start", lambda: "another start")
-        again = Journal(tmp_path, {})
-    assert list(again.finished.results) == ["first"]
-    found = memoryview(bytearray(100))
-    again.load_result("first", found)
-    assert found == first
-    again.save_result("second", second)
-    again.drop_result("first")
-    again.mark_safe(again.position)
-    again.close()
-    assert [file.name for file in (tmp_path / journal.RESULTS).iterdir()] == ["second"]
-
-
 def test_what_could_not_be_synced_does_not_count(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,14 +283,6 @@ def test_what_could_not_be_synced_does_not_count(
     monkeypatch.undo()
     assert "resumed" not in go_on(plan, place).nbytes_by_path
     assert digest(place / "model") == whole[0]
-
-
-def test_what_is_noted_after_a_failure_to_sync_does_not_count_either(tmp_path: Path) -> None:
-    kept = Journal(tmp_path, {})
-    kept.distrust()
-    kept.add_chunk(FileSink(0, 8), 0, 4, 1, [FileSink(0, 8)])
-    kept.close()
-    assert Journal(tmp_path, {}).is_empty
 
 
 def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes(
