@@ -13,8 +13,9 @@ from moeplan.architectures.mixtral import MIXTRAL
 from moeplan.architectures.qwen2_moe import QWEN2_MOE
 from moeplan.architectures.qwen3_moe import QWEN3_MOE
 from moeplan.checkpoint import Checkpoint, CheckpointError
-from moeplan.config import PROMPTLESS, ConfigError, MergeConfig
+from moeplan.config import PROMPTLESS, MergeConfig
 from moeplan.untrusted_json import show
+from moeplan.yaml_file import ConfigError
 
 FAMILIES: tuple[Family, ...] = (MIXTRAL, DEEPSEEK, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE_SHARED)
 """In order of preference where several fit, which is mergekit's, so that the same YAML gives the same family."""

@@ -19,10 +19,11 @@ from hostile.corpus import CASES, make_merge, safetensors_bytes, scalars
 
 from moeplan.architectures import as_dense_model, choose
 from moeplan.checkpoint import CONFIG, INDEX, WEIGHTS, CheckpointError, open_checkpoint
-from moeplan.config import ConfigError, load_config
+from moeplan.config import load_config
 from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.prompts import BOS_FILES, bos_token
 from moeplan.safetensors_header import LENGTH_NBYTES
+from moeplan.yaml_file import ConfigError
 
 Target = Callable[[bytes], None]
 

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moeplan.config import ConfigError, Expert, MergeConfig, load_config
+from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
+from moeplan.yaml_file import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import CheckpointError, open_checkpoint
-from moeplan.config import ConfigError, Expert
+from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
 from moeplan.gates import ridge as ridge_mode
 from moeplan.gates.prompts import Prompts, folds, kept, tokenize
 from moeplan.gates.samples import TOKENS, samples
+from moeplan.yaml_file import ConfigError
 
 FEW = [
     {"positive_prompts": ["Where does it hurt?", "Say ah", "Since when?"]},
