@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
-from rich.text import Text
 
 import moeplan
-from executor.errors import RunError
-from moeplan import interruption, mergekit_flags, report
-from moeplan.errors import MoeplanWarning, UserError
+from moeplan import mergekit_flags
+from moeplan.errors import UserError
 from moeplan.help import GroupedHelp
 from moeplan.options import Options
-from moeplan.progress import ProgressBar, ProgressLines, progress_on
 from moeplan.staging import GOES_ON
-
-if TYPE_CHECKING:
-    from executor.engine import Progress
-    from moeplan.verification import Verification
-
-INTERRUPTED = "interrupted"
+from moeplan.telling import INTERRUPTED, Teller, told
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 verify_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -222,8 +206,8 @@ def command(
     """
     if out is None and not plan:
         raise typer.BadParameter("give a directory for the merged model, or --plan", param_hint="OUT")
-    teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
-    with _told(teller, verbose, INTERRUPTED if plan else f"{INTERRUPTED}; {GOES_ON}"):
+    teller = Teller(as_json=as_json, quiet=quiet, verbose=verbose)
+    with told(teller, verbose, INTERRUPTED if plan else f"{INTERRUPTED}; {GOES_ON}"):
         _refuse_a_late_word(config)
         for note in mergekit_flags.notes(context.params):
             teller.note(note)
@@ -274,8 +258,8 @@ def verify_command(
     """
     from moeplan.verification import verify  # here, because it takes numpy, which plans do without
 
-    teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
-    with _told(teller, verbose):
+    teller = Teller(as_json=as_json, quiet=quiet, verbose=verbose)
+    with told(teller, verbose):
         found = verify(out, teller.start, teller.checked)
         teller.verification(out, found)
         if found.wrong or found.unknown:
@@ -322,8 +306,8 @@ def routes_command(
     from moeplan.routes.page import check_installed, check_place, page
     from moeplan.routes.subject import routes_of
 
-    teller = _Teller(as_json=as_json, quiet=quiet, verbose=verbose)
-    with _told(teller, verbose):
+    teller = Teller(as_json=as_json, quiet=quiet, verbose=verbose)
+    with told(teller, verbose):
         if html is not None:
             check_installed()
             check_place(html)
@@ -342,158 +326,6 @@ def routes_command(
         teller.routes(data)
         if html is not None:
             html.write_text(page(data), encoding="utf-8")
-
-
-class _Teller:
-    """Says what happens: reports on standard output, everything else on standard error."""
-
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-        self._as_json = as_json
-        self._quiet = quiet
-        self._verbose = verbose
-        self._data: dict[str, Any] = {"warnings": []}
-        self._messages, self._report = _console(sys.stderr), _console(sys.stdout)
-        self._progress: ProgressBar | ProgressLines | None = None
-
-    def plan(self, merge_plan: moeplan.MergePlan, out: Path | None) -> None:
-        data = report.plan_data(merge_plan, out)
-        self._tell("plan", data, lambda data: report.plan_view(data, with_files=self._verbose))
-
-    def result(self, result: moeplan.MergeResult, config: Path) -> None:
-        self.stop()
-        self._tell(
-            "result", report.result_data(result), lambda data: report.result_view(data, self._routable(result, config))
-        )
-
-    def _routable(self, result: moeplan.MergeResult, config: Path) -> Path:
-        """What `moeplan routes` is to be given: the model, or, where that cannot be loaded here, `config`."""
-        from moeplan.routes.after import fits  # here, so that a plan does without
-
-        loads = self._data["plan"]["readers"] is None and fits(result.run.written_nbytes)
-        return result.path if loads else config
-
-    def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
-        self._data[what] = data
-        if not self._as_json and not self._quiet:
-            with _writing_to_stdout():
-                self._report.print(view(data))
-
-    def warn_of_too_little_space(self) -> None:
-        message = report.space_warning(self._data["plan"])
-        if message:
-            warnings.warn(message, MoeplanWarning, stacklevel=2)
-
-    def verification(self, out: Path, found: Verification) -> None:
-        self.stop()
-        for what, lines in (("wrong: ", found.wrong), ("unknown: ", found.unknown)):
-            for line in lines:
-                self._messages.print(Text.assemble((what, "red"), report.printable(line)))
-        self._tell("verification", report.verification_data(out, found), report.verification_view)
-
-    def routes(self, data: dict[str, Any]) -> None:
-        from moeplan.routes.view import routes_view
-
-        self.stop()
-        self._tell("routes", data, routes_view)
-
-    def checked(self, nbytes: int) -> None:
-        """How much of a finished model was read again."""
-        if self._progress is not None:
-            from executor.engine import Progress
-
-            self._progress.show(Progress(nbytes, nbytes, "verifying"))
-
-    def start(self, total_nbytes: int) -> None:
-        if not self._quiet:
-            self._progress = progress_on(self._messages, total_nbytes)
-
-    def progress(self, state: Progress) -> None:
-        if self._progress is not None:
-            self._progress.show(state)
-
-    def stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def warning(self, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        """Stands in for `warnings.showwarning`."""
-        if issubclass(category, MoeplanWarning):
-            self._data["warnings"].append(str(message))
-            if not self._quiet:
-                self._messages.print(Text.assemble(("warning: ", "yellow"), report.printable(str(message))))
-
-    def note(self, message: str) -> None:
-        """Something that does not matter to the result."""
-        if not self._quiet:
-            self._messages.print(Text.assemble(("note: ", "dim"), report.printable(message)))
-
-    def error(self, message: str) -> None:
-        self.stop()
-        self._messages.print(Text.assemble(("error: ", "red"), report.printable(message)))
-
-    def finish(self) -> None:
-        if self._as_json:
-            with _writing_to_stdout():
-                print(json.dumps(self._data, indent=2))
-
-
-def _console(stream: TextIO) -> Console:
-    """`stream`, for text that is to be shown as it is. Only what a terminal shows is folded at an edge."""
-    width = None if stream.isatty() else 10_000
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
-
-
-@contextmanager
-def _writing_to_stdout() -> Iterator[None]:
-    """Raises RunError where standard output takes no more; ends the program where it is a pipe that nobody reads."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        # Python would try to write the rest when it exits, and complain with a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise typer.Exit(1) from error
-        raise RunError(f"standard output: {error.strerror}") from error
-
-
-@contextmanager
-def _told(teller: _Teller, verbose: bool, interrupted: str = INTERRUPTED) -> Iterator[None]:
-    """Turn what is raised within into a message and an exit status.
-
-    `interrupted` is the message where Ctrl-C ends the process before what is within can say more.
-    """
-    try:
-        with interruption.in_order(interrupted), warnings.catch_warnings():
-            warnings.simplefilter("always", MoeplanWarning)
-            warnings.showwarning = teller.warning
-            yield
-        teller.finish()
-    except typer.Exit:
-        teller.stop()
-        raise
-    except (KeyboardInterrupt, Exception) as error:
-        teller.stop()
-        if verbose:
-            traceback.print_exc()
-        message, status = _explained(error)
-        teller.error("; ".join([message, *getattr(error, "__notes__", ())]))
-        raise typer.Exit(status) from error
-
-
-def _explained(error: BaseException) -> tuple[str, int]:
-    match error:
-        case UserError():
-            return str(error), error.exit_status
-        case KeyboardInterrupt():
-            return INTERRUPTED, interruption.STATUS
-        case MemoryError():
-            return "the machine has no memory left; give a smaller --max-memory", 1
-        case OSError():
-            return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 1
-        case _:
-            return f"{type(error).__name__}: {error} (a bug in moeplan: please report it with what -v shows)", 1
 
 
 def run(args: list[str]) -> None:
