@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeplan.config import Expert, MergeConfig, load_config
     from moeplan.errors import MoeplanWarning, UserError
-    from moeplan.merging import MergePlan, MergeResult, merge, plan
+    from moeplan.merging import MergeResult, merge
     from moeplan.options import Options
+    from moeplan.planning import MergePlan, plan
 else:
     _MODULES = {
         "moeplan.config": ("Expert", "MergeConfig", "load_config"),
         "moeplan.errors": ("MoeplanWarning", "UserError"),
-        "moeplan.merging": ("MergePlan", "MergeResult", "merge", "plan"),
+        "moeplan.merging": ("MergeResult", "merge"),
         "moeplan.options": ("Options",),
+        "moeplan.planning": ("MergePlan", "plan"),
     }
 
     def __getattr__(name: str) -> Any:

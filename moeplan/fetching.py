@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from executor.engine import Progress
-    from moeplan.merging import MergePlan
+    from moeplan.planning import MergePlan
 
 FAST_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """What prompts are read with, where the first is there."""

@@ -27,7 +27,7 @@ from moeplan.options import DECISIVE, EVALUATION, flag
 from moeplan.wording import runs
 
 if TYPE_CHECKING:
-    from moeplan.merging import MergePlan
+    from moeplan.planning import MergePlan
 
 CARD = "README.md"
 CONFIG_COPY = "moeplan_config.yml"

@@ -24,7 +24,7 @@ from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
 
 if TYPE_CHECKING:
-    from moeplan.merging import MergePlan
+    from moeplan.planning import MergePlan
 
 RECORD = "moeplan.json"
 FORMAT = 1

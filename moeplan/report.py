@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplan.memory import ESTIMATE, MIB
-from moeplan.merging import MergePlan, MergeResult
+from moeplan.merging import MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
+from moeplan.planning import MergePlan
 from moeplan.routing import RouterFacts
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink, KernelStep, Plan, StreamStep

@@ -20,8 +20,8 @@ from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates import GateRequest
 from moeplan.gates.prompts import Prompts, tokenize
 from moeplan.memory import MIB, limit_nbytes
-from moeplan.merging import naming_prompts
 from moeplan.model_card import CONFIG_COPY
+from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
 from moeplan.output import CONFIG
 from moeplan.routes.statistics import Layer, Routes, Text, routes

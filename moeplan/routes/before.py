@@ -17,7 +17,7 @@ from moeplan.gates.evaluation import IMPORTS
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
 from moeplan.hub import Hub
 from moeplan.memory import compile_within, memory_cap, runtime_is_known
-from moeplan.merging import naming_prompts, open_models
+from moeplan.opening import naming_prompts, open_models
 from moeplan.options import Options
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from planner.graph import TensorGraph

@@ -18,7 +18,7 @@ from huggingface_hub import constants, file_download
 import moeplan as api
 from executor import remote
 from executor.engine import Progress
-from moeplan import merging
+from moeplan import planning
 from moeplan.checkpoint import open_checkpoint
 from moeplan.staging import PARTIAL
 from planner.schedule import COPYING
@@ -128,7 +128,7 @@ def test_a_plan_counts_the_disk_that_downloads_take_where_the_output_will_be(
         needed = {each["disk"]["needed_nbytes"] - each["hub"]["download_nbytes"] for each in (downloading, streaming)}
         assert len(needed) == 1
         assert downloading["hub"]["download_nbytes"] > streaming["hub"]["download_nbytes"] + 10**6
-    monkeypatch.setattr(merging, "on_one_disk", lambda first, second: False)
+    monkeypatch.setattr(planning, "on_one_disk", lambda first, second: False)
     elsewhere = data(config, tmp_path / "out", "--plan")["plan"]["disk"]["needed_nbytes"]
     assert elsewhere == downloading["disk"]["needed_nbytes"] - downloading["hub"]["download_nbytes"]
 

@@ -60,11 +60,13 @@ def read(*args):
     del thing
 
 import moeplan.merging
+import moeplan.planning
 
-moeplan.merging.plan = moeplan.merging.merge = read
+moeplan.planning.plan = moeplan.merging.merge = read
 """
 TURNED = """
 import moeplan.merging
+import moeplan.planning
 
 def plan(*args):
     try:
@@ -72,7 +74,7 @@ def plan(*args):
     except KeyboardInterrupt as error:
         raise ImportError("numpy._core.umath failed to import") from error
 
-moeplan.merging.plan = moeplan.merging.merge = plan
+moeplan.planning.plan = moeplan.merging.merge = plan
 """
 # ml_dtypes imports numpy from C, where it prints what is raised, and raises an error of its own instead.
 IN_AN_IMPORT_FROM_C = IN_AN_IMPORT.replace("torch", "numpy")

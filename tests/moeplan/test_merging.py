@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import moeplan as api
 from executor.engine import Progress
 from executor.errors import RunError
-from moeplan import merging, record
+from moeplan import merging, planning, record
 from moeplan.gates import evaluation
 from moeplan.memory import MemoryCap
 
@@ -565,9 +565,9 @@ def test_what_an_interrupted_progress_display_raises_is_raised_with_a_note(model
 
 def test_a_plan_that_is_made_again_says_nothing_twice(models, configure, tmp_path, monkeypatch):
     """Where nobody knows what torch takes here, and it seems too much, a merge imports it, looks, and plans anew."""
-    cap = merging.memory_cap
+    cap = planning.memory_cap
     caps = iter([MemoryCap(1, 2, ("torch",))])
-    monkeypatch.setattr(merging, "memory_cap", lambda *args: next(caps, None) or cap(*args))
+    monkeypatch.setattr(planning, "memory_cap", lambda *args: next(caps, None) or cap(*args))
     monkeypatch.setattr(merging, "runtime_is_known", lambda: False)
     config, options = configure(models[0], [*models, models[1]])
     with pytest.warns(api.MoeplanWarning) as said:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moeplan import merging
+from moeplan import planning
 from moeplan.memory import CapError, MemoryCap
 from planner.plan import KernelStep
 
@@ -22,7 +22,7 @@ def within(monkeypatch, plan, merge) -> Callable[..., Path]:
         def cap(_: Any, packages: tuple[str, ...]) -> MemoryCap:
             return MemoryCap(budget, 0, packages)
 
-        monkeypatch.setattr(merging, "memory_cap", cap)
+        monkeypatch.setattr(planning, "memory_cap", cap)
         if budget is None:
             budget = 1
             with pytest.raises(CapError) as refused:

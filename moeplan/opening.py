@@ -1,0 +1,131 @@
+"""Opening the models of a merge: what is wrong with one is told with the line that names it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from moeplan import architectures, gates, lowering
+from moeplan.adapter import CONFIG as ADAPTER_CONFIG
+from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.family import Family
+from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
+from moeplan.config import MergeConfig
+from moeplan.errors import MoeplanWarning
+from moeplan.fetching import fetch_tokenizer
+from moeplan.gates.prompts import PromptError
+from moeplan.hub import Hub
+from moeplan.lowering import Sources
+from moeplan.model_config import DTYPE_NAMES, stored_dtype
+from moeplan.model_ref import ModelRef, parse_model_ref
+from moeplan.options import Options
+from planner.expr import DType
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a merge, opened, and what they can be merged as: the families that fit, best first."""
+
+    sources: Sources
+    families: tuple[Family, ...]
+
+    def dtype(self, config: MergeConfig) -> DType:
+        """What the output is stored as: the base's own, where the config does not say."""
+        return next((d for d, name in DTYPE_NAMES.items() if name == config.dtype), None) or stored_dtype(
+            self.sources.base
+        )
+
+    def gate_request(self, config: MergeConfig, options: Options, texts: tuple[str, ...] = ()) -> gates.GateRequest:
+        """What the routers are made for and of; `texts` are evaluated beside that. All by the CPU."""
+        shared = self.families[0].shared
+        is_gated = shared is not None and shared.gate is not None
+        return gates.GateRequest(
+            mode=config.gate_mode,
+            base=self.sources.base,
+            experts=config.experts,
+            shared=config.shared_experts if is_gated else (),
+            models=self.sources.experts + (self.sources.shared if is_gated else ()),
+            ridge=config.ridge,
+            gate_tokens=config.gate_tokens,
+            seed=options.random_seed,
+            bits=options.bits,
+            trust_remote_code=options.trust_remote_code,
+            averaged=lowering.averaged(config, self.sources, self.dtype(config)),
+            texts=texts,
+        )
+
+
+def open_models(config: MergeConfig, options: Options, hub: Hub, *, reads_text: bool) -> Models:
+    """Open the models that `config` names: their configs and headers, and the tokenizer of a base on the Hub where it
+    `reads_text`. Raises UserError for what cannot be opened or merged."""
+    sources = _open_sources(config, hub)
+    families = architectures.choose(config, [model for _, model in sources.named()])
+    lowering.check_fit(config, families[0], sources)
+    snapshot = hub.snapshot(sources.base.checkpoint.path)
+    if snapshot is not None and reads_text:
+        with _naming(config, "base_model"):
+            fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
+    return Models(sources, tuple(families))
+
+
+def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
+    """Open each distinct source once."""
+    opened: dict[ModelRef, DenseModel] = {}
+
+    def open_once(reference: ModelRef) -> DenseModel:
+        if reference not in opened:
+            if reference.adapter is None:
+                opened[reference] = architectures.as_dense_model(open_checkpoint(hub.place(reference.model)))
+            else:
+                adapter = hub.place(reference.adapter, ADAPTER_CONFIG)
+                opened[reference] = open_once(ModelRef(reference.model)).with_adapter(adapter)
+        return opened[reference]
+
+    def model(reference: str, *path: str | int) -> DenseModel:
+        ref = parse_model_ref(reference)
+        is_new = ref not in opened
+        with _naming(config, *path):
+            source = open_once(ref)
+        if source.adapter is not None and not source.adapter.reads and is_new:
+            warnings.warn(
+                f"{config.where(*path)}: {ref.adapter} changes no MLP, which is all that an expert gives, so this one "
+                f"is {ref.model} as it is",
+                MoeplanWarning,
+                stacklevel=2,
+            )
+        return source
+
+    base = parse_model_ref(config.base_model)
+    if base.adapter is not None:
+        raise CheckpointError(
+            f"{config.where('base_model')}: {base}: only experts can have an adapter on them; {MERGE_ADAPTER}"
+        )
+    return Sources(
+        base=model(config.base_model, "base_model"),
+        experts=tuple(model(e.source_model, "experts", i, "source_model") for i, e in enumerate(config.experts)),
+        shared=tuple(
+            model(e.source_model, "shared_experts", i, "source_model") for i, e in enumerate(config.shared_experts)
+        ),
+    )
+
+
+@contextmanager
+def _naming(config: MergeConfig, *path: str | int) -> Iterator[None]:
+    """Within, a CheckpointError names the line in the config of what it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{config.where(*path)}: {error}") from error
+
+
+@contextmanager
+def naming_prompts(config: MergeConfig) -> Iterator[None]:
+    """Within, a PromptError becomes a CheckpointError that names the prompt's line in the config."""
+    try:
+        yield
+    except PromptError as error:
+        number, *place = error.place
+        role, number = ("experts", number) if number < len(config.experts) else ("shared_experts", 0)
+        raise CheckpointError(f"{config.where(role, number, *place)}: {error}") from error

@@ -1,0 +1,240 @@
+"""Planning a merge: from a config to a plan, and to what that takes of memory and disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from executor.routing import physical_nbytes
+from moeplan import gates
+from moeplan.architectures.family import Family
+from moeplan.config import PROMPTLESS, MergeConfig
+from moeplan.errors import MoeplanWarning
+from moeplan.fetching import files_to_fetch
+from moeplan.gates.device import CPU, Device, evaluating
+from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
+from moeplan.lowering import Lowering, Sources
+from moeplan.memory import MemoryCap, compile_within, memory_cap
+from moeplan.model_card import Source, sources_of, warn_of_licences
+from moeplan.model_config import model_config
+from moeplan.opening import naming_prompts, open_models
+from moeplan.options import OptionError, Options, shard_nbytes
+from moeplan.output import OutputError, existing, on_one_disk, tokenizer_files
+from moeplan.staging import check_output, unfinished_nbytes
+from planner.expr import DType, RemoteFile
+from planner.plan import Plan
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that could be run: what `moeplan.merge` would do, and what `--plan` prints."""
+
+    config: MergeConfig
+    family: Family
+    alternatives: tuple[Family, ...]
+    """Other families that would fit, too."""
+
+    layout: str
+    """How the experts are laid out: a key of `family.layouts`."""
+
+    sources: Sources
+    merged: tuple[Source, ...]
+    """The models and adapters, as the model card names them."""
+
+    dtype: DType
+    device: Device
+    """Where the base is evaluated."""
+
+    model_config: dict[str, Any]
+    copied: tuple[Path, ...]
+    """Files of the base that are copied as they are."""
+
+    missing: Mapping[str, int]
+    """Files of the base that will be copied, too, with their sizes, but must be fetched from the Hub before."""
+
+    hub: Hub
+    plan: Plan
+    memory: MemoryCap
+    options: Options
+
+    @property
+    def disk_nbytes(self) -> int:
+        """The size of the output."""
+        return self.plan.written_nbytes + sum(file.stat().st_size for file in self.copied) + sum(self.missing.values())
+
+    @property
+    def remote_files(self) -> list[RemoteFile]:
+        """The files of weights that are read, and are on the Hub alone."""
+        return [source for source in self.plan.sources if isinstance(source, RemoteFile)]
+
+    @property
+    def download_nbytes(self) -> int:
+        """The size of what will be downloaded into the cache before anything is written."""
+        return sum(file.nbytes for file in self.downloads) + sum(self.missing.values())
+
+    @property
+    def downloads(self) -> list[RemoteFile]:
+        """The files of weights that will be downloaded into the cache before anything is written."""
+        return [] if self.options.stream else self.remote_files
+
+    @property
+    def downloads_at_once(self) -> int:
+        """How many of them: as many as help and fit the memory, which is one at the least."""
+        fit = max(1, self.memory.budget_nbytes // DOWNLOAD_NBYTES)
+        return min(DOWNLOADS_AT_ONCE, fit, len(self.downloads))
+
+    @property
+    def moved_nbytes(self) -> int:
+        """What progress is measured by: bytes downloaded and bytes written."""
+        return self.download_nbytes + self.plan.written_nbytes
+
+    def needed_nbytes(self, out: Path | None) -> int:
+        """The space that the merge will yet take on the disk of `out`, or, where that is None, of this directory.
+
+        That is the output's, less what can be shared in `out` and what an unfinished merge has written there; and that
+        of downloads, where the cache is on the same disk.
+        """
+        here = existing(out or Path())
+        beside = on_one_disk(self.hub.cache, here)
+        nbytes = self.disk_nbytes
+        if out is not None and not self.options.clone_tensors:
+            downloaded = beside and not self.options.stream
+            nbytes += physical_nbytes(self.plan, here, downloaded_beside=downloaded) - self.plan.written_nbytes
+        if out is not None:
+            nbytes = max(0, nbytes - unfinished_nbytes(out))
+        return nbytes + (self.download_nbytes if beside else 0)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """The forecast of the process's peak resident set."""
+        return self.memory.process_nbytes + self.buffers_nbytes
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """What of that is the run's buffers, or what downloads take before it."""
+        return max(self.plan.peak_nbytes, self.downloads_at_once * DOWNLOAD_NBYTES)
+
+
+def plan(config: MergeConfig, out: str | Path | None = None, options: Options | None = None) -> MergePlan:
+    """Plan a merge. Reads configs and headers, writes nothing, imports neither torch nor transformers.
+
+    Of models on the Hub that are not in the cache, it fetches the small files into the cache and reads the headers.
+
+    Raises UserError for sources that do not fit each other or the family, for an `out` that is in use, for options that
+    cannot be understood, and for a memory cap that is too small. Warns with MoeplanWarning.
+    """
+    options = options or Options()
+    return plan_with(Hub(options.transformers_cache), config, out, options)
+
+
+def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Options) -> MergePlan:
+    """`plan`, with what `hub` has found out so far."""
+    if out is not None:
+        check_output(Path(out), overwrite=options.overwrite)
+    models = open_models(config, options, hub, reads_text=config.gate_mode not in PROMPTLESS)
+    sources, family = models.sources, models.families[0]
+    if out is not None:
+        _refuse_to_replace_a_source(Path(out), sources)
+    dtype = models.dtype(config)
+    count = len(config.experts)
+    if count & (count - 1):
+        warnings.warn(
+            f"{config.where('experts')}: {count} is no power of two, which older versions of llama.cpp cannot read",
+            MoeplanWarning,
+            stacklevel=2,
+        )
+    _warn_of_readers(config, family, models.families[1:])
+    mode = gates.gate_mode(config.gate_mode)
+    request = models.gate_request(config, options)
+    with naming_prompts(config):
+        if mode.evaluates:
+            device, routers = evaluating(options, lambda device: mode.routers(replace(request, device=device)))
+        else:
+            device, routers = CPU, mode.routers(request)
+    graph = Lowering(
+        config=config,
+        family=family,
+        sources=sources,
+        routers=routers,
+        dtype=dtype,
+        layout=_layout(family, options.expert_layout),
+        seed=options.random_seed,
+        averaged=request.averaged,
+    ).graph()
+    merged = sources_of(config, [model.directories for _, model in sources.named()])
+    if options.write_model_card:
+        warn_of_licences(merged)
+    cap = memory_cap(options.max_memory, _packages(mode, sources, options))
+    downloading = 0 if options.stream or not hub.holds_weights else DOWNLOAD_NBYTES
+    shard_limit = shard_nbytes(options.out_shard_size, dtype.itemsize)
+    snapshot = hub.snapshot(sources.base.checkpoint.path)
+    merge_plan = MergePlan(
+        config=config,
+        family=family,
+        alternatives=models.families[1:],
+        layout=_layout(family, options.expert_layout),
+        sources=sources,
+        merged=merged,
+        dtype=dtype,
+        device=device,
+        model_config=model_config(
+            family,
+            sources.base,
+            num_experts=count,
+            with_shared=bool(config.shared_experts),
+            experts_per_token=config.experts_per_token,
+            dtype=dtype,
+        ),
+        copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
+        missing=files_to_fetch(snapshot) if snapshot is not None and options.copy_tokenizer else {},
+        hub=hub,
+        plan=compile_within(cap, graph, shard_limit, options.threads, least_nbytes=downloading),
+        memory=cap,
+        options=options,
+    )
+    if merge_plan.downloads:
+        hub.check_downloadable(merge_plan.downloads)
+    return merge_plan
+
+
+def plan_again(hub: Hub, config: MergeConfig, out: str | Path, options: Options) -> MergePlan:
+    """Plan the same again, at the same commits, without saying again what there was to say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoeplanWarning)
+        return plan_with(hub.anew(), config, out, options)
+
+
+def _packages(mode: gates.GateMode, sources: Sources, options: Options) -> tuple[str, ...]:
+    """The heavy packages that the merge will use: those of its gates, and torch to multiply the factors of adapters."""
+    modules = mode.modules(options.bits)
+    adapted = any(model.adapter is not None for _, model in sources.named())
+    return ("torch", *modules) if adapted and not modules else modules
+
+
+def _layout(family: Family, asked: str | None) -> str:
+    """The expert layout to write. Raises OptionError for one that `family` does not have."""
+    if asked is None:
+        return next(iter(family.layouts))
+    if asked not in family.layouts:
+        raise OptionError(f"--expert-layout: {family.name} has no layout {asked!r}; it has {', '.join(family.layouts)}")
+    return asked
+
+
+def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
+    for _, model in sources.named():
+        if out.resolve() in (directory.resolve() for directory in model.directories):
+            raise OutputError(f"{out}: is a source of this merge; give another directory")
+
+
+def _warn_of_readers(config: MergeConfig, family: Family, alternatives: tuple[Family, ...]) -> None:
+    if family.readers is not None:
+        others = "".join(f"; `architecture: {other.name}` would fit, too" for other in alternatives)
+        warnings.warn(
+            f"{config.where('architecture')}: transformers 5 cannot load a {family.name} model: use {family.readers}"
+            f"{others}",
+            MoeplanWarning,
+            stacklevel=3,
+        )
