@@ -41,7 +41,7 @@ class Durability:
         position = self._journal.position
         try:
             self._writer.sync()
-            self._journal.mark_safe(position)
         except RunError:
             self._journal.distrust()
             raise
+        self._journal.mark_safe(position)

@@ -1,4 +1,4 @@
-"""Whole files, written durably: a name that is there after a power cut has its content."""
+"""Whole files, and when they are on the disk: a name that is there after a power cut has its content."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import BinaryIO
 BLOCK_NBYTES = 1 << 20
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` into the file `path`, and wait until it is on the disk. Raises OSError."""
+def write_file(path: Path, data: bytes | memoryview, *, wait: bool = True) -> None:
+    """Put `data` into the file `path`, and `wait` until it is on the disk. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         write_all(fd, data, 0)
-        os.fsync(fd)
+        if wait:
+            os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 
 from executor.checksums import MODULUS
 from executor.errors import RunError
-from executor.files import sync, write_all
+from executor.files import sync, write_all, write_file
 from planner.plan import FileSink
 
 NAME = "journal"
@@ -103,7 +103,7 @@ class Journal:
         self._fd: int | None = None
         self._position = 0
         self._is_lost = False
-        self._dropped: list[tuple[str, int]] = []  # results, and where the journal ended when it said so
+        self._dropped: dict[str, int] = {}  # results, and where the journal ended when it said so
         self._unsynced: set[str] = set()  # results that may not be on the disk
         self.finished = Finished()
         if directory is None:
@@ -117,7 +117,7 @@ class Journal:
             self._fd = self._rewritten(directory, identity or {}, lines, safe)
             # Those that an earlier run had no time to remove.
             left = {path.name for path in (directory / RESULTS).glob("*")} - self.finished.results.keys()
-            self._dropped = [(key, self._position) for key in left]
+            self._dropped = dict.fromkeys(left, self._position)
 
     @property
     def is_empty(self) -> bool:
@@ -171,16 +171,17 @@ class Journal:
     def mark_safe(self, position: int) -> None:
         """What the journal says up to `position` is on the disk, but for saved results, which are put there now."""
         with self._lock:
-            gone = {key for key, end in self._dropped if end <= position}
-            self._dropped = [(key, end) for key, end in self._dropped if end > position]
+            gone = {key for key, end in self._dropped.items() if end <= position}
             saved, self._unsynced = self._unsynced - gone, set()
         self._sync_results(saved)
         with self._lock:
             self._append({"safe": position})
         self._sync()
-        for key in gone:
-            with suppress(OSError):
-                self._result(key).unlink()
+        with self._lock:  # since one of them may be saved again
+            for key in [key for key, end in self._dropped.items() if end <= position]:
+                del self._dropped[key]
+                with suppress(OSError):
+                    self._result(key).unlink()
 
     def distrust(self) -> None:
         """Syncing failed: nobody knows whether what was written since the last `mark_safe` is on the disk."""
@@ -200,11 +201,12 @@ class Journal:
         if self._directory is None:
             return
         path = self._result(key)
+        with self._lock:
+            self._dropped.pop(key, None)  # what an earlier run left of it is not to be removed any more
         with _failing(path):
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(memory)
+            write_file(path, memory, wait=False)
         with self._lock:
-            self._dropped = [(other, end) for other, end in self._dropped if other != key]
             self._unsynced.add(key)
             self.finished.results[key] = xxh3_64_intdigest(memory)
             self._append({"result": key, "checksum": self.finished.results[key]})
@@ -226,7 +228,7 @@ class Journal:
             return
         with self._lock:
             self._append({"dropped": key})
-            self._dropped.append((key, self._position))
+            self._dropped[key] = self._position
 
     def _drop_damaged_results(self, directory: Path) -> None:
         for key, expected in list(self.finished.results.items()):

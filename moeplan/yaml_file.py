@@ -1,7 +1,7 @@
 """A YAML file as plain data, and where each part of it stands.
 
 A config comes from anywhere, so reading one takes bounded time and memory and executes nothing: whatever the bytes
-of the file, `read_document` returns what it says or raises a `ConfigError` that names a line.
+of the file, `read_document` returns what it says or raises a `ConfigError` that names it, and the line if there is one.
 """
 
 from __future__ import annotations

@@ -80,22 +80,50 @@ def test_results_are_put_on_the_disk_when_they_are_to_count_after_a_restart(
     again.close()
 
 
-def test_a_result_that_could_not_be_synced_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_could_not_be_synced_fails_the_run_and_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync = os.fsync
 
     def failing(fd: int) -> None:
         if Path(f"/proc/self/fd/{fd}").readlink().parent.name == journal.RESULTS:
-            raise OSError(5, "Input/output error")
+            raise OSError(28, "No space left on device")
         fsync(fd)
 
     kept = Journal(tmp_path, {})
+    kept.add_chunk(FileSink(0, 8), 0, 4, 1, [FileSink(0, 8)])
     kept.save_result("first", memoryview(bytes(100)))
     with closing(ShardWriter(tmp_path, [])) as writer, ThreadPoolExecutor(1) as worker, monkeypatch.context() as broken:
         broken.setattr(os, "fsync", failing)
-        with pytest.raises(RunError, match=f"{journal.RESULTS}/first: Input/output error"):
+        with pytest.raises(RunError, match=f"{journal.RESULTS}/first: No space left on device"):
             Durability(writer, kept, worker).finish()
     kept.close()
-    assert Journal(tmp_path, {}).is_empty
+    again = Journal(tmp_path, {})
+    assert again.written(FileSink(0, 8), [FileSink(0, 8)]) == [(0, 4)]
+    again.close()
+
+
+def test_a_result_that_is_saved_again_meanwhile_is_not_removed_as_one_that_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Journal(tmp_path, {})
+    kept.save_result("first", memoryview(bytes(100)))
+    kept.close()
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    again = Journal(tmp_path, {})
+    assert not again.finished.results
+    fsync = os.fsync
+
+    def saving(fd: int) -> None:
+        fsync(fd)
+        if not again.finished.results:
+            again.save_result("first", memoryview(bytes(200)))
+
+    monkeypatch.setattr(os, "fsync", saving)
+    again.mark_safe(again.position)
+    again.mark_safe(again.position)
+    assert (tmp_path / journal.RESULTS / "first").read_bytes() == bytes(200)
+    again.close()
 
 
 def test_what_is_noted_after_a_failure_to_sync_does_not_count_either(tmp_path: Path) -> None:
