@@ -16,22 +16,23 @@ def main() -> None:
     """Run the command with the process's arguments. Raises SystemExit."""
     interruption.watch()
     gc.set_threshold(200_000)  # a plan is many objects and no garbage, and looking for it took a third of the time
-    atexit.register(gc.freeze)  # else Python goes through all of torch once more before it ends: a third of a second
     from moeplan.cli import run
 
     try:
         run(sys.argv[1:])
     except SystemExit as ended:
+        interruption.unwatch()
         if any(thread.daemon and thread.name != interruption.WATCHER for thread in threading.enumerate()):
             _leave(ended.code)
+        if "torch" in sys.modules:  # which Python would take apart first, for a tenth of a second and more
+            atexit._run_exitfuncs()
+            _leave(ended.code)
         raise
-    finally:
-        interruption.unwatch()
 
 
 def _leave(status: int | str | None) -> None:
-    """End the process as it is: a thread may still be loading a library, and Python's own end, which takes everything
-    down around it, can crash it."""
+    """End the process as it is, without Python's own end, which takes everything down: a thread may still be loading a
+    library, and that crashes there."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
