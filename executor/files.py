@@ -1,4 +1,4 @@
-"""Whole files, and when they are on the disk: a name that is there after a power cut has its content."""
+"""Whole files, and waiting for the disk: a name that is there after a power cut has the content that was waited for."""
 
 from __future__ import annotations
 

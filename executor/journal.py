@@ -112,7 +112,7 @@ class Journal:
         for line in lines:
             self.finished.add(line)
         self._drop_damaged_results(directory)
-        self._unsynced |= self.finished.results.keys()
+        self._unsynced.update(self.finished.results)
         with _failing(directory / NAME):
             self._fd = self._rewritten(directory, identity or {}, lines, safe)
             # Those that an earlier run had no time to remove.

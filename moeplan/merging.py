@@ -20,15 +20,7 @@ from moeplan.hub import Hub
 from moeplan.memory import CapError, memory_cap, runtime_is_known
 from moeplan.model_card import CARD, CONFIG_COPY, model_card
 from moeplan.options import Options
-from moeplan.output import (
-    CONFIG,
-    INDEX,
-    free_nbytes,
-    missing_code,
-    to_json,
-    tokenizer_files,
-    write_beside,
-)
+from moeplan.output import CONFIG, INDEX, free_nbytes, missing_code, to_json, tokenizer_files, write_beside
 from moeplan.planning import MergePlan, plan_again, plan_with
 from moeplan.record import RECORD, identity, record
 from moeplan.routing import RouterFacts, router_facts, stored_routers
