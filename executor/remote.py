@@ -275,10 +275,12 @@ class RemoteReader:
         proxy = proxy if "://" in proxy else f"http://{proxy}"
         try:
             at = urlsplit(proxy)
-            _, proxy_host, proxy_port = _origin(proxy, port=80)
+            proxy_scheme, proxy_host, proxy_port = _origin(proxy, port=80)
+            if proxy_scheme != "http":
+                raise ValueError("another protocol, such as SOCKS")
         except ValueError:  # it is not shown, since it may hold a password
             raise RunError(
-                f"{scheme}_proxy: what the environment names is no address of a proxy, such as http://host:8080; "
+                f"{scheme}_proxy: what the environment names is no address of an HTTP proxy, such as http://host:8080; "
                 "correct it, or unset it"
             ) from None
         login = {}

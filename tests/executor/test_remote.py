@@ -277,12 +277,23 @@ def test_a_proxy_that_the_environment_names_is_used(
 
 
 @pytest.mark.parametrize(
-    "proxy", ["http://user:word@host:none", "http://[x", "//host:99999", "http://a..b:80", "http://"]
+    "proxy",
+    [
+        "http://user:word@host:none",
+        "http://[x",
+        "//host:99999",
+        "http://a..b:80",
+        "http://",
+        "socks5://user:word@host:1080",
+        "https://user:word@host",
+    ],
 )
 def test_an_address_that_no_proxy_has_is_one_message_that_shows_no_password(
     proxy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", proxy)
-    with pytest.raises(RunError, match=r"^http_proxy: what the environment names is no address of a proxy") as refused:
+    with pytest.raises(
+        RunError, match=r"^http_proxy: what the environment names is no address of an HTTP proxy"
+    ) as refused:
         RemoteReader().read(RemoteFile("http://hub.invalid/x", "etag", 10), 0, 10)
     assert "word" not in str(refused.value)
