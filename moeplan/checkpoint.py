@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -141,16 +142,24 @@ class Tensors(Mapping[str, Read]):
 
     def __init__(self, files: Iterable[WeightsFile]) -> None:
         self._files = {name: file for file in files for name in file.places}
+        self._renamed: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Read:
         file = self._files[name]
-        return Read(file.source, *file.places[name])
+        return Read(file.source, *file.places[self._renamed.get(name, name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def renamed(self, stored: str, name: str) -> Tensors:
+        """These, but that the tensor that is `stored` by one name has another."""
+        tensors = copy(self)
+        tensors._files = {name if each == stored else each: file for each, file in self._files.items()}
+        tensors._renamed = {**self._renamed, name: stored}
+        return tensors
 
     def files(self) -> frozenset[Source]:
         """The files that hold them."""

@@ -65,6 +65,7 @@ class Recipe:
     dtype: str = "float32"
     max_shard_size: str = "1GB"
     extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def _old_rope(**scaling: Any) -> dict[str, Any]:
@@ -94,6 +95,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sharded": {"max_shard_size": "100KB"},
     "tied": {"config": {"tie_word_embeddings": True}},
+    "tied-head": {
+        "config": {"tie_word_embeddings": True},
+        "renamed": {"model.embed_tokens.weight": "lm_head.weight"},
+    },
     "f16": {"dtype": "float16"},
     "bf16": {"dtype": "bfloat16"},
     "gelu": {"config": {"hidden_act": "gelu"}},
@@ -200,9 +205,10 @@ def save_checkpoint(recipe: Recipe, path: Path, seed: int) -> None:
             if name.endswith("norm.weight"):
                 parameter += 1
     model.to(getattr(torch, recipe.dtype)).save_pretrained(path, max_shard_size=recipe.max_shard_size)
-    if recipe.extra_tensors:
+    if recipe.extra_tensors or recipe.renamed:
         file = path / "model.safetensors"
-        save_file({**load_file(file), **recipe.extra_tensors}, file, metadata={"format": "pt"})
+        saved = {recipe.renamed.get(name, name): tensor for name, tensor in load_file(file).items()}
+        save_file({**saved, **recipe.extra_tensors}, file, metadata={"format": "pt"})
     if recipe.terse:
         saved = json.loads((path / "config.json").read_text())
         kept = {key: saved[key] for key in ("architectures", "model_type")}

@@ -252,4 +252,8 @@ def dense_model(checkpoint: Checkpoint, family: DenseFamily) -> DenseModel:
         raise checkpoint.wrong_value("pad_token_id", f"below vocab_size, which is {sizes['vocab_size']:,}")
     sizes["q_size"] = sizes["num_attention_heads"] * sizes["head_dim"]
     sizes["kv_size"] = sizes["num_key_value_heads"] * sizes["head_dim"]
+    tensors = checkpoint.tensors
+    if settings["tie_word_embeddings"] and OUTPUT_MATRIX in tensors and EMBEDDING not in tensors:
+        # A file has one name of what is tied; transformers 5 takes either (modeling_utils.py, `tie_weights`).
+        checkpoint = replace(checkpoint, tensors=tensors.renamed(OUTPUT_MATRIX, EMBEDDING))
     return DenseModel(checkpoint, family, settings | {n: sizes[n] for n in (*names, "num_hidden_layers")}, sizes)
