@@ -37,13 +37,16 @@ LONGEST_PAUSE_SECONDS = 300.0
 TIMEOUT_SECONDS = 30.0
 MAX_REDIRECTS = 5
 
+PIECE_NBYTES = 64 << 10
+"""How much is waited for at a time. When a connection breaks, nobody says how much of it came."""
+
 _REDIRECTS = {301, 302, 303, 307, 308}
 _WORTH_ANOTHER_TRY = {408, 425, 429, 500, 502, 503, 504}
-_GONE = {401, 403, 404, 410}
+_GONE = {400, 401, 403, 404, 410}
 """How a host to which readers were sent no longer gives a file: mostly, since the signed URL has expired."""
 
 _WEB_ADDRESS = re.compile(r"https?://[!-~]+")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-\d+/(\d+|\*)")
 
 Origin = tuple[str, str, int]
 """Scheme, host and port."""
@@ -105,7 +108,7 @@ class RemoteReader:
                     raise RunError(
                         f"{file.url}: byte {offset} could not be read in {ATTEMPTS} attempts: {error}"
                     ) from None
-                self._pause(_backoff(failures) if error.seconds is None else error.seconds)
+                self._pause(max(_backoff(failures), error.seconds or 0.0))
             else:
                 failures = 0
                 memory, offset = memory[count:], offset + count
@@ -142,7 +145,7 @@ class RemoteReader:
         try:
             with self._range(file, offset, len(memory)) as response:
                 while done < len(memory):
-                    count = response.readinto(memory[done:])
+                    count = response.readinto(memory[done : done + PIECE_NBYTES])
                     if not count:
                         break
                     done += count
@@ -161,7 +164,7 @@ class RemoteReader:
         location = self._locations.get(file)
         if location is not None:
             with self._get(file, location.url, offset, nbytes) as response:
-                if response.status not in _GONE:
+                if response.status not in _GONE | _REDIRECTS:
                     self._check_range(file, response, offset, nbytes)
                     if _etag(response, "ETag") != location.etag:
                         raise _changed(file)
@@ -337,7 +340,7 @@ def _retry_after(response: HTTPResponse) -> float | None:
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -6,13 +6,16 @@ which the hub redirects for weights, as for files in git LFS. Every request is n
 
 import hashlib
 import json
+import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SO_LINGER, SOL_SOCKET
 from threading import Lock, Thread
 from time import sleep
 from typing import Any
@@ -36,13 +39,17 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to requests to `server` that have `part` in their path: after `spared` of them, to `times`."""
+    """What happens to requests to `server` that have `part` in their path: after `spared` of them, to `times`.
+
+    An answer is cut off after so many bytes, and its connection closed, or `reset`.
+    """
 
     server: str
     part: str
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    reset: bool = False
     times: int = 1
     spared: int = 0
 
@@ -163,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(fault.status, b"", fault.headers)
             return
         self._cut_after = None if fault is None else fault.cut_after
+        self._resets = fault is not None and fault.reset
         self.answer()
 
     def answer(self) -> None:
@@ -200,6 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.count(file.name, len(piece))  # before whoever receives it can ask
                 self.wfile.write(piece)
                 left -= len(piece)
+        if self._resets:
+            sleep(0.02)  # a reset overtakes what has not been read
+            self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
         if self._cut_after is not None:
             self.close_connection = True
 

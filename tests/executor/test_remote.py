@@ -147,6 +147,13 @@ def test_a_connection_that_is_cut_goes_on_at_the_byte_where_it_was_cut(
     assert hub.weights_moved() == plan.read_nbytes
 
 
+def test_a_link_that_resets_every_connection_is_slow_and_no_more(
+    hub: Hub, local: dict[str, Read], file: RemoteFile, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault("cdn", "model", cut_after=200_000, reset=True, times=1000))
+    assert outcome(plan_of(local, file), tmp_path / "remote") == outcome(plan_of(local), tmp_path / "local")
+
+
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("server", ["hub", "cdn"])
 def test_a_busy_server_is_asked_again_when_it_says_so(
@@ -158,22 +165,27 @@ def test_a_busy_server_is_asked_again_when_it_says_so(
     assert 1 <= time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize(
+    "header", [None, "0", "Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:37 +9" + 20 * "9"]
+)
 def test_a_busy_server_that_gives_no_time_is_asked_later_and_later_and_then_no_more(
-    hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch, header: str | None
 ) -> None:
+    headers = {} if header is None else {"Retry-After": header}
     pauses: list[float] = []
     monkeypatch.setattr(RemoteReader, "_pause", lambda self, seconds: pauses.append(seconds))
-    hub.faults.append(Fault("hub", "model", status=500, times=100))
+    hub.faults.append(Fault("hub", "model", status=500, headers=headers, times=100))
     with pytest.raises(RunError, match=r"model.safetensors: byte 5 could not be read in 8 attempts: .*HTTP 500"):
         RemoteReader(HEADERS).read(file, 5, 10)
     assert len(pauses) == 7
     assert all(later > sooner / 1.01 for sooner, later in pairwise(pauses))
 
 
-def test_a_signed_address_that_has_expired_is_asked_for_again(hub: Hub, file: RemoteFile) -> None:
+@pytest.mark.parametrize("status", [302, 400, 403])
+def test_a_signed_address_that_has_expired_is_asked_for_again(hub: Hub, file: RemoteFile, status: int) -> None:
     reader = RemoteReader(HEADERS)
     first = reader.read(file, 0, 100)
-    hub.faults.append(Fault("cdn", "model", status=403))
+    hub.faults.append(Fault("cdn", "model", status=status, headers={"Location": "/elsewhere"}))
     assert reader.read(file, 0, 100) == first
     assert [request.server for request in hub.requests] == ["hub", "cdn", "cdn", "hub", "cdn"]
 
@@ -220,6 +232,10 @@ def test_a_source_of_another_size_is_refused(file: RemoteFile) -> None:
         (Fault("hub", "model", status=404), "no longer there"),
         (Fault("hub", "model", status=200), "answers a request for a range with HTTP 200"),
         (Fault("cdn", "model", status=206), "another range than it was asked for"),
+        (
+            Fault("cdn", "model", status=206, headers={"Content-Range": f"bytes {5000 * '9'}-1/2"}),
+            "another range than it was asked for",
+        ),
         (Fault("hub", "model", status=206, headers={"Content-Range": "bytes 0-9/*"}), "gives no ETag, so a change"),
         (Fault("cdn", "model", status=200), "answers a request for a range with HTTP 200"),
         (Fault("cdn", "model", status=206, headers={"Content-Encoding": "gzip"}), "compressed"),
