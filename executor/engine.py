@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -29,6 +29,7 @@ from executor.blocks import chunks
 from executor.buffers import SlabPool, WholeTensors
 from executor.chunk_runner import ChunkRunner
 from executor.durability import Durability
+from executor.errors import RunError
 from executor.journal import Journal
 from executor.kernel_runner import Kernel, KernelRunner
 from executor.local import allow_open_files
@@ -126,10 +127,12 @@ def run(
         except BaseException:
             reader.interrupt()
             workers.shutdown(wait=True, cancel_futures=True)
+            with suppress(RunError):  # it is the first error that tells what happened
+                _check_unchanged(reader, journal)
             raise
         engine.report("syncing")
         durability.finish()
-        reader.check_unchanged()
+        _check_unchanged(reader, journal)
         return RunResult(
             read_nbytes=engine.read_nbytes,
             written_nbytes=engine.written_nbytes,
@@ -150,6 +153,16 @@ def _checksums(plan: Plan, journal: Journal) -> dict[FileSink, int]:
                 numel |= {sink: step.numel for sink in branch.sinks if isinstance(sink, FileSink)}
     streams = journal.finished.streams.items()
     return {content: stream.checksum for content, stream in streams if stream.numel == numel.get(content)}
+
+
+def _check_unchanged(reader: SourceReader, journal: Journal) -> None:
+    """Raises RunError where a source was changed. Nobody knows what was read of it, so nothing that was made counts:
+    put back as it was, the source would be that of the journal again."""
+    try:
+        reader.check_unchanged()
+    except RunError:
+        journal.forget()
+        raise
 
 
 @contextmanager

@@ -145,6 +145,12 @@ class Journal:
             self._append({"forgotten": [content.shard, content.offset]})
         return []
 
+    def forget(self) -> None:
+        """Nothing that was finished is what it should be."""
+        for key in list(self.finished.results):
+            self.drop_result(key)
+        self.forget_streams()
+
     def forget_streams(self) -> None:
         """What was written is not there any more."""
         with self._lock:

@@ -187,7 +187,11 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
             journal.begin_publishing(names, _to_replace(directory, names, overwrite))
         new = sorted(journal.finished.publishing or (), key=_lateness)
         # One that is not in `model/` any more is in its place already.
-        old = [name for name in journal.finished.replacing if name not in new or (model / name).exists()]
+        left = [name for name in new if (model / name).exists()]
+        appeared = [name for name in left if name not in journal.finished.replacing and (directory / name).exists()]
+        if appeared and not overwrite:
+            raise _has_appeared(directory / appeared[0])
+        old = [name for name in (*journal.finished.replacing, *appeared) if name not in new or name in left]
         gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
         if gone:
             raise RunError(f"{model / gone[0]}: is gone, though it was finished; remove {model.parent} and merge again")
@@ -204,10 +208,12 @@ def _to_replace(directory: Path, names: Sequence[str], overwrite: bool) -> list[
     there = [entry.name for entry in directory.iterdir() if entry.name != PARTIAL]
     taken = sorted({*there} & {*names})
     if taken and not overwrite:
-        raise OutputError(
-            f"{directory / taken[0]}: has appeared there since the merge began; move it away, or add --overwrite"
-        )
+        raise _has_appeared(directory / taken[0])
     return [name for name in there if name in names or is_of_a_model(name)] if overwrite else []
+
+
+def _has_appeared(path: Path) -> OutputError:
+    return OutputError(f"{path}: has appeared there since the merge began; move it away, or add --overwrite")
 
 
 def _move(directory: Path, moves: Sequence[tuple[Path, Path]]) -> None:

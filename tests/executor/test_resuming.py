@@ -109,6 +109,28 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert written <= plan.written_nbytes - resumed + journal_nbytes + (1 << 16)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_made_of_a_source_that_changed_meanwhile_does_not_count_when_it_is_as_it_was_again(
+    plan: Plan, whole: tuple[dict[str, str], RunResult], tmp_path: Path, fails: bool
+) -> None:
+    place, path = tmp_path / "place", tmp_path / "source.safetensors"
+    data, before = path.read_bytes(), path.stat()
+
+    def change(state: Any) -> None:
+        if state.written_nbytes >= plan.written_nbytes // 3 and path.stat().st_mtime_ns == before.st_mtime_ns:
+            path.write_bytes(bytes(len(data)))
+        if fails and state.written_nbytes >= plan.written_nbytes // 2:
+            raise Stop
+
+    with pytest.raises(Stop if fails else RunError):
+        go_on(plan, place, on_progress=change)
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    result = go_on(plan, place)
+    assert "resumed" not in result.nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
 def test_what_was_finished_under_one_budget_counts_under_another(
     reads: dict[str, Read], whole: tuple[dict[str, str], RunResult], plan: Plan, tmp_path: Path
 ) -> None:

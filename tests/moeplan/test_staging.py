@@ -1,5 +1,6 @@
 """The output directory under way: nothing is in its place until all is, and nothing that is finished is lost."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -106,16 +107,45 @@ def test_what_appeared_in_the_meantime_is_not_overwritten(tmp_path):
     assert (tmp_path / "config.json").read_text() == "config.json"
 
 
-def test_half_a_model_is_not_published_where_finished_files_are_gone(tmp_path):
-    def stop_before_the_first_move() -> None:
-        with staged(tmp_path, SAME) as stage:
+def stop_before_the_first_move(out: Path) -> None:
+    def stop() -> None:
+        with staged(out, SAME) as stage:
             write_model(stage)
             finish_something(stage)
             stage.journal.begin_publishing([*MODEL, INDEX], [])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stop_before_the_first_move()
+        stop()
+
+
+def test_nor_is_what_appeared_before_a_stopped_finish_is_gone_on_with(tmp_path, monkeypatch):
+    def finish(**how: bool) -> None:
+        with staged(tmp_path, SAME, **how) as stage:
+            assert stage.is_complete
+
+    def broken(source: Path, target: Path) -> None:
+        if source.name == "config.json" and source.parent.name == "model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    rename = os.rename
+    stop_before_the_first_move(tmp_path)
+    (tmp_path / "config.json").write_text("a user's")
+    with pytest.raises(OutputError, match=r"config\.json: has appeared there since the merge began"):
+        finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", broken)
+        with pytest.raises(RunError, match="could not be moved here"):
+            finish(overwrite=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != PARTIAL] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "a user's"
+    finish(overwrite=True)
+    assert (tmp_path / "config.json").read_text() == "config.json"
+
+
+def test_half_a_model_is_not_published_where_finished_files_are_gone(tmp_path):
+    stop_before_the_first_move(tmp_path)
     (tmp_path / PARTIAL / "model" / MODEL[1]).unlink()
     message = f"{MODEL[1]}: is gone, though it was finished; remove {tmp_path / PARTIAL} and merge again"
     with pytest.raises(RunError, match=message), staged(tmp_path, SAME) as stage:
