@@ -14,6 +14,7 @@ from moeplan import interruption
 
 def main() -> None:
     """Run the command with the process's arguments. Raises SystemExit."""
+    _open_standard_streams()
     interruption.watch()
     gc.set_threshold(200_000)  # a plan is many objects and no garbage, and looking for it took a third of the time
     from moeplan.cli import run
@@ -28,6 +29,17 @@ def main() -> None:
             atexit._run_exitfuncs()
             _leave(ended.code)
         raise
+
+
+def _open_standard_streams() -> None:
+    """Have all three, though who started the process may have closed some: the next files that are opened would get
+    their numbers, and what libraries say there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _leave(status: int | str | None) -> None:

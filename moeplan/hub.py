@@ -191,7 +191,7 @@ class Hub:
         `config` is the name of its config file. Raises CheckpointError for what is on the Hub and cannot be had.
         """
         name = NAME.fullmatch(reference)
-        if name is None or os.path.lexists(reference):
+        if name is None or _may_be_here(reference):
             return LocalPlace(Path(reference))
         if reference not in self._snapshots:
             found = self._found(reference, name["repository"], name["revision"] or "main", config)
@@ -487,6 +487,17 @@ class _RemoteStream(io.BufferedReader):
         """`nbytes` bytes from each offset. Raises RunError."""
         with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
             return list(workers.map(lambda offset: self._hub.read(self._file, offset, nbytes), offsets))
+
+
+def _may_be_here(path: str) -> bool:
+    """Whether there is something at `path`, or may be, where this user must not look."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -163,6 +163,13 @@ def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:
 
 
 def _warn_degenerate(merge_plan: MergePlan, facts: RouterFacts) -> None:
+    for expert in facts.zero:
+        warnings.warn(
+            f"{merge_plan.config.where('experts', expert)}: the router's row for this expert is zero; its negative "
+            "prompts take away all that its positive ones give",
+            MoeplanWarning,
+            stacklevel=3,
+        )
     if facts.degenerate:
         advice = "" if merge_plan.config.gate_mode in PROMPTLESS else "; give them prompts that differ more"
         layers = "all layers" if len(facts.degenerate) == facts.num_layers else f"layers {runs(facts.degenerate)}"

@@ -45,6 +45,9 @@ TEMPLATE = re.compile(rf"{TEMPLATES}/[\w.-]+\.jinja")
 CODE = re.compile(r"tokenization_\w+\.py")
 """Code that belongs to a tokenizer: copied, and never run."""
 
+WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model(-.*)?\.bin(\.index\.json)?")
+"""What loaders may take for a model's weights. A GGUF that somebody made of the model is a model of its own."""
+
 MAX_TOKENIZER_CONFIG_NBYTES = 8 << 20
 MAX_TOKENIZER_NBYTES = 256 << 20
 MAX_TOKENIZER_FILES = 256
@@ -62,11 +65,10 @@ def is_tokenizer_file(name: str) -> bool:
 
 def is_of_a_model(name: str) -> bool:
     """Whether a file of this name in a model's directory belongs to the model."""
-    suffixes = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
     return (
         name in (CONFIG, TEMPLATES, "moeplan.json", "moeplan_config.yml")
         or is_tokenizer_file(name)
-        or name.endswith(suffixes)
+        or WEIGHTS.fullmatch(name) is not None
     )
 
 

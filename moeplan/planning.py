@@ -98,7 +98,7 @@ class MergePlan:
         of downloads, where the cache is on the same disk.
         """
         here = existing(out or Path())
-        beside = on_one_disk(self.hub.cache, here)
+        beside = self.download_nbytes > 0 and on_one_disk(self.hub.cache, here)
         nbytes = self.disk_nbytes
         if out is not None and not self.options.clone_tensors:
             downloaded = beside and not self.options.stream

@@ -63,6 +63,11 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
     try:
         held = {entry.name for entry in directory.iterdir()} - {PARTIAL}
     except FileNotFoundError:
+        if directory.is_symlink():
+            raise OutputError(
+                f"{directory}: is a link to {directory.readlink()}, which is not there; make that directory, or give "
+                "another one"
+            ) from None
         return
     except OSError as error:
         raise OutputError(f"{directory}: cannot be an output directory: {error.strerror}") from error

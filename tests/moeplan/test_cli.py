@@ -38,6 +38,21 @@ def test_the_version_is_printed():
     assert result.status == 0
 
 
+@pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]])
+def test_a_merge_needs_no_standard_streams(config, tmp_path, closed):
+    command = [sys.executable, "-c", MAIN, str(config), str(tmp_path / "out")]
+    closing = (
+        f"import os; [os.set_inheritable(number, False) for number in {closed}]; os.execv({command[0]!r}, {command})"
+    )
+    assert outcome(start(code=closing)).status == 0
+    assert moeplan("verify", tmp_path / "out").status == 0
+
+
+def test_a_merge_of_local_models_needs_no_cache_of_the_hub(config, tmp_path):
+    (tmp_path / "file").touch()
+    assert moeplan(config, "--plan", "--transformers-cache", tmp_path / "file" / ("x" * 300)).status == 0
+
+
 def test_help_fits_a_terminal_and_names_every_option():
     result = moeplan("--help")
     assert result.status == 0

@@ -133,6 +133,22 @@ def test_a_plan_counts_the_disk_that_downloads_take_where_the_output_will_be(
     assert elsewhere == downloading["disk"]["needed_nbytes"] - downloading["hub"]["download_nbytes"]
 
 
+def test_a_directory_that_must_not_be_looked_at_is_none_of_the_hub_s_models(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstat = os.lstat
+
+    def refusing(path: Any, **how: Any) -> os.stat_result:
+        if os.fspath(path) == "locked/model":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return lstat(path, **how)
+
+    monkeypatch.setattr(os, "lstat", refusing)
+    message = refused(write_config(tmp_path / "config.yml", "locked/model", ["locked/model"] * 2))
+    assert "locked/model" in message
+    assert hub.requests == []
+
+
 def test_streaming_gives_what_local_directories_give_moves_what_is_planned_and_stores_no_weights(
     hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path, cache: Path
 ) -> None:

@@ -517,6 +517,16 @@ def test_layers_whose_router_cannot_tell_experts_apart_are_named(models, tmp_pat
     )
 
 
+def test_an_expert_whose_negative_prompts_take_away_all_of_it_is_named(models, tmp_path):
+    experts = [{"source_model": path, "positive_prompts": [path.name]} for path in models]
+    experts[1]["negative_prompts"] = experts[1]["positive_prompts"]
+    config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode="hidden")
+    assert warned(moeplan(config, tmp_path / "out"))[0] == (
+        f"{config}:1: experts[1]: the router's row for this expert is zero; its negative prompts take away "
+        "all that its positive ones give"
+    )
+
+
 def test_only_degenerate_layers_are_named_and_no_prompts_where_there_are_none(models, tmp_path):
     experts = [models[0]] * 64  # of 64 random rows of 64 numbers, some combination nearly vanishes
     config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode="random")

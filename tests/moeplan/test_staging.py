@@ -54,6 +54,13 @@ def test_a_directory_that_holds_something_is_refused_with_what_it_holds(tmp_path
     check_output(tmp_path, overwrite=True)
 
 
+def test_a_link_to_what_is_not_there_is_refused_with_where_it_leads(tmp_path):
+    (tmp_path / "out").symlink_to("unmounted/disk")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="is a link to unmounted/disk, which is not there; make that directory"):
+            check_output(tmp_path / "out", overwrite=overwrite)
+
+
 def test_what_is_no_directory_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
