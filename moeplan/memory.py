@@ -37,7 +37,13 @@ ESTIMATE = "for torch's CPU build; the merge measures the torch that is installe
 """What to say of numbers that other builds may not keep to."""
 
 GROWTH_NBYTES = 32 * MIB
-"""What the process may grow by while a plan runs: modelling code, thread stacks, progress, the plan itself."""
+"""What the process may grow by while a plan is made and runs: modelling code, thread stacks, progress."""
+
+TENSOR_NBYTES = 4 << 10
+"""What it may grow by for each tensor of the output: in the plan, the journal, the headers and the record."""
+
+NUMPY_NBYTES = 16 * MIB
+"""What numpy takes, which a run imports before it plans, and `--plan` does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +69,16 @@ def runtime_is_known() -> bool:
     return version("torch").endswith("+cpu")
 
 
-def memory_cap(max_memory: str | int | None, packages: Collection[str]) -> MemoryCap:
-    """The cap that `max_memory` means on this machine, for a process that will import `packages`.
+def memory_cap(max_memory: str | int | None, packages: Collection[str], num_tensors: int = 0) -> MemoryCap:
+    """The cap that `max_memory` means on this machine, for a process that will import `packages` and write so many
+    tensors.
 
     By default half of what is available, beside what the process has already. Raises UserError for what is not a size.
     """
     to_import = [name for name in packages if name not in sys.modules]
-    resident = -(-resident_nbytes() // GRAIN_NBYTES) * GRAIN_NBYTES
-    process = max(resident, INTERPRETER_NBYTES) + sum(IMPORT_NBYTES[name] for name in to_import) + GROWTH_NBYTES
+    resident = resident_nbytes() + (0 if "numpy" in sys.modules else NUMPY_NBYTES)
+    resident = max(-(-resident // GRAIN_NBYTES) * GRAIN_NBYTES, INTERPRETER_NBYTES)
+    process = resident + sum(IMPORT_NBYTES[name] for name in to_import) + GROWTH_NBYTES + num_tensors * TENSOR_NBYTES
     limit = limit_nbytes()
     if max_memory is None:
         nbytes = min(process + min(psutil.virtual_memory().available, limit) // 2, limit)

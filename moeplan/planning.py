@@ -167,7 +167,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:
         warn_of_licences(merged)
-    cap = memory_cap(options.max_memory, _packages(mode, sources, options))
+    cap = memory_cap(options.max_memory, _packages(mode, sources, options), len(graph.outputs))
     downloading = 0 if options.stream or not hub.holds_weights else DOWNLOAD_NBYTES
     shard_limit = shard_nbytes(options.out_shard_size, dtype.itemsize)
     snapshot = hub.snapshot(sources.base.checkpoint.path)

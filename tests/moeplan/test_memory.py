@@ -190,6 +190,19 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
     assert 0.5 * smallest < peak <= smallest
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
+def test_the_cap_that_a_plan_names_is_kept_by_a_merge_of_many_thousand_tensors(tmp_path):
+    small = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 32) | {"num_attention_heads": 2}
+    source = sparse_llama(tmp_path / "source", num_hidden_layers=48, num_key_value_heads=2, **small)
+    experts = [{"source_model": source, "noise_scale": (number + 1) / 200} for number in range(128)]
+    config = write_config(tmp_path / "config.yml", source, experts, gate_mode="random")
+    planned = outcome(start(config, "--plan", "--max-memory", "1MiB"))
+    cap = int(re.search(r"the smallest that works is --max-memory (\d+)MiB", planned.stderr)[1])
+    merged = outcome(start(config, tmp_path / "out", "--quiet", "--max-memory", f"{cap}MiB", code=MEASURED))
+    assert merged.status == 0, merged.stderr
+    assert int(re.fullmatch(r"peak (\d+) KiB\n", merged.stdout)[1]) / 1024 <= cap
+
+
 def test_a_merge_that_evaluates_nothing_does_without_torch(tmp_path):
     source = sparse_llama(tmp_path / "source")
     experts = [{"source_model": source, "noise_scale": 0.1, "residual_scale": 0.5}, {"source_model": source}]
