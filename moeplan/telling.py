@@ -102,8 +102,8 @@ class Teller:
             self._progress = None
 
     def warning(self, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        """Stands in for `warnings.showwarning`."""
-        if issubclass(category, MoeplanWarning):
+        """Stands in for `warnings.showwarning`. What was said is not said again."""
+        if issubclass(category, MoeplanWarning) and str(message) not in self._data["warnings"]:
             self._data["warnings"].append(str(message))
             if not self._quiet:
                 self._messages.print(Text.assemble(("warning: ", "yellow"), report.printable(str(message))))

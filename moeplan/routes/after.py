@@ -178,9 +178,11 @@ def _layers(
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from executor.engine import Progress
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one for all of it
     if on_start is not None:
         on_start(4 * sum(map(len, prompts.tokens)))
     torch.set_num_threads(threads)

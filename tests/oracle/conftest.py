@@ -19,7 +19,7 @@ def within(monkeypatch, plan, merge) -> Callable[..., Path]:
     """
 
     def run(budget: int | None, form: str, base: Path, experts: list[dict[str, Any]], **settings: Any) -> Path:
-        def cap(_: Any, packages: tuple[str, ...]) -> MemoryCap:
+        def cap(_: Any, packages: tuple[str, ...], num_tensors: int) -> MemoryCap:
             return MemoryCap(budget, 0, packages)
 
         monkeypatch.setattr(planning, "memory_cap", cap)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import moeplan
 from families import CASES
 from models import read_tensors
 from test_ridge import Base, expected
@@ -206,6 +207,17 @@ def test_the_command_prints_a_report_and_writes_a_page_and_json(checkpoint, conf
     data = json.loads(as_json.stdout)["routes"]
     assert len(data["layers"]) == 3
     assert data["subject"] == str(tmp_path / "0.yml")
+
+
+def test_nothing_is_said_twice_and_nothing_by_others(checkpoint, configure, tmp_path):
+    source = checkpoint("llama-plain")
+    config_of(configure, source, [["", "Where does it hurt?"], ["x = 1", "return x"]], gate_mode="hidden")
+    before = cli(tmp_path / "0.yml", "--json", "--quiet")
+    assert json.loads(before.stdout)["warnings"] == ["an empty prompt is the BOS token alone, which tells nothing"]
+    useless = "--i-understand-this-is-not-useful-without-training"
+    assert moeplan(tmp_path / "0.yml", tmp_path / "out", useless).status == 0
+    after = cli(tmp_path / "out", "--json", "--quiet")
+    assert (before.stderr, after.returncode, after.stderr) == ("", 0, "")
 
 
 def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp_path):
