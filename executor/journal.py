@@ -3,7 +3,8 @@
 A line of JSON for each chunk, once it is written to all its places, and for each kernel's result that later kernels
 need, which is saved beside the journal. The system keeps what a process wrote when the process is killed, not when the
 machine goes down; so now and then, when everything written so far is on the disk, a line says so, and after a restart
-of the machine only what stands before the last such line counts.
+of the machine only what stands before the last such line counts. Nor does the system keep it for a disk that was
+unplugged: so what stands behind that line is unsure, and counts when it has been read again.
 
 The journal knows nothing of what the plan is for. Its first line holds the `identity` that the caller gives: who finds
 a journal with another identity must not go on with it.
@@ -15,7 +16,7 @@ import bisect
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,24 @@ RESULTS = "results"
 
 Interval = tuple[int, int]
 """Elements from the first number up to the second."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements `first` to `first + numel` of the stream known as `content`, said to be in all of `sinks`."""
+
+    content: FileSink
+    first: int
+    numel: int
+    checksum: int
+    sinks: frozenset[FileSink]
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> Chunk:
+        """The chunk that a line of the journal is about."""
+        first, numel = record["elements"]
+        sinks = frozenset(FileSink(*sink) for sink in record["sinks"])
+        return Chunk(FileSink(*record["content"]), first, numel, record["checksum"], sinks)
 
 
 @dataclass
@@ -76,10 +95,8 @@ class Finished:
     def add(self, record: Mapping[str, Any]) -> None:
         """Take over what a line of the journal says."""
         match record:
-            case {"content": content, "elements": [first, numel], "checksum": checksum, "sinks": sinks}:
-                stream = self.streams[FileSink(*content)]
-                stream.count(numel, checksum)
-                stream.extend(first, numel, {FileSink(*sink) for sink in sinks})
+            case {"content": _}:
+                self.add_chunk(Chunk.of(record))
             case {"forgotten": content}:
                 self.streams.pop(FileSink(*content), None)
             case {"result": key, "checksum": checksum}:
@@ -89,12 +106,18 @@ class Finished:
             case {"publishing": names, "replacing": replaced}:
                 self.publishing, self.replacing = names, replaced
 
+    def add_chunk(self, chunk: Chunk) -> None:
+        stream = self.streams[chunk.content]
+        stream.count(chunk.numel, chunk.checksum)
+        stream.extend(chunk.first, chunk.numel, set(chunk.sinks))
+
 
 class Journal:
     """The journal in `directory`, which exists; None: one that is kept in memory and forgotten.
 
-    `finished` is what earlier runs finished, and what this one adds to it. Safe to add to from several threads. Raises
-    RunError, from any method, where the disk is full or fails.
+    `finished` is what earlier runs finished, and what this one adds to it; `unsure` is what they wrote when they synced
+    no more: see `confirm`. Safe to add to from several threads. Raises RunError, from any method, where the disk is
+    full or fails.
     """
 
     def __init__(self, directory: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
@@ -106,11 +129,17 @@ class Journal:
         self._dropped: dict[str, int] = {}  # results, and where the journal ended when it said so
         self._unsynced: set[str] = set()  # results that may not be on the disk
         self.finished = Finished()
+        self.unsure: list[Chunk] = []
         if directory is None:
             return
         lines, safe = _trusted(directory)
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number >= safe and "content" in line:
+                self.unsure.append(Chunk.of(line))
+                continue
             self.finished.add(line)
+            if "forgotten" in line:
+                self.unsure = [chunk for chunk in self.unsure if chunk.content != FileSink(*line["forgotten"])]
         self._drop_damaged_results(directory)
         self._unsynced.update(self.finished.results)
         with _failing(directory / NAME):
@@ -123,12 +152,23 @@ class Journal:
     def is_empty(self) -> bool:
         """Whether nothing is finished yet, in this run or before."""
         done = self.finished
-        return not (done.streams or done.results or done.publishing)
+        return not (done.streams or done.results or done.publishing or self.unsure)
 
     @property
     def position(self) -> int:
         """Where the journal ends now: see `mark_safe`."""
         return self._position
+
+    def confirm(self, gone: Collection[Chunk]) -> None:
+        """What was unsure is there, but for chunks that are `gone`, with whose streams nobody knows what happened."""
+        lost = {chunk.content for chunk in gone}
+        with self._lock:
+            for chunk in self.unsure:
+                if chunk.content not in lost:
+                    self.finished.add_chunk(chunk)
+            self.unsure = []
+            for content in lost:
+                self._forget(content)
 
     def written(self, content: FileSink, sinks: Iterable[FileSink]) -> list[Interval]:
         """The elements of the stream known as `content` that earlier runs wrote to all of `sinks`.
@@ -141,8 +181,7 @@ class Journal:
         if stream.sinks.issuperset(sinks):
             return stream.intervals
         with self._lock:
-            del self.finished.streams[content]
-            self._append({"forgotten": [content.shard, content.offset]})
+            self._forget(content)
         return []
 
     def forget(self) -> None:
@@ -154,12 +193,16 @@ class Journal:
     def forget_streams(self) -> None:
         """What was written is not there any more."""
         with self._lock:
-            for content in list(self.finished.streams):
-                del self.finished.streams[content]
-                self._append({"forgotten": [content.shard, content.offset]})
+            for content in {*self.finished.streams, *(chunk.content for chunk in self.unsure)}:
+                self._forget(content)
+            self.unsure = []
         # Without this mark, what was forgotten would count again after a restart of the machine. It says nothing that
         # is not true: nothing written counts any more.
         self.mark_safe(self._position)
+
+    def _forget(self, content: FileSink) -> None:
+        self.finished.streams.pop(content, None)
+        self._append({"forgotten": [content.shard, content.offset]})
 
     def add_chunk(self, content: FileSink, first: int, numel: int, checksum: int, sinks: Iterable[FileSink]) -> None:
         """Elements `first` to `first + numel` of the stream known as `content` are written to all of `sinks`."""

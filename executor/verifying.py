@@ -25,10 +25,10 @@ CHUNK_NBYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """`numel` elements of `itemsize` bytes at byte `offset` of `file`.
+    """`numel` elements of `itemsize` bytes at byte `offset` of `file`: of a stream, from its element `first` on.
 
-    They should have `checksum`, with a first block of `head_numel` elements; where that is None, they should equal
-    those at byte `source_offset` of `source`.
+    They should have `checksum`, where the stream's first block has `head_numel` elements; where that is None, they
+    should equal those at byte `source_offset` of `source`.
     """
 
     file: Path
@@ -39,27 +39,36 @@ class Range:
     checksum: int | None
     source: Path | None = None
     source_offset: int = 0
+    first: int = 0
 
 
-def wrong(ranges: Sequence[Range], on_progress: Callable[[int], None] | None = None) -> list[int]:
-    """The indices of the ranges that are not what they should be, or cannot be read.
+def wrong(
+    ranges: Sequence[Range],
+    on_progress: Callable[[int], None] | None = None,
+    *,
+    num_workers: int = WORKERS,
+    chunk_nbytes: int = CHUNK_NBYTES,
+) -> list[int]:
+    """The indices of the ranges that are not what they should be, or cannot be read: from the disk, where it can be
+    asked past the page cache.
 
-    `on_progress` is told how many bytes were read. Raises RunError where a file cannot be opened.
+    `on_progress` is told how many bytes were read. Each worker takes two chunks of memory. Raises RunError where a file
+    cannot be opened.
     """
     sums = [0] * len(ranges)
     differing: set[int] = set()
     lock, done = Lock(), 0
-    slabs = SlabPool(2 * WORKERS, CHUNK_NBYTES + 2 * PAGE)
+    slabs = SlabPool(2 * num_workers, chunk_nbytes + 2 * PAGE)
 
     def read(file: LocalFile, offset: int, nbytes: int, slab: memoryview) -> memoryview:
         at = offset % PAGE
-        file.read_into(offset, slab, at, nbytes)
+        file.read_into(offset, slab, at, nbytes, cached=False)
         return slab[at : at + nbytes]
 
     def check(index: int, first: int, numel: int) -> None:
         nonlocal done
         of = ranges[index]
-        begin, nbytes = first * of.itemsize, numel * of.itemsize
+        begin, nbytes = (first - of.first) * of.itemsize, numel * of.itemsize
         part, is_same = 0, True
         slab, other = slabs.take(), slabs.take()
         try:
@@ -80,11 +89,11 @@ def wrong(ranges: Sequence[Range], on_progress: Callable[[int], None] | None = N
                 differing.add(index)
             done += nbytes
 
-    with ExitStack() as opened, ThreadPoolExecutor(WORKERS) as workers:
+    with ExitStack() as opened, ThreadPoolExecutor(num_workers) as workers:
         paths = _paths(ranges)
         allow_open_files(2 * len(paths))
         files = {path: opened.enter_context(closing(LocalFile(str(path)))) for path in paths}
-        for _ in workers.map(lambda chunk: check(*chunk), _chunks(ranges)):
+        for _ in workers.map(lambda chunk: check(*chunk), _chunks(ranges, chunk_nbytes)):
             if on_progress is not None:
                 on_progress(done)
     return [
@@ -98,9 +107,9 @@ def _paths(ranges: Sequence[Range]) -> list[Path]:
     return list(dict.fromkeys(path for of in ranges for path in (of.file, of.source) if path is not None))
 
 
-def _chunks(ranges: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
+def _chunks(ranges: Sequence[Range], chunk_nbytes: int) -> Iterator[tuple[int, int, int]]:
     """Chunks of whole blocks: index of the range, first element, number of elements."""
     for index, of in enumerate(ranges):
-        chunk_numel = CHUNK_NBYTES // of.itemsize // BLOCK * BLOCK
-        for first, numel in chunks(0, of.numel, of.head_numel, chunk_numel):
+        chunk_numel = chunk_nbytes // of.itemsize // BLOCK * BLOCK
+        for first, numel in chunks(of.first, of.numel, of.head_numel, chunk_numel):
             yield index, first, numel

@@ -99,6 +99,7 @@ def test_a_result_that_could_not_be_synced_fails_the_run_and_costs_nothing_else(
             Durability(writer, kept, worker).finish()
     kept.close()
     again = Journal(tmp_path, {})
+    again.confirm([])
     assert again.written(FileSink(0, 8), [FileSink(0, 8)]) == [(0, 4)]
     again.close()
 

@@ -269,6 +269,26 @@ def test_a_saved_result_that_was_damaged_is_computed_again(plan: Plan, tmp_path:
     assert digest(tmp_path / "place" / "model") == whole[0]
 
 
+@pytest.mark.parametrize("place", ["first", "other"])
+def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
+    plan: Plan, tmp_path: Path, whole: Any, place: str
+) -> None:
+    """A disk may come back without what the system was still to write, though the machine was never down."""
+    stopped = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, stopped, on_progress=stopping_after(20_000_000))
+    lines = map(json.loads, (stopped / journal.NAME).read_text().splitlines())
+    chunks = [line for line in lines if len(line.get("sinks", ())) == (2 if place == "other" else 1)]
+    (first, numel), (shard, offset) = chunks[0]["elements"], chunks[0]["sinks"][-1]
+    with (stopped / "model" / plan.shards[shard].filename).open("r+b") as file:
+        file.seek(offset + 2 * first + numel)
+        file.write(bytes(numel))
+    result = go_on(plan, stopped)
+    assert digest(stopped / "model") == whole[0]
+    assert result.checksums == whole[1].checksums
+    assert result.nbytes_by_path["resumed"] >= 4_000_000
+
+
 def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
