@@ -78,7 +78,8 @@ def memory_cap(max_memory: str | int | None, packages: Collection[str], num_tens
     to_import = [name for name in packages if name not in sys.modules]
     resident = resident_nbytes() + (0 if "numpy" in sys.modules else NUMPY_NBYTES)
     resident = max(-(-resident // GRAIN_NBYTES) * GRAIN_NBYTES, INTERPRETER_NBYTES)
-    process = resident + sum(IMPORT_NBYTES[name] for name in to_import) + GROWTH_NBYTES + num_tensors * TENSOR_NBYTES
+    growth = GROWTH_NBYTES + -(-num_tensors * TENSOR_NBYTES // MIB) * MIB
+    process = resident + sum(IMPORT_NBYTES[name] for name in to_import) + growth
     limit = limit_nbytes()
     if max_memory is None:
         nbytes = min(process + min(psutil.virtual_memory().available, limit) // 2, limit)
