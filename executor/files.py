@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_NBYTES = 1 << 20
+
+_FALLOCATE = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux's
 
 
 def write_file(path: Path, data: bytes | memoryview, *, wait: bool = True) -> None:
@@ -47,6 +50,22 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     while rest:
         count = os.pwrite(fd, rest, offset)
         rest, offset = rest[count:], offset + count
+
+
+def reserve(fd: int, offset: int, nbytes: int) -> None:
+    """Have the space for `nbytes` from byte `offset` on, where the file system can. Raises OSError where there is none.
+
+    By fallocate(2) itself: posix_fallocate(3), which Python has, writes a byte of each page where that is not
+    supported, so the whole file once more.
+    """
+    if _FALLOCATE is None or nbytes == 0:
+        return
+    code = errno.EINTR
+    while code == errno.EINTR:
+        is_done = _FALLOCATE(fd, 0, ctypes.c_int64(offset), ctypes.c_int64(nbytes)) == 0
+        code = 0 if is_done else ctypes.get_errno()
+    if code not in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code))
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 
 from executor.errors import RunError
-from executor.files import sync
+from executor.files import reserve, sync
 from executor.local import MIN_DIRECT_NBYTES
 from executor.shortcuts import Reflink
 from planner.layout import PAGE, Shard
@@ -53,11 +53,9 @@ class ShardWriter:
 
     def reserve(self, shard: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Have the space for byte ranges (begin, end) now: a disk that is too small shows before an hour is spent."""
-        if not hasattr(os, "posix_fallocate"):
-            return
         for begin, end in _merged(ranges):
             try:
-                os.posix_fallocate(self._fds[shard], begin, end - begin)
+                reserve(self._fds[shard], begin, end - begin)
             except OSError as error:
                 raise self._failed(shard, error) from error
 

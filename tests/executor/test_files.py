@@ -1,12 +1,14 @@
 """Whole files, and waiting for the disk."""
 
+import ctypes
 import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from executor.files import sync, write_file
+from executor import files
+from executor.files import reserve, sync, write_file
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF])
@@ -32,3 +34,25 @@ def test_a_directory_that_could_not_be_put_on_the_disk_is_an_error(
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         sync(tmp_path)
+
+
+def test_space_that_is_reserved_is_there_and_space_that_is_not_is_an_error(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        reserve(file.fileno(), 4096, 1 << 20)
+        assert os.fstat(file.fileno()).st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError, match=r"File too large|No space left on device"):
+            reserve(file.fileno(), 0, 1 << 62)
+    with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        reserve(file.fileno(), 0, 4096)
+
+
+def test_where_a_file_system_cannot_reserve_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(fd: int, mode: int, offset: object, nbytes: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    monkeypatch.setattr(files, "_FALLOCATE", unsupported)
+    with (tmp_path / "file").open("wb") as file:
+        os.ftruncate(file.fileno(), 1 << 20)
+        reserve(file.fileno(), 0, 1 << 20)
+        assert os.fstat(file.fileno()).st_blocks == 0

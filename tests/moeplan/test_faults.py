@@ -19,12 +19,14 @@ import pytest
 from commands import outcome, snapshot, sparse_llama, start, write_config
 
 import moeplan as api
+from executor import writer
 from executor.errors import RunError
 from moeplan.errors import UserError
 from moeplan.gates import prompts
 from moeplan.staging import PARTIAL
 
-FAILING = ("open", "ftruncate", "posix_fallocate", "preadv", "pwrite", "fsync", "rename", "mkdir")
+FAILING = [(os, name) for name in ("open", "ftruncate", "preadv", "pwrite", "fsync", "rename", "mkdir")]
+FAILING += [(writer, "reserve")]
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR}
 SHORT = {"preadv": 1000, "pwrite": 1000}
 
@@ -83,8 +85,8 @@ def fault(root: Path, number: int, kind: str) -> Iterator[list[str]]:
         return operation
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in FAILING:
-            patch.setattr(os, name, wrapped(name, getattr(os, name)))
+        for module, name in FAILING:
+            patch.setattr(module, name, wrapped(name, getattr(module, name)))
         yield seen
 
 
