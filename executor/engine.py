@@ -35,10 +35,9 @@ from executor.kernel_runner import Kernel, KernelRunner
 from executor.local import allow_open_files
 from executor.memory import give_back_what_is_freed, peak_resident_nbytes
 from executor.reader import SourceReader
-from executor.resuming import Work, remaining
+from executor.resuming import Work, confirm, remaining
 from executor.routing import Alias, Piece, route
 from executor.torch_threads import TorchThreads
-from executor.verifying import Range, wrong
 from executor.writer import ShardWriter
 from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan, Step, StreamStep
 
@@ -116,7 +115,7 @@ def run(
             max((step.workers for step in plan.kernels), default=1), initializer=torch_threads.use_one
         ) as kernel_workers,
     ):
-        _confirm(plan, directory, journal)
+        confirm(plan, directory, journal)
         routes = route(plan, reader, writer, directory if share_extents else None)
         work = remaining(plan, routes, journal)
         chunk_runner = ChunkRunner(reader, writer, tensors, journal, torch_threads, check_sources)
@@ -155,30 +154,6 @@ def _checksums(plan: Plan, journal: Journal) -> dict[FileSink, int]:
                 numel |= {sink: step.numel for sink in branch.sinks if isinstance(sink, FileSink)}
     streams = journal.finished.streams.items()
     return {content: stream.checksum for content, stream in streams if stream.numel == numel.get(content)}
-
-
-def _confirm(plan: Plan, directory: Path, journal: Journal) -> None:
-    """Read again what earlier runs wrote when they synced no more: as much as is written in some seconds."""
-    if not journal.unsure:
-        return
-    streams = {
-        sink: (branch.dtype.itemsize, step.head_numel)
-        for step in plan.steps
-        if isinstance(step, StreamStep)
-        for branch in step.branches
-        for sink in branch.sinks
-        if isinstance(sink, FileSink)
-    }
-    ranges, chunk_of = [], []
-    for chunk in journal.unsure:
-        itemsize, head_numel = streams[chunk.content]
-        for sink in chunk.sinks:
-            file, offset = directory / plan.shards[sink.shard].filename, sink.offset + chunk.first * itemsize
-            ranges.append(Range(file, offset, chunk.numel, itemsize, head_numel, chunk.checksum, first=chunk.first))
-            chunk_of.append(chunk)
-    # Each worker takes two chunks, which are as large as its slab, that is not there yet.
-    differing = wrong(ranges, num_workers=plan.pool.workers, chunk_nbytes=plan.pool.slab_nbytes // 2)
-    journal.confirm({chunk_of[index] for index in differing})
 
 
 def _check_unchanged(reader: SourceReader, journal: Journal) -> None:

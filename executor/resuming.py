@@ -2,7 +2,7 @@
 
 A place that is written needs nothing more. A kernel runs only where something that is left needs its result, and no
 earlier run saved that. So an interrupted run goes on with the chunk that it was at, and a chain of kernels with the
-link that it was at.
+link that it was at. What was not synced before that is read again first.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 from executor.journal import Interval, Journal
 from executor.routing import Part, Piece, Routes
-from planner.plan import BufferRoot, BufferSink, BufferView, FileSink, KernelStep, Plan
+from executor.verifying import Range, wrong
+from planner.plan import BufferRoot, BufferSink, BufferView, FileSink, KernelStep, Plan, StreamStep
 
 
 @dataclass
@@ -30,6 +32,30 @@ class Work:
     restored: set[int] = field(default_factory=set)
     finished_nbytes: int = 0
     """Bytes of the output that are there already."""
+
+
+def confirm(plan: Plan, directory: Path, journal: Journal) -> None:
+    """Read again what earlier runs wrote when they synced no more: as much as is written in some seconds."""
+    if not journal.unsure:
+        return
+    streams = {
+        sink: (branch.dtype.itemsize, step.head_numel)
+        for step in plan.steps
+        if isinstance(step, StreamStep)
+        for branch in step.branches
+        for sink in branch.sinks
+        if isinstance(sink, FileSink)
+    }
+    ranges, chunk_of = [], []
+    for chunk in journal.unsure:
+        itemsize, head_numel = streams[chunk.content]
+        for sink in chunk.sinks:
+            file, offset = directory / plan.shards[sink.shard].filename, sink.offset + chunk.first * itemsize
+            ranges.append(Range(file, offset, chunk.numel, itemsize, head_numel, chunk.checksum, first=chunk.first))
+            chunk_of.append(chunk)
+    # Each worker takes two chunks, which are as large as its slab, that is not there yet.
+    differing = wrong(ranges, num_workers=plan.pool.workers, chunk_nbytes=plan.pool.slab_nbytes // 2)
+    journal.confirm({chunk_of[index] for index in differing})
 
 
 def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
