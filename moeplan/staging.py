@@ -26,7 +26,7 @@ from typing import Any
 
 from executor.errors import RunError
 from executor.files import sync
-from executor.journal import Journal, read_identity, read_publishing
+from executor.journal import RESULTS, Journal, read_identity, read_publishing
 from moeplan.output import CONFIG, INDEX, OutputError, is_of_a_model
 
 PARTIAL = ".moeplan-partial"
@@ -122,7 +122,7 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
             else:
                 error.add_note(GOES_ON)
             raise
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear_away(partial)
 
 
 def _check_same(directory: Path, identity: Identity, restart: bool) -> None:
@@ -172,6 +172,13 @@ def _lock(directory: Path, cleanup: ExitStack) -> None:
         raise OutputError(f"{directory}: another merge is writing there; give another directory") from None
     except OSError:
         return  # a file system without locks, as some network mounts are
+
+
+def _clear_away(partial: Path) -> None:
+    """Remove what a finished merge leaves, its journal last: who is stopped here can give the same command again."""
+    for left in (MODEL, REPLACED, RESULTS):
+        shutil.rmtree(partial / left, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove_if_empty(directory: Path) -> None:

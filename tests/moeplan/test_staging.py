@@ -325,6 +325,32 @@ def test_a_finish_that_fails_anywhere_undoes_itself_and_can_be_done_again(tmp_pa
     assert not failed
 
 
+@pytest.mark.parametrize("allowed", range(3))
+def test_a_process_that_dies_while_it_clears_away_leaves_a_finish_that_can_be_done_again(tmp_path, allowed):
+    put_old_model(tmp_path)
+    child = os.fork()
+    if child == 0:
+        left, rmdir = allowed, os.rmdir
+
+        def dying(*args: object, **kwargs: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                os._exit(1)
+            rmdir(*args, **kwargs)
+
+        os.rmdir = dying
+        with staged(tmp_path, SAME, overwrite=True) as stage:
+            write_model(stage, "new")
+            (tmp_path / PARTIAL / "results").mkdir()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] != 0
+    check_output(tmp_path)
+    with staged(tmp_path, SAME) as stage:
+        assert stage.is_complete
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_dies_while_it_moves_files_leaves_a_finish_that_can_be_done_again(tmp_path, overwrite):
     rename = os.rename
