@@ -118,7 +118,8 @@ def test_what_was_made_of_a_source_that_changed_meanwhile_does_not_count_when_it
 
     def change(state: Any) -> None:
         if state.written_nbytes >= plan.written_nbytes // 3 and path.stat().st_mtime_ns == before.st_mtime_ns:
-            path.write_bytes(bytes(len(data)))
+            with path.open("r+b") as file:  # which stays as long as it is, so that reading goes on
+                file.write(bytes(len(data)))
         if fails and state.written_nbytes >= plan.written_nbytes // 2:
             raise Stop
 
