@@ -156,6 +156,14 @@ def _converted(x: Array, to: Array) -> Array:
     return to
 
 
+def is_finite(memory: memoryview, dtype: DType) -> bool:
+    """Whether no element in `memory` is infinite or no number, by their bits: that takes no memory, and little time."""
+    infinity = {DType.F32: 0x7F800000, DType.F16: 0x7C00, DType.BF16: 0x7F80}[dtype]
+    unsigned = np.frombuffer(memory, f"u{dtype.itemsize}")
+    signed, sign = unsigned.view(f"i{dtype.itemsize}"), 1 << 8 * dtype.itemsize - 1
+    return len(signed) == 0 or bool(signed.max() < infinity and unsigned.max() < sign + infinity)
+
+
 def cut(memory: memoryview, nbytes: int, at: int = 0) -> tuple[memoryview, memoryview]:
     """`nbytes` of `memory`, from byte `at` of its first page on, and what is left from the next page on."""
     return memory[at : at + nbytes], memory[-(-(at + nbytes) // PAGE) * PAGE :]

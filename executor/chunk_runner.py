@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from executor import chunk_ops
 from executor.buffers import WholeTensors
 from executor.checksums import checksum
+from executor.errors import HopelessError
 from executor.journal import Journal
 from executor.reader import SourceReader
 from executor.routing import Alias, Part, Piece
 from executor.torch_threads import TorchThreads
 from executor.writer import ShardWriter
+from planner.expr import DType
 from planner.layout import PAGE
 from planner.plan import BufferRoot, FileRoot, FileSink, MeanRoot, Root, StreamStep, ZeroRoot, read_once
 
@@ -59,6 +61,8 @@ class ChunkRunner:
                 first, numel = piece.first, piece.numel
                 whole, to = self.tensors.get, _place_in_page(part, first)
                 data = chunk_ops.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
+                if part.branch.dtype is DType.F16 and not chunk_ops.is_finite(data, DType.F16):
+                    self._check_finite_before(part, chunk, root.dtype)
             written += self._write(step, part, piece.first, piece.numel, data)
         return read, written
 
@@ -73,6 +77,15 @@ class ChunkRunner:
         self.reader.read_into(source, offset, slab, begin, nbytes)
         if self.check_sources:
             self.reader.check_again(source, offset, slab, begin, nbytes)
+
+    def _check_finite_before(self, part: Part, chunk: memoryview, dtype: DType) -> None:
+        """Raises HopelessError where a chunk is finite, of which not all has a place in float16."""
+        file = next((sink for sink in part.branch.sinks if isinstance(sink, FileSink)), None)
+        if file is not None and chunk_ops.is_finite(chunk, dtype):
+            raise HopelessError(
+                f"{self.writer.tensor(file)}: has weights beyond 65,504, the largest number in float16: they would be "
+                "infinite. Have dtype: bfloat16, or float32"
+            )
 
     def _write(self, step: StreamStep, part: Part, first: int, numel: int, data: memoryview) -> int:
         """Write elements to all their places; returns how many bytes went to files."""

@@ -37,6 +37,7 @@ class ShardWriter:
         self.nbytes: Counter[str] = Counter()
         self._lock = Lock()
         self._directory = directory
+        self._shards = shards
         self._paths = [directory / shard.filename for shard in shards]
         self._fds: list[int] = []
         self._direct_fds: list[int | None] = []
@@ -50,6 +51,11 @@ class ShardWriter:
     def fd(self, shard: int) -> int:
         """The open file of a shard."""
         return self._fds[shard]
+
+    def tensor(self, sink: FileSink) -> str:
+        """The name of the output tensor that `sink` is in."""
+        tensors = self._shards[sink.shard].tensors
+        return next(t.name for t in tensors if t.offset <= sink.offset < t.offset + t.nbytes)
 
     def reserve(self, shard: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Have the space for byte ranges (begin, end) now: a disk that is too small shows before an hour is spent."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from executor.errors import RunError
+from executor.errors import HopelessError, RunError
 from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
 from moeplan.output import CONFIG, INDEX, OutputError, is_of_a_model
@@ -90,9 +90,9 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
     """Where to write the model for `directory`. On success its files appear there.
 
     What is written must be on the disk by then. Goes on with an unfinished merge of the same `identity`; `restart` has
-    that thrown away. On an error what is finished is kept, and the error gets a note that says so. Raises OutputError
-    where another merge is writing to `directory`, or another one was left unfinished there, RunError where it cannot be
-    made.
+    that thrown away. On an error what is finished is kept, and the error gets a note that says so, but for a
+    HopelessError. Raises OutputError where another merge is writing to `directory`, or another one was left unfinished
+    there, RunError where it cannot be made.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     partial = directory / PARTIAL
@@ -117,7 +117,7 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
         except BaseException as error:
             if journal is not None:
                 journal.close()
-            if journal.is_empty if journal is not None else not is_begun:
+            if isinstance(error, HopelessError) or (journal.is_empty if journal is not None else not is_begun):
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 error.add_note(GOES_ON)

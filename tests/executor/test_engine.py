@@ -249,6 +249,25 @@ def test_a_low_rank_product_is_the_same_to_the_bit_however_a_tensor_is_cut(
     torch.testing.assert_close(results[0]["twice"], (x + 0.25 * b @ a).float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [65_536.0, -1e5])
+def test_a_weight_that_float16_has_no_place_for_ends_the_run(tmp_path: Path, dtype: torch.dtype, weight: float) -> None:
+    x = torch.zeros(3 << 20, dtype=dtype)
+    x[-5] = weight
+    reads = source(tmp_path / "source.safetensors", {"x": x})
+    plan = planned({"zeros": Zeros(DType.F16, (5,)), "the weights": cast(reads["x"], DType.F16)})
+    with pytest.raises(RunError, match=r"the weights: has weights beyond 65,504.*Have dtype: bfloat16"):
+        run(plan, tmp_path)
+
+
+def test_what_is_infinite_or_no_number_in_a_source_stays_so_in_float16(tmp_path: Path) -> None:
+    x = torch.tensor([1.0, float("inf"), 65_504.0, float("-inf"), float("nan"), 1e5])
+    reads = source(tmp_path / "source.safetensors", {"x": x})
+    plan = planned({"x": cast(reads["x"], DType.F16)})
+    run(plan, tmp_path)
+    torch.testing.assert_close(load(plan, tmp_path)["x"], x.half(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_mean_is_the_float32_mean_to_the_bit_whatever_lies_where_and_however_it_is_cut(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import snapshot
 
-from executor.errors import RunError
+from executor.errors import HopelessError, RunError
 from executor.journal import Journal
 from moeplan.output import OutputError
 from moeplan.staging import PARTIAL, Stage, check_output, staged
@@ -112,6 +112,21 @@ def test_what_appeared_in_the_meantime_is_not_overwritten(tmp_path):
     assert not (tmp_path / "tokenizer.json").exists()
     put_between(overwrite=True)
     assert (tmp_path / "config.json").read_text() == "config.json"
+
+
+def test_nothing_is_kept_where_the_same_run_would_fail_again(tmp_path):
+    out = tmp_path / "out"
+
+    def fail() -> None:
+        with staged(out, SAME) as stage:
+            write_model(stage)
+            finish_something(stage)
+            raise HopelessError("a weight is too large")
+
+    with pytest.raises(HopelessError) as error:
+        fail()
+    assert not hasattr(error.value, "__notes__")
+    assert not out.exists()
 
 
 def stop_before_the_first_move(out: Path) -> None:
