@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, zip_longest
@@ -24,7 +24,8 @@ from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, rea
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
 from moeplan.gates.passages import PassageError, passages
-from moeplan.output import TOKENIZER_FILES
+from moeplan.gates.special_tokens import MAX_NBYTES, special_tokens
+from moeplan.output import TOKENIZER_CONFIG, TOKENIZER_FILES
 from moeplan.untrusted_json import show
 from planner.expr import Concat, rows
 
@@ -33,14 +34,6 @@ SENTENCEPIECE = b"\n"
 """The first byte of a sentencepiece model: the tag of its first piece, in a protocol buffer."""
 READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 """What transformers reads one with: packages by their names, and a module of each."""
-
-BOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-LLAMA_CLASSES, LLAMA_BOS = ("LlamaTokenizer", "LlamaTokenizerFast"), "<s>"
-"""Where tokenizer_config.json does not speak of BOS, these classes of transformers have one, unless the tokenizer works
-on bytes, which they do not (tokenization_auto.py, `_tokenizer_json_has_byte_level`)."""
-
-MAX_NBYTES = 64 << 20
-"""Of a tokenizer file. The largest honest ones, of a quarter million tokens, have 35 MB."""
 
 # What a tokenizer may take in its own process. Honest ones need 9 bytes of memory for a byte of tokenizer.json, which
 # they read at 50 MB/s, and some 200 bytes for a byte of text.
@@ -153,9 +146,8 @@ def tokenize(request: GateRequest) -> Prompts:
         for number, file in enumerate(request.texts)
     ]
     distinct = list(dict.fromkeys([*(text.text for of_row in texts for text in of_row), *chain(*others)]))
-    path = base.checkpoint.path
-    own_code = request.trust_remote_code and has_own_tokenizer(path)
-    start, encoded = _encode(path, base.checkpoint.config, distinct, own_code)
+    own_code = request.trust_remote_code and has_own_tokenizer(base.checkpoint.path)
+    start, encoded = _encode(base, distinct, own_code)
     ids = dict(zip(distinct, encoded, strict=True))
     if "" in ids:
         warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
@@ -251,21 +243,22 @@ def _what_is_wrong(what: str, tokens: tuple[int, ...], base: DenseModel) -> str 
 
 def has_own_tokenizer(path: Path) -> bool:
     """Whether the model in `path` names tokenizer code of its own."""
-    name = BOS_FILES[0]
-    named = read_json(path, name, MAX_NBYTES).get("auto_map") if os.path.lexists(path / name) else None
+    there = os.path.lexists(path / TOKENIZER_CONFIG)
+    named = read_json(path, TOKENIZER_CONFIG, MAX_NBYTES).get("auto_map") if there else None
     return isinstance(named, dict) and "AutoTokenizer" in named
 
 
-def _encode(
-    path: Path, config: Mapping[str, Any], texts: Sequence[str], own_code: bool
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The BOS token, if there is one, and the token ids of `texts`, by the tokenizer of the checkpoint in `path`."""
+def _encode(base: DenseModel, texts: Sequence[str], own_code: bool) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The BOS token, if there is one, and the token ids of `texts`, by the base's tokenizer."""
+    path = base.checkpoint.path
     text_nbytes = sum(len(text.encode()) for text in texts)
     request = {"texts": texts, "most_tokens": 16 * (text_nbytes + len(texts))}
     if own_code:
-        answer = _ask(path / BOS_FILES[0], {**request, **TRANSFORMERS_LIMITS, "directory": str(path), "own_code": True})
+        answer = _ask(
+            path / TOKENIZER_CONFIG, {**request, **TRANSFORMERS_LIMITS, "directory": str(path), "own_code": True}
+        )
     elif os.path.lexists(path / FAST):
-        answer = _ask_fast(path, config, request, text_nbytes)
+        answer = _ask_fast(base, request, text_nbytes)
     elif os.path.lexists(path / SLOW):
         for name in (*TOKENIZER_FILES, CONFIG):  # transformers opens what it finds
             if os.path.lexists(path / name):
@@ -296,60 +289,29 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _ask_fast(path: Path, config: Mapping[str, Any], request: dict[str, Any], text_nbytes: int) -> dict[str, Any]:
-    """A tokenizer_config.json that names no BOS token means that of its class, or none; without such files config.json
-    decides."""
-    named, bos = _bos(path)
-    by_class = LLAMA_BOS if named == BOS_FILES[0] and bos is None and _is_llama_s(path) else None
+def _ask_fast(base: DenseModel, request: dict[str, Any], text_nbytes: int) -> dict[str, Any]:
+    """Where no file speaks of special tokens, config.json says which is BOS."""
+    path = base.checkpoint.path
+    special = special_tokens(path)
+    about = {
+        "bos_token": special.bos,
+        "bos_of_class": special.bos_of_class,
+        "added_tokens": special.added,
+        "split_special_tokens": special.split,
+    }
     with opened(path, FAST) as file:
-        work_nbytes = _check_file(path / FAST, file) + TEXT_WEIGHT * text_nbytes
+        work_nbytes = _check_file(path / FAST, file) + len(json.dumps(special.added)) + TEXT_WEIGHT * text_nbytes
         limits = {
             "seconds": SECONDS + work_nbytes / NBYTES_PER_SECOND,
             "data_nbytes": DATA_NBYTES + DATA_NBYTES_PER_BYTE * work_nbytes,
         }
-        answer = _ask(
-            path / FAST,
-            {**request, **limits, "file": file.fileno(), "bos_token": bos, "bos_of_class": by_class},
-            file.fileno(),
-        )
-    if named is None:
-        bos_id = config.get("bos_token_id")
+        answer = _ask(path / FAST, {**request, **limits, **about, "file": file.fileno()}, file.fileno())
+    if special.bos_file is None:
+        bos_id = base.checkpoint.config.get("bos_token_id")
         answer["bos_id"] = bos_id if type(bos_id) is int and bos_id >= 0 else None  # some models say -1 for none
-    elif bos is not None and answer["bos_id"] is None:
-        raise CheckpointError(f"{path / named}: bos_token {show(bos)} is not a token of {FAST}")
+    elif special.bos is not None and answer["bos_id"] is None:
+        raise CheckpointError(f"{path / special.bos_file}: bos_token {show(special.bos)} is not a token of {FAST}")
     return answer
-
-
-def _bos(path: Path) -> tuple[str | None, str | None]:
-    """Which of `BOS_FILES` has the last word on the BOS token, as in transformers, and what it says.
-
-    special_tokens_map.json has, where it names one, unless tokenizer_config.json lists its added tokens, as it does
-    since there is no need of that other file (transformers, tokenization_utils_base.py, `_from_pretrained`).
-    """
-    newer, older = BOS_FILES
-    there = [name for name in BOS_FILES if os.path.lexists(path / name)]
-    if not there:
-        return None, None
-    named = there[0]
-    if there == [newer, older] and "added_tokens_decoder" not in read_json(path, newer, MAX_NBYTES):
-        named = older if "bos_token" in read_json(path, older, MAX_NBYTES) else newer
-    return named, bos_token(path, named)
-
-
-def _is_llama_s(path: Path) -> bool:
-    """Whether the tokenizer is of one of `LLAMA_CLASSES`, and nothing is said of its BOS token."""
-    said = read_json(path, BOS_FILES[0], MAX_NBYTES)
-    return "bos_token" not in said and said.get("tokenizer_class") in LLAMA_CLASSES
-
-
-def bos_token(path: Path, name: str) -> str | None:
-    """The BOS token that a file names; None where it names none, which may be written as empty text."""
-    bos = read_json(path, name, MAX_NBYTES).get("bos_token")
-    if isinstance(bos, dict):
-        bos = bos.get("content")
-    if bos is not None and not isinstance(bos, str):
-        raise CheckpointError(f"{path / name}: bos_token is {show(bos)}; it must be text, or null")
-    return bos or None
 
 
 def _check_file(where: Path, file: BinaryIO) -> int:

@@ -21,7 +21,8 @@ from moeplan.architectures import as_dense_model, choose
 from moeplan.checkpoint import CONFIG, INDEX, WEIGHTS, CheckpointError, open_checkpoint
 from moeplan.config import load_config
 from moeplan.gates.passages import PassageError, passages
-from moeplan.gates.prompts import BOS_FILES, bos_token
+from moeplan.gates.special_tokens import special_tokens
+from moeplan.output import TOKENIZER_CONFIG
 from moeplan.safetensors_header import LENGTH_NBYTES
 from moeplan.yaml_file import ConfigError
 
@@ -115,10 +116,10 @@ _tokenizer = _directory("tokenizer")
 
 
 def tokenizer_config(data: bytes) -> None:
-    """A tokenizer_config.json, which names the BOS token."""
-    (_tokenizer / BOS_FILES[0]).write_bytes(data)
+    """A tokenizer_config.json, which names special tokens."""
+    (_tokenizer / TOKENIZER_CONFIG).write_bytes(data)
     try:
-        bos_token(_tokenizer, BOS_FILES[0])
+        special_tokens(_tokenizer)
     except CheckpointError as error:
         _check_message(error)
 
@@ -148,7 +149,7 @@ _FILES = {
     "index": f"model/{INDEX}",
     "config": f"model/{CONFIG}",
     "yaml": "config.yml",
-    "tokenizer_config": f"model/{BOS_FILES[0]}",
+    "tokenizer_config": f"model/{TOKENIZER_CONFIG}",
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,63 @@ def test_where_no_file_speaks_of_a_bos_token_its_class_has_one_as_in_transformer
     tokenized = prompts.tokenize(GateRequest("hidden", as_dense_model(open_checkpoint(model)), (expert,)))
     bos = AutoTokenizer.from_pretrained(model).bos_token_id
     assert tokenized.start == (() if bos is None else (bos,))
+
+
+MARKUP = "<|im_start|>user\nWrite <tool> code<s> </s>  now<|im_end|> <pad>"
+
+
+def listed(*contents: str, **flags: bool) -> dict[str, object]:
+    """`added_tokens_decoder` as transformers writes it; ids are what their order comes to."""
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    return {str(400 + number): {"content": content, **plain, **flags} for number, content in enumerate(contents)}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": listed("<|im_start|>", "<|im_end|>")}},
+        {"tokenizer_config": {"added_tokens_decoder": listed("<|im_start|>", "<|im_end|>", lstrip=True, rstrip=True)}},
+        {"tokenizer_config": {"added_tokens_decoder": listed("code", special=False, single_word=True)}},
+        {
+            "tokenizer_config": {
+                "added_tokens_decoder": dict(reversed(listed(*(f"<{c}>" for c in "abc"), "<tool>").items()))
+            }
+        },
+        {"tokenizer_config": {"eos_token": "<|im_end|>", "pad_token": "<pad>"}},
+        {"tokenizer_config": {"pad_token": {"__type": "AddedToken", "content": "<pad>", "lstrip": True}}},
+        {"tokenizer_config": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "extra_special_tokens": []}},
+        {"tokenizer_config": {"extra_special_tokens": {"tool_token": "<tool>"}, "image_token": "<|im_end|>"}},
+        {"tokenizer_config": {"added_tokens_decoder": listed("<tool>"), "split_special_tokens": True}},
+        {"special_tokens_map": {"eos_token": {"content": "<|im_end|>", "rstrip": True}, "pad_token": "<pad>"}},
+        {"added_tokens": {"<|im_end|>": 401, "<|im_start|>": 400, "tool": 402}},
+        {"added_tokens": {"<|im_end|>": 400}, "special_tokens_map": {"eos_token": "<|im_end|>"}},
+        {
+            "tokenizer_config": {"added_tokens_decoder": listed("<tool>"), "eos_token": "<|im_end|>"},
+            "special_tokens_map": {"pad_token": "<pad>"},
+            "added_tokens": {"code": 402},
+        },
+    ],
+    ids=str,
+)
+def test_special_tokens_that_are_named_beside_tokenizer_json_are_those_of_transformers(
+    model: Path, files: dict[str, dict[str, object]]
+) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] == "<unk>"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("tokenizer_config", "special_tokens_map", "added_tokens"):
+        (model / f"{name}.json").unlink(missing_ok=True)
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    for name, said in {"tokenizer_config": {}, **files}.items():
+        (model / f"{name}.json").write_text(json.dumps({**(plain if name == "tokenizer_config" else {}), **said}))
+    oracle = AutoTokenizer.from_pretrained(model)
+    with_room = json.loads((model / "config.json").read_text()) | {"vocab_size": len(oracle)}
+    (model / "config.json").write_text(json.dumps(with_room))
+    expert = Expert(source_model="model", positive_prompts=[MARKUP])
+    base = as_dense_model(open_checkpoint(model))
+    base = replace(base, sizes={**base.sizes, "vocab_size": len(oracle)})
+    tokenized = prompts.tokenize(GateRequest("hidden", base, (expert,)))
+    assert list(tokenized.tokens[0]) == [oracle.bos_token_id, *oracle.encode(MARKUP, add_special_tokens=False)]
 
 
 def test_a_model_that_says_minus_one_for_its_bos_token_has_none(model: Path) -> None:
