@@ -185,6 +185,12 @@ def _read_config(path: Path) -> _Config:
         raise CheckpointError(
             f"{file}: `{variant}` is {show(config[variant])}, which is more than a product to add; {MERGE_ADAPTER}"
         )
+    pattern = next((key for key in ("rank_pattern", "alpha_pattern") if config.get(key)), None)
+    if config.get("target_parameters") and pattern is not None:
+        raise CheckpointError(
+            f"{file}: `{pattern}` is matched with other names by peft for `target_parameters` than for modules; "
+            + MERGE_ADAPTER
+        )
     init = config.get("init_lora_weights", True)
     if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS_THAT_KEEP_THE_BASE):
         raise CheckpointError(

@@ -109,6 +109,7 @@ def test_an_adapter_s_tensors_lie_where_the_file_has_them(model: DenseModel, tmp
         ({"alpha_pattern": {"p_proj": 1, "up_proj": 2, "mlp.up_proj": 1}}, 0.5),  # whole names, and the first counts
         ({"alpha_pattern": {r"layers\.[0-5]\.mlp\.(?:up|gate)_proj": 4}}, 1.0),
         ({"alpha_pattern": {r"^model.*": 0}, "rank_pattern": None}, 0.0),
+        ({"target_parameters": ["mlp.up_proj.weight"], "alpha_pattern": {}}, 2.0),
         ({"init_lora_weights": "gaussian", "use_dora": False, "alora_invocation_tokens": None}, 2.0),
     ],
 )
@@ -143,6 +144,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a pattern's rank of text": ({"rank_pattern": {"up_proj": "2"}}, "`rank_pattern` has '2' for a rank"),
     "an endless scale": ({"lora_alpha": 10**20}, "`lora_alpha` has 1e+20 for a scale"),
     "a scale of text": ({"alpha_pattern": {"x": "1"}}, "`alpha_pattern` has '1' for a scale; it must be a number"),
+    "scales of parameters": (
+        {"target_parameters": ["mlp.gate_proj.weight"], "alpha_pattern": {"gate_proj": 32}},
+        f"`alpha_pattern` is matched with other names by peft for `target_parameters` than for modules; {MERGE}",
+    ),
+    "ranks of parameters": (
+        {"target_parameters": ["mlp.gate_proj.weight"], "rank_pattern": {"gate_proj": 32}},
+        "`rank_pattern` is matched with other names",
+    ),
     "patterns in a list": ({"alpha_pattern": ["x"]}, "`alpha_pattern` must map at most 1,024 modules to values"),
     "many patterns": ({"rank_pattern": {f"m{n}": 1 for n in range(2000)}}, "must map at most 1,024 modules"),
     "many expressions": ({"rank_pattern": {f"m{n}.*": 1 for n in range(20)}}, "up to 16 simple expressions"),
