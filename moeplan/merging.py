@@ -16,6 +16,7 @@ from moeplan import gates
 from moeplan.config import PROMPTLESS, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
+from moeplan.finished_routers import check_routers
 from moeplan.hub import Hub
 from moeplan.memory import CapError, memory_cap, runtime_is_known
 from moeplan.model_card import CARD, CONFIG_COPY, model_card
@@ -23,10 +24,9 @@ from moeplan.options import Options
 from moeplan.output import CONFIG, INDEX, free_nbytes, missing_code, to_json, tokenizer_files, write_beside
 from moeplan.planning import MergePlan, plan_again, plan_with
 from moeplan.record import RECORD, identity, record
-from moeplan.routing import RouterFacts, router_facts, stored_routers
+from moeplan.routing import RouterFacts
 from moeplan.staging import Identity, staged
 from moeplan.untrusted_json import show
-from moeplan.wording import runs
 from planner.layout import index_json
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def merge(
                     threads=options.threads,
                     imports=merge_plan.memory.packages,
                 )
-            facts = _router_facts(merge_plan, stage.directory)
-            _warn_degenerate(merge_plan, facts)
+            facts = check_routers(merge_plan, stage.directory)
             _write_beside(merge_plan, made_from, result, stage.directory)
             _warn_of_missing_code(merge_plan, stage.directory)
     of_text = None if config.gate_mode in PROMPTLESS else facts
@@ -154,30 +153,6 @@ def _clear_beside(merge_plan: MergePlan, directory: Path) -> None:
             shutil.rmtree(left)
         elif left.name not in shards:
             left.unlink()
-
-
-def _router_facts(merge_plan: MergePlan, directory: Path) -> RouterFacts:
-    router = merge_plan.family.layouts[merge_plan.layout].router
-    names = [router.format(layer=layer) for layer in range(merge_plan.sources.base.num_layers)]
-    return router_facts(stored_routers(directory, merge_plan.plan.shards, names))
-
-
-def _warn_degenerate(merge_plan: MergePlan, facts: RouterFacts) -> None:
-    for expert in facts.zero:
-        warnings.warn(
-            f"{merge_plan.config.where('experts', expert)}: the router's row for this expert is zero; its negative "
-            "prompts take away all that its positive ones give",
-            MoeplanWarning,
-            stacklevel=3,
-        )
-    if facts.degenerate:
-        advice = "" if merge_plan.config.gate_mode in PROMPTLESS else "; give them prompts that differ more"
-        layers = "all layers" if len(facts.degenerate) == facts.num_layers else f"layers {runs(facts.degenerate)}"
-        warnings.warn(
-            f"routing is degenerate in {layers}: the router cannot tell some experts apart{advice}",
-            MoeplanWarning,
-            stacklevel=3,
-        )
 
 
 def _warn_of_missing_code(merge_plan: MergePlan, directory: Path) -> None:

@@ -24,14 +24,15 @@ EQUAL = 2.0**-8
 @dataclass(frozen=True)
 class RouterFacts:
     """What a model's routers are like: the layers where they are degenerate, of how many; the two experts whose rows
-    are most alike, and the mean over all layers of the cosine between those; the experts whose rows are zero somewhere,
-    so that nothing is like them."""
+    are most alike, and the mean over all layers of the cosine between those; the experts, of several, whose rows are
+    zero somewhere, so that nothing is like them; the layers where not all numbers are finite."""
 
     degenerate: tuple[int, ...]
     num_layers: int
     closest: tuple[int, int] | None
     cosine: float
     zero: tuple[int, ...] = ()
+    not_finite: tuple[int, ...] = ()
 
 
 def condition(router: np.ndarray) -> float:
@@ -70,16 +71,19 @@ def router_facts(routers: Iterable[np.ndarray]) -> RouterFacts:
     """What `routers`, those of a model's layers, are like."""
     import numpy as np
 
-    degenerate, alike, zero = [], [], set[int]()
+    degenerate, not_finite, alike, zero = [], [], [], set[int]()
     for layer, router in enumerate(routers):
         if not condition(router) <= MAX_CONDITION:
             degenerate.append(layer)
+        if not np.isfinite(router).all():
+            not_finite.append(layer)
         alike.append(cosines(router))
-        zero.update(row for row, values in enumerate(router) if not values.any())
+        if len(router) > 1:
+            zero.update(row for row, values in enumerate(router) if not values.any())
     mean = np.mean(alike, axis=0)
     pairs = [(float(mean[pair]), pair) for pair in combinations(range(len(mean)), 2) if np.isfinite(mean[pair])]
     cosine, closest = max(pairs, default=(math.nan, None))
-    return RouterFacts(tuple(degenerate), len(alike), closest, cosine, tuple(sorted(zero)))
+    return RouterFacts(tuple(degenerate), len(alike), closest, cosine, tuple(sorted(zero)), tuple(not_finite))
 
 
 def stored_routers(directory: Path, shards: Iterable[Shard], names: Sequence[str]) -> Iterator[np.ndarray]:

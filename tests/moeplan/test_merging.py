@@ -534,11 +534,43 @@ def test_only_degenerate_layers_are_named_and_no_prompts_where_there_are_none(mo
     assert warning == "routing is degenerate in all layers: the router cannot tell some experts apart"
 
 
-def test_a_router_with_numbers_that_are_not_finite_is_degenerate(models, tmp_path):
+def test_an_expert_whose_prompts_give_nothing_is_named(models, tmp_path):
+    edit_tensors(models[0], lambda tensors: tensors["model.embed_tokens.weight"].fill_(0))
+    config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="cheap_embed")
+    assert warned(moeplan(config, tmp_path / "out"))[0] == (
+        f"{config}:1: experts[0]: the router's row for this expert is zero; its prompts give nothing that is not as "
+        "much the others'"
+    )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_shared_expert_whose_prompts_are_all_the_experts_is_named(models, tmp_path, own):
+    experts = [{"source_model": path, "positive_prompts": [path.name]} for path in models]
+    prompts = [path.name for path in models] + ["something else"] * own
+    shared = [{"source_model": models[0], "positive_prompts": prompts}]
+    settings = {"gate_mode": "ridge", "architecture": "qwen2 moe", "shared_experts": shared}
+    config = write_config(tmp_path / "config.yml", models[0], experts, **settings)
+    said = [warning for warning in warned(moeplan(config, tmp_path / "out")) if "gate of this expert" in warning]
+    assert said == [
+        f"{config}:1: shared_experts[0]: the gate of this expert is zero in all layers, so half of it counts for every "
+        "token; give it prompts that are not the experts'"
+    ] * (not own)
+
+
+def test_the_only_expert_s_row_may_be_zero(models, tmp_path):
+    config = write_config(
+        tmp_path / "config.yml", models[0], models[:1], gate_mode="ridge", experts_per_token=1, architecture="mixtral"
+    )
+    ran = moeplan(config, tmp_path / "out", "--i-understand-this-is-not-useful-without-training")
+    assert (ran.status, warned(ran)) == (0, [])
+
+
+def test_routers_with_numbers_that_are_not_finite_are_named_for_that(models, tmp_path):
     edit_tensors(models[0], lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
     config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="hidden")
-    (warning,) = warned(moeplan(config, tmp_path / "out"))
-    assert warning.startswith("routing is degenerate in layers 1-2: ")
+    assert warned(moeplan(config, tmp_path / "out")) == [
+        "routers hold NaN or infinities in layers 1-2: so do the base's weights, or what it makes of these prompts"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ runs that fail
