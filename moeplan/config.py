@@ -41,6 +41,7 @@ PROMPTLESS: tuple[GateMode, ...] = ("random", "uniform_random")
 """The gate modes that read no prompts."""
 
 _FLOAT32_MAX = 3.4028234663852886e38  # weights are scaled in float32, where more than this is infinite
+_LEAST_RIDGE = 1e-8  # what is added to a matrix must not be lost in float64's rounding of it
 _DTYPE_NICKNAMES = {
     "bf16": "bfloat16",
     "f16": "float16",
@@ -96,7 +97,7 @@ FileName = Annotated[Text, AfterValidator(_file_name)]
 FamilyName = Annotated[Text, AfterValidator(_family_name)]
 NoiseScale = Annotated[float, Field(strict=True, ge=0, le=_FLOAT32_MAX, allow_inf_nan=False)]
 NumSamples = Annotated[int, Field(strict=True, ge=0, le=_MAX_SAMPLES)]
-Ridge = Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)]
+Ridge = Annotated[float, Field(strict=True, ge=_LEAST_RIDGE, le=1e6, allow_inf_nan=False)]
 ResidualScale = Annotated[float, Field(strict=True, ge=-_FLOAT32_MAX, le=_FLOAT32_MAX, allow_inf_nan=False)]
 
 
@@ -356,8 +357,8 @@ def _explain(error: ErrorDetails, values: Mapping[KeyPath, Value]) -> tuple[KeyP
             return path, f"must be a number such as 0.1, not {value}"
         case "greater_than_equal" | "less_than_equal" if path[-1] == "positive_samples":
             return path, f"must be a whole number from 0 to {_MAX_SAMPLES:,}, not {value}"
-        case "finite_number" | "greater_than" | "less_than_equal" if path == ("ridge",):
-            return path, f"must be a number above 0, and at most a million, not {value}"
+        case "finite_number" | "greater_than_equal" | "less_than_equal" if path == ("ridge",):
+            return path, f"must be a number from {_LEAST_RIDGE} to a million, not {value}"
         case "finite_number" | "greater_than_equal" | "less_than_equal":
             least = "0" if path[-1] == "noise_scale" else "-3.4e38"
             return path, f"must be a number from {least} to 3.4e38, which is finite in float32, not {value}"

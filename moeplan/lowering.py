@@ -21,8 +21,11 @@ from planner.graph import TensorGraph
 MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "residual_multiplier")
 SHOULD_AGREE = ("rope_theta", "vocab_size")
 MUST_AGREE_TO_AVERAGE = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-SHOULD_AGREE_TO_AVERAGE = ("rope_scaling", "sliding_window", "attention_multiplier", "embedding_multiplier")
-"""Settings of the base's that its MLPs, or the attention of all, were not trained under, if they differ."""
+SHOULD_AGREE_TO_AVERAGE = (
+    *("rope_scaling", "sliding_window", "attention_multiplier", "embedding_multiplier", "logits_scaling"),
+    "rms_norm_eps",
+)
+"""Settings of the base's that its MLPs, or all that is averaged, were not trained under, if they differ."""
 
 
 @dataclass(frozen=True)

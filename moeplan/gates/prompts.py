@@ -148,7 +148,11 @@ def tokenize(request: GateRequest) -> Prompts:
     distinct = list(dict.fromkeys([*(text.text for of_row in texts for text in of_row), *chain(*others)]))
     own_code = request.trust_remote_code and has_own_tokenizer(base.checkpoint.path)
     start, encoded = _encode(base, distinct, own_code)
-    ids = dict(zip(distinct, encoded, strict=True))
+    # A text may begin with the BOS token, as chat templates write it: that is none of its own.
+    ids = {
+        text: tokens[len(start) :] if tokens[: len(start)] == start else tokens
+        for text, tokens in zip(distinct, encoded, strict=True)
+    }
     if "" in ids:
         warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
     context = base.settings["max_position_embeddings"] - len(start)
@@ -178,6 +182,8 @@ def tokenize(request: GateRequest) -> Prompts:
             if wrong := _what_is_wrong("a passage", tokens, base):
                 raise PromptError(places[passage], wrong)
             listed["positive_files"].append(tokens)
+        if places and not listed["positive_files"]:
+            raise PromptError(next(iter(places.values())), "there is no token in it that the base could be given")
         of_rows.append(listed)
     of_texts = [[tokens for _, tokens in cut(drawn)] for drawn in others]
     for file, of_text in zip(request.texts, of_texts, strict=True):
@@ -203,21 +209,27 @@ def tokenize(request: GateRequest) -> Prompts:
 
 
 def _texts(number: int, request: GateRequest) -> Iterator[_Text]:
-    """All that there is for a router's row. Files take turns, a passage each, so that none is left out."""
+    """All that there is for a router's row. Files take turns, a passage each, so that none is left out, and until there
+    is enough."""
     expert = request.rows[number]
     for key in ("positive_prompts", "negative_prompts"):
         for position, text in enumerate(getattr(expert, key)):
             yield _Text(text, (number, key, position))
-    most_nbytes = TEXT_NBYTES_PER_TOKEN * request.gate_tokens // max(1, len(expert.positive_files))
+    room = TEXT_NBYTES_PER_TOKEN * request.gate_tokens
     files: list[list[_Text]] = []
     for position, file in enumerate(expert.positive_files):
         place = (number, "positive_files", position)
         try:
-            drawn = passages(file, f"{request.seed} {number} {position}", most_nbytes)
+            drawn = passages(file, f"{request.seed} {number} {position}", room)
         except PassageError as error:
             raise PromptError(place, str(error)) from error
         files.append([_Text(text, place) for text in drawn])
-    yield from (text for turn in zip_longest(*files) for text in turn if text is not None)
+    for turn in zip_longest(*files):
+        if room <= 0:
+            return
+        for text in filter(None, turn):
+            room -= len(text.text.encode())
+            yield text
 
 
 def embedding_rows(request: GateRequest, token_ids: Sequence[int]) -> Concat:

@@ -458,6 +458,7 @@ def test_a_difference_that_does_not_reach_the_output_is_a_warning(models, tmp_pa
             "rope_scaling is {'factor': 2.0, 'rope_type': 'linear'} in other and {'rope_type': 'default'} in the base",
         ),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling is {'factor': 2.0, 'rope_type'"),
+        ({"rms_norm_eps": 0.25}, "rms_norm_eps is 0.25 in other and 0.001 in the base base"),
     ],
 )
 def test_attention_that_was_trained_otherwise_is_a_warning_where_it_is_averaged(models, tmp_path, changes, difference):
@@ -477,6 +478,14 @@ def test_mlps_whose_results_count_otherwise_are_not_merged(checkpoint, tmp_path)
     assert re.search(
         r"residual_multiplier is 0\.25 in .*/1 and [\d.]+ in the base .*; they must be equal", result.error
     )
+
+
+def test_an_averaged_output_matrix_whose_logits_were_scaled_otherwise_is_a_warning(checkpoint, tmp_path):
+    models = [shutil.copytree(checkpoint("granite-plain", seed), tmp_path / f"{seed}") for seed in range(2)]
+    edit_config(models[1], logits_scaling=8.0)
+    config = write_config(tmp_path / "config.yml", models[0], models, backbone="average")
+    (warning,) = [each for each in warned(moeplan(config, "--plan")) if "logits_scaling" in each]
+    assert "logits_scaling is 8.0 in" in warning
 
 
 def test_rope_in_another_spelling_is_no_difference(models, tmp_path):

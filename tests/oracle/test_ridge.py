@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
 from moeplan.gates import ridge as ridge_mode
-from moeplan.gates.prompts import Prompts, folds, kept, tokenize
+from moeplan.gates.prompts import PromptError, Prompts, folds, kept, tokenize
 from moeplan.gates.samples import TOKENS, samples
 from moeplan.yaml_file import ConfigError
 
@@ -280,6 +281,36 @@ def test_files_take_turns_so_that_each_gives_its_share_of_the_tokens(checkpoint,
     shares = [sum(length for text, length in passages if word in text) for word in words]
     assert sum(shares) >= 3000
     assert max(shares) - min(shares) <= 256
+
+
+def test_files_that_give_no_token_are_refused(checkpoint, tmp_path):
+    base = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
+    base = replace(base, settings={**base.settings, "max_position_embeddings": 1})  # which BOS takes
+    (tmp_path / "text").write_text("Where does it hurt?")
+    expert = Expert(source_model="model", positive_files=[str(tmp_path / "text")])
+    with pytest.raises(PromptError, match="there is no token in it that the base could be given") as refused:
+        tokenize(GateRequest("hidden", base, (expert,)))
+    assert refused.value.place == (0, "positive_files", 0)
+
+
+def test_what_short_files_leave_is_taken_of_the_longest(checkpoint, tmp_path):
+    base = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
+    (tmp_path / "book").write_text("doctor " * 20_000)
+    for number in range(15):
+        (tmp_path / f"note{number}").write_text(f"note {number}")
+    files = [str(tmp_path / name) for name in ("book", *(f"note{number}" for number in range(15)))]
+    tokenized = tokenize(
+        GateRequest("ridge", base, (Expert(source_model="model", positive_files=files),), gate_tokens=3000)
+    )
+    assert sum(len(tokenized.tokens[index]) - 1 for index in tokenized.positive[0]) == 3000
+
+
+def test_the_least_lambda_is_enough_for_prompts_of_one_token_again_and_again(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    prompts = (["go go go"], ["it it", "it it it it"])
+    experts = [{"source_model": source, "positive_prompts": each} for each in prompts]
+    out = merge(source, experts, gate_mode="ridge", ridge=1e-8)
+    assert router_weights(out, case_of("llama-plain")).isfinite().all()
 
 
 def test_the_memory_that_is_planned_is_that_of_the_tokens_that_are_fitted(checkpoint, plan):

@@ -142,6 +142,15 @@ def test_special_tokens_that_are_named_beside_tokenizer_json_are_those_of_transf
     assert list(tokenized.tokens[0]) == [oracle.bos_token_id, *oracle.encode(MARKUP, add_special_tokens=False)]
 
 
+def test_a_prompt_that_begins_with_the_bos_token_gets_no_second_one(model: Path) -> None:
+    base = as_dense_model(open_checkpoint(model))
+    once, twice = (
+        prompts.tokenize(GateRequest("hidden", base, (Expert(source_model="model", positive_prompts=[text]),)))
+        for text in ("Guten Tag", "<s>Guten Tag")
+    )
+    assert twice.tokens == once.tokens
+
+
 def test_a_model_that_says_minus_one_for_its_bos_token_has_none(model: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (model / name).unlink(missing_ok=True)
