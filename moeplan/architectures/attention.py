@@ -112,7 +112,7 @@ def _check_scaling(model: DenseModel, scaling: dict[str, Any]) -> None:
     if missing:
         raise CheckpointError(f"{path}: RoPE scaling of type {rope_type!r} has no {missing[0]}")
     for key, value in scaling.items():
-        if key == "rope_type" or value is None or isinstance(value, bool):
+        if key == "rope_type" or value is None:
             continue
         if key in ("short_factor", "long_factor"):
             count = model.sizes["head_dim"] // 2
@@ -124,7 +124,7 @@ def _check_scaling(model: DenseModel, scaling: dict[str, Any]) -> None:
         elif key.endswith("factor"):
             is_right, expected = _is_positive(value), "a number above 0"
         else:
-            is_right, expected = is_number(value) or isinstance(value, str), "a number or text"
+            is_right, expected = is_number(value) or isinstance(value, str | bool), "a number, text, or true or false"
         if not is_right:
             raise CheckpointError(f"{path}: the RoPE parameter {show(key)} is {show(value)}; it must be {expected}")
 

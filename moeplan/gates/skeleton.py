@@ -125,20 +125,24 @@ class Skeleton:
 
     def __init__(self, path: str, own_code: bool, device: str) -> None:
         self.device = torch.device(device)
+        self.padding = Padding(self.device)
+        self._calls: tuple[torch.Size, list[Call]] | None = None
         try:
             with torch.device("meta"):
                 self._model = _own_model(path) if own_code else _model(Path(path))
             self._model.eval()
-            _make_position_embeddings(self._model, self.device)
-        except Exception as error:  # whatever transformers may raise at the settings of strangers
+            self._take_apart()
+        except Exception as error:  # whatever transformers may raise at the settings of strangers, or their code lack
             raise CheckpointError(
                 f"{path}/{CONFIG}: transformers cannot make this model: {type(error).__name__}: {show(str(error))}"
             ) from error
+
+    def _take_apart(self) -> None:
+        """The parts that weights are served to, which transformers' models have, and strangers' may lack."""
+        _make_position_embeddings(self._model, self.device)
         config = self._model.config
         self.layers = list(cast(nn.ModuleList, self._model.layers))
-        self._calls: tuple[torch.Size, list[Call]] | None = None
         self._norm, self._model.norm = cast(nn.Module, self._model.norm), nn.Identity()
-        self.padding = Padding(self.device)
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         self._head = BlockedLinear(head, self.padding)
         self._logits_scale = 1 / getattr(config, "logits_scaling", 1.0)

@@ -315,6 +315,10 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
         "rope parameters that differ between layers cannot be",
     ),
     "RoPE of a list's type": ({"rope_scaling": '{"type":["x"]}'}, "RoPE scaling of type ['x'] cannot be held"),
+    "a RoPE factor that is true": (
+        {"rope_scaling": '{"type":"linear","factor":true}'},
+        "the RoPE parameter 'factor' is True; it must be a number above 0",
+    ),
     "RoPE without its factor": ({"rope_scaling": '{"type":"yarn"}'}, "RoPE scaling of type 'yarn' has no factor"),
     "RoPE by nothing": (
         {"rope_scaling": '{"type":"linear","factor":0}'},
@@ -330,7 +334,7 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "RoPE with a list for a number": (
         {"rope_scaling": '{"type":"yarn","factor":2,"beta_fast":[32]}'},
-        "the RoPE parameter 'beta_fast' is [32]; it must be a number or text",
+        "the RoPE parameter 'beta_fast' is [32]; it must be a number, text, or true or false",
     ),
     "RoPE for a part of a head": ({"partial_rotary_factor": '"half"'}, "partial_rotary_factor is 'half'; the merged"),
 }

@@ -8,6 +8,8 @@ import pytest
 import transformers.dynamic_module_utils
 from test_router_weights import MIXTRAL, PROMPTS, assert_same_directions, computed_by_transformers, merged_router
 
+from moeplan.checkpoint import CheckpointError
+
 MODELLING = """
 import os
 from torch import nn
@@ -97,3 +99,12 @@ def test_own_code_serves_prompts_alone_and_that_of_experts_nothing(checkpoint, m
     experts = [{"source_model": own, **prompts} for prompts in PROMPTS]
     merge(checkpoint("llama-plain", 1), experts, gate_mode="hidden", trust_remote_code=True)
     assert not ran.exists()
+
+
+def test_own_code_without_the_parts_that_transformers_models_have_is_named(checkpoint, merge, ran, tmp_path):
+    base = with_own_code(checkpoint("llama-plain"), tmp_path / "base", CAUSAL)
+    with (base / "modeling_own.py").open("a") as file:
+        file.write("        for layer in self.model.layers:\n            layer.feed_forward = layer.mlp\n")
+        file.write("            del layer.mlp\n")
+    with pytest.raises(CheckpointError, match=r"base/config.json: transformers cannot make this model: .*'mlp'"):
+        merged_router(merge, base, MIXTRAL, "hidden", dtype="float32", trust_remote_code=True)
