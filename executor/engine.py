@@ -22,7 +22,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, RLock
 from typing import Any
 
 from executor.blocks import chunks
@@ -227,7 +227,7 @@ class _Run:
         self._workers = workers
         self._on_progress = on_progress
         self._slabs = SlabPool(plan.pool.workers, plan.pool.slab_nbytes)
-        self._lock = Lock()
+        self._lock = RLock()
         self._stopping = Event()
         self._error: BaseException | None = None
         self._is_copying = True
@@ -294,9 +294,11 @@ class _Run:
         return self._error
 
     def report(self, doing: str = "") -> None:
+        """Say how far the run is, one thread at a time."""
         if self._on_progress is not None:
-            doing = doing or ("" if self._is_copying else self._kernel)
-            self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
+            with self._lock:
+                doing = doing or ("" if self._is_copying else self._kernel)
+                self._on_progress(Progress(self.read_nbytes, self.written_nbytes, doing))
 
     def _run_stream(self, under_way: _Chunks, step: StreamStep, pieces: Sequence[Piece], forecast: int) -> None:
         for piece in pieces:
