@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from threading import local
 from typing import Any, cast
 
 import torch
@@ -268,10 +268,23 @@ def _in_one_thread(mlp: nn.Module) -> None:
             setattr(mlp, name, _OneThread(module))
 
 
-@lru_cache(maxsize=1)
+class _Kept(local):
+    """The last skeleton of each thread: it has weights while a layer is evaluated, which are one run's own."""
+
+    key: tuple[str, str, bool, str] | None = None
+    skeleton: Skeleton
+
+
+_kept = _Kept()
+
+
 def skeleton(path: str, config_sha256: str, own_code: bool, device: str) -> Skeleton:
     """The skeleton of the model in directory `path`, with that config, by its own code or transformers', on `device`.
 
-    The last one is kept.
+    The last one is kept, for the thread that asks: kernels of one run are run in one.
     """
-    return Skeleton(path, own_code, device)
+    key = (path, config_sha256, own_code, device)
+    if _kept.key != key:
+        _kept.skeleton = Skeleton(path, own_code, device)
+        _kept.key = key
+    return _kept.skeleton

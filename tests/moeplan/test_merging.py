@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -580,6 +581,18 @@ def test_routers_with_numbers_that_are_not_finite_are_named_for_that(models, tmp
     assert warned(moeplan(config, tmp_path / "out")) == [
         "routers hold NaN or infinities in layers 1-2: so do the base's weights, or what it makes of these prompts"
     ]
+
+
+def test_merges_in_several_threads_give_what_one_gives(models, tmp_path):
+    config = api.load_config(write_config(tmp_path / "config.yml", models[0], models, gate_mode="hidden"))
+
+    def weights(number: int) -> bytes:
+        api.merge(config, tmp_path / f"out{number}")
+        return (tmp_path / f"out{number}" / "model.safetensors").read_bytes()
+
+    alone = weights(0)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(weights, range(1, 9))) == [alone] * 8
 
 
 # ------------------------------------------------------------------------------------------------------ runs that fail
