@@ -145,10 +145,14 @@ class Snapshot:
 
 
 class Hub:
-    """The Hub, as one merge sees it: what was asked, where things are. `cache` is a directory for huggingface_hub."""
+    """The Hub, as one merge sees it: what was asked, where things are. `cache` is a directory for huggingface_hub.
 
-    def __init__(self, cache: str | Path | None = None) -> None:
+    Models that `commits` has are those commits, wherever their branches are by now.
+    """
+
+    def __init__(self, cache: str | Path | None = None, commits: Mapping[str, str] | None = None) -> None:
         self._asked_for = cache
+        self._asked_commits = commits or {}
         self._snapshots: dict[str, Snapshot] = {}
         self._sources: dict[str, Source] = {}
         self._places: dict[RemoteFile, tuple[Snapshot, str]] = {}
@@ -158,9 +162,14 @@ class Hub:
 
     def anew(self) -> Hub:
         """The same models at the same commits, with what is in the cache by now."""
-        hub = Hub(self._asked_for)
+        hub = Hub(self._asked_for, self._asked_commits)
         hub._snapshots = {name: replace(snapshot, hub=hub) for name, snapshot in self._snapshots.items()}
         return hub
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commit of each model that was opened, by what the YAML calls it."""
+        return {reference: snapshot.commit for reference, snapshot in self._snapshots.items()}
 
     @property
     def endpoint(self) -> str:
@@ -194,7 +203,15 @@ class Hub:
         if name is None or _may_be_here(reference):
             return LocalPlace(Path(reference))
         if reference not in self._snapshots:
-            found = self._found(reference, name["repository"], name["revision"] or "main", config)
+            revision = self._asked_commits.get(reference) or name["revision"] or "main"
+            try:
+                found = self._found(reference, name["repository"], revision, config)
+            except CheckpointError as error:
+                if reference not in self._asked_commits:
+                    raise
+                raise CheckpointError(
+                    f"{error}; an unfinished merge was begun with it: --restart starts afresh"
+                ) from None
             self._snapshots[reference] = found
             indexes = [file for file in found.names() if file.endswith(_INDEX) and "/" not in file]
             found.fetch([config], MAX_CONFIG_NBYTES)

@@ -17,15 +17,14 @@ from moeplan.config import PROMPTLESS, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
 from moeplan.finished_routers import check_routers
-from moeplan.hub import Hub
 from moeplan.memory import CapError, memory_cap, runtime_is_known
 from moeplan.model_card import CARD, CONFIG_COPY, model_card
 from moeplan.options import Options
 from moeplan.output import CONFIG, INDEX, free_nbytes, missing_code, to_json, tokenizer_files, write_beside
-from moeplan.planning import MergePlan, plan_again, plan_with
+from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
 from moeplan.record import RECORD, identity, record
 from moeplan.routing import RouterFacts
-from moeplan.staging import Identity, staged
+from moeplan.staging import Identity, check_unfinished, staged
 from moeplan.untrusted_json import show
 from planner.layout import index_json
 
@@ -61,7 +60,7 @@ def merge(
 
     started = time.monotonic()
     options = options or Options()
-    hub = Hub(options.transformers_cache)
+    hub = hub_of(out, options)
     try:
         merge_plan = plan_with(hub, config, out, options)
     except CapError as error:
@@ -75,6 +74,8 @@ def merge(
         merge_plan = _with_packages_loaded(merge_plan, out)
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
+        known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", "plan")}
+        check_unfinished(Path(out), known, restart=options.restart)
         fetch(merge_plan, Path(out), on_progress)
         merge_plan = _with_sources_here(merge_plan, out)
     directory = Path(out)

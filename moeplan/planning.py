@@ -23,7 +23,7 @@ from moeplan.model_config import model_config
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import OutputError, existing, on_one_disk, tokenizer_files
-from moeplan.staging import check_output, unfinished_nbytes
+from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
 from planner.expr import DType, RemoteFile
 from planner.plan import Plan
 
@@ -127,7 +127,13 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
     cannot be understood, and for a memory cap that is too small. Warns with MoeplanWarning.
     """
     options = options or Options()
-    return plan_with(Hub(options.transformers_cache), config, out, options)
+    return plan_with(hub_of(out, options), config, out, options)
+
+
+def hub_of(out: str | Path | None, options: Options) -> Hub:
+    """The Hub, for a merge into `out`. One that was left unfinished there goes on with the commits of its beginning."""
+    commits = {} if out is None or options.restart else commits_of_unfinished(Path(out))
+    return Hub(options.transformers_cache, commits)
 
 
 def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Options) -> MergePlan:

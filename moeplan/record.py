@@ -20,6 +20,7 @@ from moeplan.config import PROMPTLESS
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
 from moeplan.safetensors_header import LENGTH_NBYTES
+from moeplan.staging import COMMITS
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
 
@@ -47,13 +48,15 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     if not gate_mode(merge_plan.config.gate_mode).evaluates:
         values |= {name: getattr(Options(), name) for name in EVALUATION}
     values["device"] = merge_plan.device.name  # which may be another one than at first, where any will do
+    streamed = options.stream and any(isinstance(source, RemoteFile) for source in merge_plan.plan.sources)
     packages = [*PACKAGES, *(["bitsandbytes"] if "moeplan.gates.quantised" in merge_plan.memory.packages else [])]
     return {
         "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
-        "option": {flag(name): value for name, value in values.items()},
+        "option": {flag(name): value for name, value in values.items()} | ({"--stream": True} if streamed else {}),
         "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
         "text in": {file: _text(Path(file)) for file in _texts(merge_plan)},
         "settings in": {str(base.path / CONFIG): base.config_sha256},
+        COMMITS: merge_plan.hub.commits,
         "version of": {package: version(package) for package in packages},
         "plan": {"fingerprint": merge_plan.plan.fingerprint},
     }

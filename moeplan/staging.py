@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,6 +38,11 @@ LAST = (INDEX, CONFIG)
 """What loaders look for, moved to its place after everything else, and out of it before."""
 
 GOES_ON = "what is finished is kept: run the same command again to go on"
+
+COMMITS = "commit of"
+"""The part of an identity that has the commits of models on the Hub."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Identity = Mapping[str, Mapping[str, Any]]
 """What makes a merge that merge: its config, sources, options ..., each a mapping from names to what they are."""
@@ -83,6 +89,21 @@ def unfinished_nbytes(directory: Path) -> int:
     """The space that an unfinished merge in `directory` takes already."""
     files = (directory / PARTIAL / MODEL).glob("*")
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
+def commits_of_unfinished(directory: Path) -> dict[str, str]:
+    """The commits of models on the Hub that an unfinished merge in `directory` was begun with, by their names."""
+    commits = (read_identity(directory / PARTIAL) or {}).get(COMMITS)
+    if not isinstance(commits, dict):
+        return {}
+    return {name: commit for name, commit in commits.items() if isinstance(commit, str) and COMMIT.fullmatch(commit)}
+
+
+def check_unfinished(directory: Path, identity: Identity, *, restart: bool = False) -> None:
+    """Raises OutputError where an unfinished merge of something else is in `directory`, as far as `identity` goes."""
+    before = None if restart else read_identity(directory / PARTIAL)
+    if before is not None and {kind: before.get(kind) for kind in identity} != identity:
+        raise _of_something_else(directory, {kind: before.get(kind, {}) for kind in identity}, identity)
 
 
 @contextmanager
@@ -137,10 +158,14 @@ def _check_same(directory: Path, identity: Identity, restart: bool) -> None:
             )
         shutil.rmtree(partial, ignore_errors=True)
     elif before != identity:
-        raise OutputError(
-            f"{directory}: an unfinished merge is there, of something else: {_difference(before, identity)}. Undo the "
-            "change to go on with it, or add --restart to start afresh"
-        )
+        raise _of_something_else(directory, before, identity)
+
+
+def _of_something_else(directory: Path, before: Mapping[str, Any], now: Identity) -> OutputError:
+    return OutputError(
+        f"{directory}: an unfinished merge is there, of something else: {_difference(before, now)}. Undo the change to "
+        "go on with it, or add --restart to start afresh"
+    )
 
 
 def _difference(before: Mapping[str, Any], now: Identity) -> str:

@@ -271,6 +271,54 @@ def test_a_branch_that_moves_meanwhile_changes_nothing(
     assert not any("/resolve/" in request.path and hub.commit(BASE, "main") in request.path for request in hub.requests)
 
 
+def left_unfinished(config: Path, out: Path, **options: Any) -> None:
+    """Have a merge be interrupted when it has written something."""
+
+    fetched = [0]
+
+    def stop(progress: Progress) -> None:
+        if progress.doing == "fetching":
+            fetched.append(progress.written_nbytes)
+        elif progress.written_nbytes > fetched[-1] + 100_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.merge(api.load_config(config), out, api.Options(**options), on_progress=stop)
+    assert [path.name for path in out.iterdir()] == [PARTIAL]
+
+
+@pytest.mark.parametrize("args", [(), ("--stream",)])
+def test_an_unfinished_merge_goes_on_with_the_commits_that_it_was_begun_with(
+    hub: Hub,
+    config: Path,
+    local: dict[str, bytes | None],
+    models: dict[str, Path],
+    tmp_path: Path,
+    args: tuple[str, ...],
+) -> None:
+    left_unfinished(config, tmp_path / "out", stream=bool(args))
+    later = shutil.copytree(models[BASE], tmp_path / "later")
+    (later / "README.md").write_text("An edit.")
+    hub.add(BASE, later)
+    gone = refused(config, tmp_path / "out", *args)
+    assert gone.endswith("an unfinished merge was begun with it: --restart starts afresh")
+    hub.add(BASE, models[BASE], revision="before")
+    assert moeplan(config, tmp_path / "out", *args).status == 0
+    assert written(tmp_path / "out") == local
+
+
+def test_nothing_is_downloaded_where_something_else_was_left_unfinished(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    left_unfinished(config, tmp_path / "out", stream=True)
+    message = refused(config, tmp_path / "out")
+    assert "an unfinished merge is there, of something else: option --stream was True and is absent. Undo" in message
+    assert "option --random-seed was 0 and is 1" in refused(config, tmp_path / "out", "--random-seed", "1")
+    assert large_files(Path(constants.HF_HUB_CACHE)) == []
+    assert moeplan(config, tmp_path / "out", "--stream").status == 0
+    assert written(tmp_path / "out") == local
+
+
 def test_a_local_directory_of_that_name_wins(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
