@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,8 @@ class Licence:
 
     license: str
     license_name: str | None = None
-    license_link: str | None = None
+    license_link: str | None = field(default=None, compare=False)
+    """A model's copy of it, as a rule, so one licence has many."""
 
     def __str__(self) -> str:
         return self.license_name or self.license
@@ -135,13 +136,13 @@ def read_licence(directory: Path) -> Licence | None:
 
 
 def metadata(merged: Sequence[Source]) -> dict[str, Any]:
-    """What the Hub reads. There is a licence where all models are known to have the same one."""
+    """What the Hub reads. There is a licence where all models are known to have the same one, with the base's link."""
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
     names = list(dict.fromkeys(source.hub_name for source in merged if source.hub_name is not None))
     if names:
         data |= {"base_model": names, "base_model_relation": "merge"}
-    licences = {source.licence for source in merged}
-    if len(licences) == 1 and (licence := licences.pop()) is not None:
+    licence = merged[0].licence
+    if licence is not None and all(source.licence == licence for source in merged):
         keys = ("license", "license_name", "license_link")
         data |= {key: value for key in keys if (value := getattr(licence, key)) is not None}
     return data

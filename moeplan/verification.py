@@ -84,11 +84,15 @@ def _ranges(directory: Path, record: dict[str, Any], found: Verification) -> tup
                     ranges.append(_range(directory / shard, offset, itemsize, segment))
                     names.append(f"{tensor} ({shard}, from byte {offset:,})")
                 offset += segment["numel"] * itemsize
+    if not found.wrong and found.tensors != len(record["tensors"]):
+        raise ValueError("tensors of no shard")
     return ranges, names
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
     file = directory / RECORD
+    if file.exists() and not file.is_file():  # a FIFO would be waited for
+        raise RecordError(f"{file}: is not a regular file; only a model that moeplan merged can be verified")
     try:
         with open(file, "rb") as opened:
             text = opened.read(MAX_RECORD_NBYTES + 1)

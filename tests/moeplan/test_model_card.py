@@ -189,6 +189,15 @@ def test_a_licence_is_named_where_all_models_have_it():
     assert "license" not in metadata([source(licence=APACHE), source("a/b", None)])
 
 
+def test_one_licence_is_one_wherever_each_model_has_its_copy():
+    names = ("Qwen/a", "Qwen/b")
+    models = [source(name, Licence("apache-2.0", None, f"https://hf.co/{name}/LICENSE")) for name in names]
+    assert metadata(models)["license_link"] == "https://hf.co/Qwen/a/LICENSE"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_licences(models)
+
+
 def test_licences_that_differ_are_warned_of_and_unknown_ones_are_not():
     with pytest.warns(
         api.MoeplanWarning, match=r"different licences: apache-2\.0 \(models/local\), llama-3 licence \(a/b\)"

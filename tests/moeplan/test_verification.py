@@ -206,3 +206,20 @@ def test_of_a_file_without_a_header_its_beginning_is_told_from_another(tmp_path)
     assert sum(map(len, header(file))) <= 128 << 10
     file.write_bytes(b"PK\3\4\0\0\0\0" + b"x" * (32 << 20))
     assert header_sha256(file) != before
+
+
+def test_a_record_that_leaves_out_a_shard_is_told_to_be_damaged(model):
+    before = (model / "moeplan.json").read_bytes()
+    try:
+        (model / "moeplan.json").write_text(json.dumps(json.loads(before) | {"shards": {}}))
+        result = moeplan("verify", model)
+    finally:
+        (model / "moeplan.json").write_bytes(before)
+    assert (result.status, result.error) == (2, f"{model}/moeplan.json: is not what moeplan writes")
+
+
+def test_a_record_that_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "moeplan.json")
+    result = moeplan("verify", tmp_path)
+    assert result.status == 2
+    assert result.error.startswith(f"{tmp_path}/moeplan.json: is not a regular file")
