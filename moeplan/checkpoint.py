@@ -87,6 +87,10 @@ class Place(Protocol):
     def prepare(self, names: Collection[str]) -> None:
         """Told which files of weights will be opened, so that what takes long can be begun."""
 
+    @property
+    def incomplete(self) -> str:
+        """Why files may not be there, and what to do about it."""
+
     def opened(self, name: str) -> AbstractContextManager[tuple[BinaryIO, Source]]:
         """The file of weights `name`, open for reading, and what plans are to read it as. Raises CheckpointError."""
 
@@ -112,6 +116,10 @@ class LocalPlace:
 
     def prepare(self, names: Collection[str]) -> None:
         """Nothing here takes long."""
+
+    @property
+    def incomplete(self) -> str:
+        return "is the download complete, and is this the model's directory?"
 
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[BinaryIO, SourceFile]]:
@@ -251,11 +259,7 @@ def _why_no_weights(place: Place) -> str:
     if place.has("adapter_config.json"):
         return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{place.label})"
     found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)
-    advice = (
-        "is the download complete, and is this the model's directory?"
-        if found is None
-        else f"there is {show(found)}: {_INSTEAD[Path(found).suffix]}"
-    )
+    advice = place.incomplete if found is None else f"there is {show(found)}: {_INSTEAD[Path(found).suffix]}"
     return f"has none of {', '.join(PREFERRED)}; {advice}"
 
 

@@ -102,8 +102,19 @@ class Snapshot:
         except RunError as error:
             raise CheckpointError(str(error)) from None
 
+    @property
+    def incomplete(self) -> str:
+        from huggingface_hub import constants
+
+        if self.files:
+            return f"what it has is listed on {self.hub.endpoint}/{self.repository}"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{self.hub.endpoint} cannot be reached"
+        return f"not all of it is in the cache, {self.hub.cache}, and {why}"
+
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[BinaryIO, Source]]:
+        if not self.files and not self.is_here(name):
+            raise CheckpointError(f"{self.label}: has no {name}; {self.incomplete}")
         if self.is_here(name) or name not in self.files:
             with LocalPlace(self.path).opened(name) as (file, source):
                 yield file, self.hub.one_source(self._digest(name), source)
@@ -262,6 +273,8 @@ class Hub:
             digest = file.lfs.sha256 if file.lfs is not None else file.blob_id
             if file.size is not None and digest is not None:
                 files[file.rfilename] = HubFile(file.size, digest)
+        if not files:
+            raise CheckpointError(f"{reference}: has no files on {self.endpoint}")
         return Snapshot(self, reference, repository, info.sha, self._directory(repository, info.sha, revision), files)
 
     def _directory(self, repository: str, commit: str, revision: str) -> Path:

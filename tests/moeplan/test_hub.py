@@ -534,6 +534,25 @@ def test_a_token_opens_private_and_gated_models_and_goes_to_the_hub_alone(
     assert any(request.server == "cdn" for request in hub.requests)
 
 
+def test_offline_weights_that_are_not_in_the_cache_are_missed_there(
+    hub: Hub, config: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert moeplan(config, "--plan").status == 0  # which has configs come
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert refused(config) == (
+        f"{config}:1: base_model: {BASE}: has none of model.safetensors, model.safetensors.index.json, "
+        f"pytorch_model.bin, pytorch_model.bin.index.json; not all of it is in the cache, {cache}, and HF_HUB_OFFLINE "
+        "is set"
+    )
+
+
+def test_a_model_without_files_is_named(hub: Hub, models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    hub.add("org/empty", tmp_path / "empty")
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, "org/empty"])
+    assert refused(config).endswith(f"experts[1].source_model: org/empty: has no files on {hub.url}")
+
+
 def test_offline_what_is_not_in_the_cache_is_one_message(
     hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
