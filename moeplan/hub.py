@@ -28,6 +28,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from executor.errors import RunError
+from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, CheckpointError, LocalPlace, Place
 from moeplan.errors import MoeplanWarning
 from moeplan.untrusted_json import show
@@ -57,6 +58,9 @@ LONGEST_PAUSE_SECONDS = 60.0
 
 _INDEX = ".index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HALF = re.compile(r"/blobs/[0-9a-f]+\.[0-9a-f]+\.incomplete\Z")
+"""What huggingface_hub downloads into. Older versions have `DIGEST.incomplete`, and go on with it."""
+
 _BUSY = {408, 429, 500, 502, 503, 504}
 
 T = TypeVar("T")
@@ -359,7 +363,7 @@ class Hub:
             snapshot, name = self._places[file]
             self.fetch(snapshot, name, Bar)
 
-        with _plainly(), ThreadPoolExecutor(workers) as pool:
+        with _plainly(), interruption.clearing(_remove_halves), ThreadPoolExecutor(workers) as pool:
             try:
                 list(pool.map(download, files))
             except CheckpointError as error:
@@ -547,6 +551,15 @@ def _plainly() -> Iterator[None]:
     finally:
         constants.HF_HUB_DISABLE_XET = before[0]
         logger.setLevel(before[1])
+
+
+def _remove_halves() -> None:
+    """Remove the files that this process is downloading into: no download goes on with one, nor ever removes it."""
+    for opened in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            file = opened.readlink()
+            if _HALF.search(str(file)):
+                file.unlink()
 
 
 def _patiently(ask: Callable[[], T]) -> T:

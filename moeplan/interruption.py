@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
 from types import FrameType, TracebackType
@@ -36,6 +36,7 @@ SHOW_CURSOR = "\x1b[?25h"
 
 _is_orderly = False
 _message = "interrupted"
+_clearing: list[Callable[[], None]] = []
 
 
 def watch() -> None:
@@ -75,6 +76,16 @@ def in_order(message: str) -> Iterator[None]:
         _is_orderly = False
 
 
+@contextmanager
+def clearing(clear: Callable[[], None]) -> Iterator[None]:
+    """Within, `clear` is called where the process is ended at once. It must not wait for anything."""
+    _clearing.append(clear)
+    try:
+        yield
+    finally:
+        _clearing.remove(clear)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _is_orderly
     if not _is_orderly:
@@ -106,6 +117,9 @@ def _end_in_time(awaited: int) -> None:
 
 def _end() -> None:
     """End the process, whatever its other threads are at."""
+    for clear in _clearing:
+        with suppress(Exception):
+            clear()
     start = f"{SHOW_CURSOR}\n" if os.isatty(STDERR) else ""
     with suppress(OSError):
         os.write(STDERR, f"{start}error: {_message}\n".encode() if _message else b"")

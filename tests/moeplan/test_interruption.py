@@ -85,6 +85,22 @@ executor.kernel_runner.KernelRunner._view = lambda *args: stand_still()
 """
 
 
+IN_A_DOWNLOAD = """
+from huggingface_hub import file_download
+
+http_get = file_download.http_get
+
+def slow_get(url, file, *, expected_size, **kwargs):
+    if expected_size < 200_000:  # it is not the weights
+        return http_get(url, file, expected_size=expected_size, **kwargs)
+    file.write(b"a half")
+    file.flush()
+    stand_still()
+
+file_download.http_get = slow_get
+"""
+
+
 @pytest.fixture
 def config(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A YAML file for a merge with prompts, which goes through everything that a merge can be at."""
@@ -201,3 +217,21 @@ def test_a_server_that_does_not_answer_is_not_waited_for(checkpoint, tmp_path, w
             silent.accept()
         interrupted(process)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_is_ended_leaves_no_half_of_a_file(checkpoint, tmp_path):
+    config = write_config(tmp_path / "config.yml", "org/model", ["org/model"] * 2)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    with serving() as hub:
+        hub.add("org/model", checkpoint("llama-plain"))
+        process = start(
+            config,
+            tmp_path / "out",
+            code=STANDING_STILL + IN_A_DOWNLOAD + MAIN,
+            env={**environment, "HF_ENDPOINT": hub.url},
+        )
+        wait_until(process, (tmp_path / "standing still").exists)
+        blobs = tmp_path / "home" / "hub" / "models--org--model" / "blobs"
+        assert len(list(blobs.glob("*.incomplete"))) == 1
+        interrupted(process)
+    assert list(blobs.glob("*.incomplete")) == []
