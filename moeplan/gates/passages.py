@@ -120,14 +120,15 @@ def _text(where: str, line: bytes) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """`text`, cut at white space into pieces of about `NBYTES`."""
+    """`text`, cut at white space into pieces of about `NBYTES`. None is white space alone."""
     piece: list[str] = []
     room = NBYTES
-    for word in re.findall(r"\s*\S+", text):
+    for word in re.findall(r"\s*\S+", text.rstrip()):  # or white space at the end takes quadratic time
         for part in (word[at : at + NBYTES] for at in range(0, len(word), NBYTES)):  # text without any white space
             size = len(part.encode())
             if piece and size > room:
-                yield "".join(piece).lstrip()
+                if words := "".join(piece).lstrip():
+                    yield words
                 piece, room = [], NBYTES
             piece.append(part)
             room -= size

@@ -1,6 +1,7 @@
 """Passages of files: what is drawn, from how much of a file, and which files are refused."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,15 @@ def test_what_is_no_file_is_refused(tmp_path):
         passages(str(tmp_path / "none"), "seed", EVERYTHING)
     with pytest.raises(PassageError, match="is not a regular file"):
         passages(str(tmp_path), "seed", EVERYTHING)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+@pytest.mark.parametrize("after", ["", "the end"])
+def test_much_white_space_takes_no_time_and_is_no_passage(after, name, file):
+    nbytes = 1 << 21 if name == "text.txt" else 1 << 19  # a line of JSON is shorter, and a line end two bytes of it
+    text = "the beginning" + "\n" * (nbytes - 32) + after
+    path = file(text if name == "text.txt" else json.dumps({"text": text}), name)
+    started = time.process_time()
+    drawn = passages(path, "seed", EVERYTHING)
+    assert time.process_time() - started < 1
+    assert sorted(passage.strip() for passage in drawn) == ["the beginning", *["the end"] * bool(after)]
