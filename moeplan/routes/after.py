@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from executor.chunk_ops import as_tensor
 from executor.reader import name_of
 from moeplan import architectures
-from moeplan.architectures.dense import dense_model
+from moeplan.architectures.dense import DenseModel, dense_model
 from moeplan.architectures.family import Family
 from moeplan.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from moeplan.config import Expert, MergeConfig, load_config
@@ -26,6 +26,7 @@ from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbyte
 from moeplan.output import CONFIG
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from moeplan.untrusted_json import show
+from planner.expr import Read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,12 +54,14 @@ def routes_after(
     checkpoint = open_checkpoint(directory)
     family = _family(checkpoint)
     _check_memory(checkpoint, options)
+    base = dense_model(checkpoint, family.sources[0])
     count = checkpoint.integer(family.num_experts_key)
+    routers = _routers(checkpoint, family, base, count)
     config = _config(directory, count)
     experts = (Expert(source_model="-"),) * count if config is None else tuple(map(_that_are_there, config.experts))
     request = GateRequest(
         mode="random",
-        base=dense_model(checkpoint, family.sources[0]),
+        base=base,
         experts=experts,
         gate_tokens=4096 if config is None else config.gate_tokens,
         seed=options.random_seed,
@@ -85,7 +88,7 @@ def routes_after(
         [text for text in texts if text.tokens],
         _layers(
             checkpoint,
-            family,
+            routers,
             prompts,
             [prompt for group in groups for prompt in group],
             options.threads,
@@ -167,7 +170,7 @@ def _that_are_there(expert: Expert) -> Expert:
 
 def _layers(
     checkpoint: Checkpoint,
-    family: Family,
+    routers: Sequence[Read],
     prompts: Prompts,
     order: Sequence[int],
     threads: int,
@@ -177,27 +180,19 @@ def _layers(
     """Each layer's router, and its scores of the tokens of prompts in that `order`, but BOS."""
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     from executor.engine import Progress
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one for all of it
     if on_start is not None:
         on_start(4 * sum(map(len, prompts.tokens)))
     torch.set_num_threads(threads)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", local_files_only=True)
-    except Exception as error:  # whatever transformers may raise at a model of others
-        raise CheckpointError(
-            f"{checkpoint.label}: transformers cannot load this model: {type(error).__name__}: {show(str(error))}"
-        ) from error
+    model = _loaded(checkpoint)
     layers = model.model.layers
-    routers = [_router(checkpoint, family, layer) for layer in range(len(layers))]
+    rows = [_stored(router) for router in routers]
     scores: list[list[np.ndarray]] = [[] for _ in layers]
 
     def note(layer: int, seen: torch.Tensor) -> None:
-        scores[layer].append((seen[0, len(prompts.start) :].float() @ routers[layer].T).numpy())
+        scores[layer].append((seen[0, len(prompts.start) :].float() @ rows[layer].T).numpy())
 
     for number, layer in enumerate(layers):
         layer.post_attention_layernorm.register_forward_hook(lambda _, args, seen, at=number: note(at, seen))
@@ -208,18 +203,76 @@ def _layers(
             done += 4 * len(tokens)
             if on_progress is not None:
                 on_progress(Progress(done, done, "routing"))
-    for of_layer, router in zip(scores, routers, strict=True):
+    for of_layer, router in zip(scores, rows, strict=True):
         yield Layer(np.concatenate([of_layer[prompt] for prompt in order]), router.numpy())
 
 
-def _router(checkpoint: Checkpoint, family: Family, layer: int) -> torch.Tensor:
-    """A layer's router as it is stored, `[num_experts, hidden_size]` in float32, under the name of either layout."""
-    names = [layout.router.format(layer=layer) for layout in family.layouts.values()]
-    name = next((name for name in names if name in checkpoint.tensors), None)
-    if name is None:
-        raise CheckpointError(f"{checkpoint.label}: there is no tensor {names[0]}, which a {family.name} model has")
-    read = checkpoint.tensors[name]
-    with open(name_of(read.file), "rb") as file:
-        file.seek(read.offset)
-        router = as_tensor(memoryview(bytearray(file.read(read.nbytes))), read.dtype, read.numel)
-    return router.view(read.shape).float()
+def _loaded(checkpoint: Checkpoint) -> Any:
+    """The model, by transformers, which draws at random what it does not find, and leaves out what it does not know.
+
+    Raises CheckpointError where there is any such tensor, or one of another shape than config.json says.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one for all of it
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # what is wrong is said here
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype="auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # whatever transformers may raise at a model of others
+        raise CheckpointError(
+            f"{checkpoint.label}: transformers cannot load this model: {type(error).__name__}: {show(str(error))}"
+        ) from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise _damaged(checkpoint, f"there is no tensor {min(found['missing_keys'])}, which {CONFIG} asks for")
+    if found["mismatched_keys"]:
+        raise _misshapen(checkpoint, *min(found["mismatched_keys"]))
+    if found["unexpected_keys"]:
+        name = show(min(found["unexpected_keys"]))
+        raise _damaged(checkpoint, f"has a tensor {name}, which {CONFIG} has no place for")
+    return model
+
+
+def _routers(checkpoint: Checkpoint, family: Family, base: DenseModel, count: int) -> list[Read]:
+    """Where each layer's router lies, `[num_experts, hidden_size]`, under the name of either layout.
+
+    Raises CheckpointError where one is of another shape, or is missing, or a tensor of one of `count` experts is.
+    """
+    tensors, found = checkpoint.tensors, []
+    for layer in range(base.num_layers):
+        names = [layout.router.format(layer=layer) for layout in family.layouts.values()]
+        name = next((name for name in names if name in tensors), None)
+        if name is None:
+            raise _damaged(checkpoint, f"there is no tensor {names[0]}, which a {family.name} model has")
+        found.append(tensors[name])
+        if found[-1].shape != (count, base.hidden_size):
+            raise _misshapen(checkpoint, name, found[-1].shape, (count, base.hidden_size))
+        of_experts = (
+            [tensor.name.format(layer=layer, expert=expert) for tensor in layout.experts for expert in range(count)]
+            for layout in family.layouts.values()
+        )
+        missing = min(([name for name in names if name not in tensors] for names in of_experts), key=len)
+        if missing:
+            raise _damaged(
+                checkpoint, f"there is no tensor {missing[0]}, which a {family.name} model of {count} experts has"
+            )
+    return found
+
+
+def _misshapen(checkpoint: Checkpoint, name: str, shape: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+    return _damaged(checkpoint, f"{name} has shape {list(shape)}, and {CONFIG} makes it {list(expected)}")
+
+
+def _damaged(checkpoint: Checkpoint, what: str) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.label}: {what}; make the model again, or download it again")
+
+
+def _stored(router: Read) -> torch.Tensor:
+    """A router as it is stored, in float32."""
+    with open(name_of(router.file), "rb") as file:
+        file.seek(router.offset)
+        tensor = as_tensor(memoryview(bytearray(file.read(router.nbytes))), router.dtype, router.numel)
+    return tensor.view(router.shape).float()

@@ -1,6 +1,7 @@
 """`moeplan routes`, against what transformers computes: of a merge before it is made, and of a finished model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import torch
 from commands import moeplan
 from families import CASES
 from models import read_tensors
+from safetensors.torch import save_file
 from test_ridge import Base, expected
 from test_router_weights import case_of, has_gate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeplan import Options
+from moeplan.checkpoint import CheckpointError
 from moeplan.errors import UserError
 from moeplan.routes import statistics
 from moeplan.routes.after import routes_after
@@ -26,6 +29,8 @@ PROMPTS = [
     ["x = 1", "def f(): pass", "return x", "import torch"],
     ["Guten Tag", "Der Zug fährt", "Ich möchte ein Brötchen"],
 ]
+
+ROUTER, EXPERT = "model.layers.1.block_sparse_moe.gate.weight", "model.layers.1.block_sparse_moe.experts."
 
 
 @pytest.fixture
@@ -179,9 +184,40 @@ def test_a_finished_model_that_transformers_cannot_load_is_refused(checkpoint, m
     source = checkpoint("llama-plain")
     out = merge(source, [{"source_model": source, "positive_prompts": each} for each in PROMPTS], gate_mode="hidden")
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    (out / "config.json").write_text(json.dumps({**config, "router_jitter_noise": "much"}))
     with pytest.raises(UserError, match=f"{out}: transformers cannot load this model: "):
         routes_after(out, Options())
+
+
+DAMAGED = [
+    ("model.layers.1.self_attn.q_proj.weight", {}, "there is no tensor model.layers.1.self_attn.q_proj.weight, which "),
+    (f"{EXPERT}1.w3.weight", {}, f"there is no tensor {EXPERT}1.w3.weight, which a Mixtral model of 3 experts has"),
+    (ROUTER, {}, f"there is no tensor {ROUTER}, which a Mixtral model has"),
+    (None, {"num_hidden_layers": 2}, "has a tensor 'model.layers.2."),
+    (None, {"num_hidden_layers": 4}, "there is no tensor model.layers.3.block_sparse_moe.gate.weight, which "),
+    (None, {"num_local_experts": 2}, "gate.weight has shape [3, 64], and config.json makes it [2, 64]"),
+    (None, {"num_local_experts": 4}, "gate.weight has shape [3, 64], and config.json makes it [4, 64]"),
+    (None, {"hidden_size": 32}, "gate.weight has shape [3, 64], and config.json makes it [3, 32]"),
+    (None, {"intermediate_size": 80}, "has shape [3, 64, 96], and config.json makes it [3, 64, 80]"),
+    (None, {"vocab_size": 400}, "has shape [384, 64], and config.json makes it [400, 64]"),
+]
+
+
+@pytest.mark.parametrize(("removed", "settings", "message"), DAMAGED)
+def test_a_finished_model_whose_tensors_are_not_those_of_its_config_is_refused_by_one_of_them(
+    removed, settings, message, checkpoint, merge, capfd
+):
+    source = checkpoint("llama-plain")
+    out = merge(source, [{"source_model": source, "positive_prompts": each} for each in PROMPTS], gate_mode="hidden")
+    tensors = read_tensors(out)
+    tensors.pop(removed, None)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(CheckpointError, match=re.escape(message)) as refused:
+        routes_after(out, Options())
+    assert str(refused.value).startswith(f"{out}: ")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_finished_deepseek_is_refused(checkpoint, merge):
