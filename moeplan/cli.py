@@ -303,14 +303,14 @@ def routes_command(
     Of a YAML file, before anything is merged, the base alone is evaluated. As far as can be, tokens are scored by
     routers that were made without their prompts. A finished model is loaded with transformers, whole.
     """
-    from moeplan.routes.page import check_installed, check_place, page
+    from moeplan.routes.page import check_installed, check_place, page, write_page
     from moeplan.routes.subject import routes_of
 
     teller = Teller(as_json=as_json, quiet=quiet, verbose=verbose)
     with told(teller, verbose):
         if html is not None:
             check_installed()
-            check_place(html)
+            check_place(html, subject, text or [])
         options = Options(
             max_memory=max_memory,
             random_seed=random_seed,
@@ -325,7 +325,7 @@ def routes_command(
         data = routes_of(subject, options, text or [], teller.start, teller.progress).to_data()
         teller.routes(data)
         if html is not None:
-            html.write_text(page(data), encoding="utf-8")
+            write_page(html, page(data))
 
 
 def run(args: list[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 
+from executor.errors import RunError
+from executor.files import write_file
 from moeplan.errors import UserError
 from moeplan.report import printable
 from moeplan.routes.wording import CUT, among, best, decimals, layer_cells, layer_columns, percent, shortened
@@ -64,11 +68,44 @@ class PageError(UserError):
     """The page cannot be drawn."""
 
 
-def check_place(html: Path) -> None:
-    """Raises PageError where no page can be put at `html`."""
-    if html.is_dir() or not html.parent.is_dir():
-        why = "is a directory" if html.is_dir() else f"there is no directory {html.parent}"
-        raise PageError(f"--html: {html}: {why}; name a file in one that there is")
+def check_place(html: Path, subject: Path, files: Sequence[str]) -> None:
+    """Raises PageError where a page about `subject` and `files` cannot be put at `html`, or would replace one of them.
+
+    Of a model's directory, it may replace pages alone.
+    """
+    try:
+        place = _real(html)
+        if place.is_dir() or not place.parent.is_dir():
+            why = "is a directory" if place.is_dir() else f"there is no directory {html.parent}"
+            raise PageError(f"--html: {html}: {why}; name a file in one that there is")
+        if place in map(_real, (subject, *map(Path, files))):
+            raise PageError(f"--html: {html}: is what is to be routed; name another file")
+        if place.is_relative_to(_real(subject)) and place.suffix != ".html":
+            raise PageError(f"--html: {html}: is in the model's directory; name a file elsewhere, or one in .html")
+        if place.exists() and not place.is_file():
+            raise PageError(f"--html: {html}: is no regular file; name one, or a new one")
+        with TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise PageError(f"--html: {html}: {error.strerror}") from error
+
+
+def write_page(html: Path, text: str) -> None:
+    """Put `text` into the file `html`, all at once. Raises RunError."""
+    place = _real(html)
+    partial = place.with_name(f".moeplan-{os.getpid()}.html")
+    try:
+        try:
+            write_file(partial, text.encode())
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"--html: {html}: {error.strerror}") from error
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def check_installed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 from routes_cases import example
 
+from executor.errors import RunError
 from moeplan.errors import UserError
 from moeplan.routes import page as page_module
-from moeplan.routes.page import MAX_OPEN_ROWS, page
+from moeplan.routes.page import MAX_OPEN_ROWS, check_place, page, write_page
 from moeplan.routes.statistics import Text
 
 pytest.importorskip("matplotlib")
@@ -197,6 +200,49 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(page_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moeplan\[report\]'"):
         page(example().to_data())
+
+
+def test_a_page_takes_no_place_of_what_is_to_be_routed(tmp_path: Path) -> None:
+    config, story, model = tmp_path / "config.yml", tmp_path / "story.html", tmp_path / "model"
+    config.touch()
+    story.touch()
+    model.mkdir()
+    (tmp_path / "link").symlink_to(model / "config.json")
+    os.mkfifo(tmp_path / "fifo")
+    for html, subject, message in (
+        (config, config, "is what is to be routed; name another file"),
+        (story, model, "is what is to be routed; name another file"),
+        (model / "config.json", model, "is in the model's directory; name a file elsewhere, or one in .html"),
+        (tmp_path / "link", model, "is in the model's directory; name a file elsewhere, or one in .html"),
+        (tmp_path / "fifo", config, "is no regular file; name one, or a new one"),
+        (tmp_path / "link" / "page.html", config, f"there is no directory {tmp_path}/link; name a file in one"),
+        (tmp_path / ("x" * 256), config, "File name too long"),
+        (Path("/proc/page.html"), config, "No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"--html: {html}: {message}")) as refused:
+            check_place(html, subject, [str(story)])
+        assert refused.value.exit_status == 2
+    for html in (model / "page.html", tmp_path / "report", tmp_path / "report.html"):
+        check_place(html, model, [str(story)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yml", "fifo", "link", "model", "story.html"]
+
+
+def test_a_page_takes_the_place_of_another_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    html, link = tmp_path / "page.html", tmp_path / "link.html"
+    html.write_text("old")
+    link.symlink_to(html)
+    with monkeypatch.context() as patch:
+        patch.setattr("executor.files.os.pwrite", full)
+        with pytest.raises(RunError, match=f"--html: {html}: No space left on device"):
+            write_page(html, "new")
+    assert html.read_text() == "old"
+    write_page(link, "new")
+    assert html.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [link, html]
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
