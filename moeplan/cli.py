@@ -241,7 +241,8 @@ def command(
             teller.plan(merge_plan, out)
             teller.start(merge_plan.moved_nbytes)
 
-        teller.result(moeplan.merge(merge_config, out, options, on_plan, teller.progress), config)
+        result = moeplan.merge(merge_config, out, options, on_plan, teller.progress)
+        teller.result(result, merge_config, config)
 
 
 @verify_app.command(no_args_is_help=True)

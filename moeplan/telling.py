@@ -44,18 +44,20 @@ class Teller:
         data = report.plan_data(merge_plan, out)
         self._tell("plan", data, lambda data: report.plan_view(data, with_files=self._verbose))
 
-    def result(self, result: moeplan.MergeResult, config: Path) -> None:
+    def result(self, result: moeplan.MergeResult, config: moeplan.MergeConfig, file: Path) -> None:
         self.stop()
         self._tell(
-            "result", report.result_data(result), lambda data: report.result_view(data, self._routable(result, config))
+            "result",
+            report.result_data(result),
+            lambda data: report.result_view(data, self._routable(result, config, file)),
         )
 
-    def _routable(self, result: moeplan.MergeResult, config: Path) -> Path:
-        """What `moeplan routes` is to be given: the model, or, where that cannot be loaded here, `config`."""
-        from moeplan.routes.after import fits  # here, so that a plan does without
+    def _routable(self, result: moeplan.MergeResult, config: moeplan.MergeConfig, file: Path) -> Path:
+        """What `moeplan routes` is to be given: the model, or, where that is not enough, the YAML `file`."""
+        from moeplan.routes.after import is_routable  # here, so that a plan does without
 
-        loads = self._data["plan"]["readers"] is None and fits(result.run.written_nbytes)
-        return result.path if loads else config
+        loads = self._data["plan"]["readers"] is None
+        return result.path if loads and is_routable(result.path, result.run.written_nbytes, config) else file
 
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data

@@ -18,7 +18,7 @@ from moeplan.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates import GateRequest
-from moeplan.gates.prompts import Prompts, tokenize
+from moeplan.gates.prompts import FAST, SLOW, Prompts, tokenize
 from moeplan.memory import MIB, limit_nbytes
 from moeplan.model_card import CONFIG_COPY
 from moeplan.opening import naming_prompts
@@ -128,9 +128,17 @@ def _family(checkpoint: Checkpoint) -> Family:
     return family
 
 
-def fits(nbytes: int) -> bool:
-    """Whether a model whose tensors have so many bytes can be evaluated in the memory that is free."""
-    return _evaluated_nbytes(nbytes) <= _free_nbytes()
+def is_routable(directory: Path, nbytes: int, config: MergeConfig) -> bool:
+    """Whether `routes_after` can tell of each expert, in the model that `config` made, with tensors of so many bytes.
+
+    It takes memory that is free, and what may not be beside the model: a tokenizer, and prompts of all, or files.
+    """
+    return (
+        _evaluated_nbytes(nbytes) <= _free_nbytes()
+        and (directory / CONFIG_COPY).exists()
+        and any((directory / name).exists() for name in (FAST, SLOW))
+        and all(expert.positive_prompts or expert.positive_files for expert in config.experts)
+    )
 
 
 def _evaluated_nbytes(nbytes: int) -> int:

@@ -573,6 +573,25 @@ def test_the_command_that_is_named_after_a_merge_says_where_tokens_go(checkpoint
     assert moeplan(*command[1:]).status == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "of_experts"),
+    [
+        ("--no-write-model-card", {}),
+        ("--no-copy-tokenizer", {}),
+        ("--random-seed=1", {"positive_prompts": [], "positive_samples": 2}),
+    ],
+)
+def test_after_a_merge_without_text_or_tokenizer_beside_it_the_command_that_is_named_takes_the_yaml_file(
+    checkpoint, tmp_path, option, of_experts
+):
+    models = [checkpoint("llama-plain", seed) for seed in (0, 1)]
+    experts = [{"source_model": model, **of_experts} for model in models]
+    given = write_config(tmp_path / "config.yml", models[0], experts, gate_mode="ridge")
+    last = moeplan(given, tmp_path / "out", option).stdout.splitlines()[-1]
+    assert last.endswith(f"moeplan routes {given}")
+    assert moeplan("routes", given).status == 0
+
+
 def test_after_a_merge_that_is_too_large_to_evaluate_whole_the_command_that_is_named_takes_the_yaml_file(
     checkpoint, tmp_path
 ):
