@@ -35,6 +35,8 @@ MIN_TOKENS = 64
 """A share of so many independent tokens has a standard error of up to 6 points, 1 / (2 √n); tokens of one passage are
 less than independent."""
 
+RANDOM = "the routers are random, so train them, or choose a gate_mode that reads prompts"
+
 NAMED = 3
 """How many experts or pairs are named, rather than counted."""
 
@@ -80,7 +82,7 @@ def _chance(data: dict[str, Any]) -> Iterator[str]:
         return
     found = f"{percent(agreement)} of tokens go first to the expert whose text they are from, and chance is "
     if data["gate_mode"] in PROMPTLESS:
-        yield f"{found}{percent(chance)}: the routers are random; train them, or choose a gate_mode that reads prompts"
+        yield f"{found}{percent(chance)}: {RANDOM}"
     else:
         yield (
             f"{found}{percent(chance)}: routing is no better than chance; give more text for each expert, or choose "
@@ -119,11 +121,11 @@ def _starved(data: dict[str, Any]) -> Iterator[str]:
     expected = _labels(data) or range(len(shares))
     starved = [expert for expert in expected if shares[expert] < STARVED * even]
     if starved:
+        them = "them" if len(starved) > 1 else "it"
         yield (
             f"{_experts(starved)} {'get' if len(starved) > 1 else 'gets'} almost no tokens "
             f"({percent(max(shares[expert] for expert in starved))}{' or less' * (len(starved) > 1)}; an even share is "
-            f"{percent(even)}): give {'them' if len(starved) > 1 else 'it'} more and clearer prompts, or leave "
-            f"{'them' if len(starved) > 1 else 'it'} out"
+            f"{percent(even)}): {_remedy(data, f'give {them} more and clearer prompts, or leave {them} out')}"
         )
 
 
@@ -136,7 +138,8 @@ def _greedy(data: dict[str, Any]) -> Iterator[str]:
     for expert in greedy[:NAMED]:
         yield (
             f"expert {expert} gets far more than its share: it comes first for {percent(shares[expert])} of tokens, "
-            f"and an even share is {percent(even)}; give it prompts of its own subject only, or negative_prompts"
+            f"and an even share is {percent(even)}; "
+            f"{_remedy(data, 'give it prompts of its own subject only, or negative_prompts')}"
         )
     if len(greedy) > NAMED:
         yield f"so do {_count(len(greedy) - NAMED, 'more expert')}"
@@ -164,9 +167,14 @@ def _seen(data: dict[str, Any]) -> Iterator[str]:
     labelled = [text for text in data["texts"] if text["expert"] is not None and text["tokens"]]
     seen = [text for text in labelled if not text["held_out"]]
     if seen:
+        other = (
+            "look at other text, too (--text), or give the YAML file of the merge"
+            if data["finished"]
+            else "give each expert two prompts or more, or judge by other text"
+        )
         yield (
             f"the routers were made from {_of_all(len(seen), len(labelled), 'texts')} that they are judged by, so "
-            "agreement is better here than it will be: give each expert two prompts or more, or judge by other text"
+            f"agreement is better here than it will be: {other}"
         )
 
 
@@ -188,6 +196,11 @@ def _little_text(data: dict[str, Any]) -> Iterator[str]:
 def _labels(data: dict[str, Any]) -> list[int]:
     """The experts that there is text of."""
     return sorted({text["expert"] for text in data["texts"] if text["expert"] is not None and text["tokens"]})
+
+
+def _remedy(data: dict[str, Any], of_prompts: str) -> str:
+    """What is to be done to routers that are made `of_prompts`, and to others."""
+    return RANDOM if data["gate_mode"] in PROMPTLESS else of_prompts
 
 
 def _prompts(data: dict[str, Any]) -> str:

@@ -98,6 +98,7 @@ def routes_after(
         checkpoint.integer("num_experts_per_tok"),
         subject=str(directory),
         gate_mode=None if config is None else config.gate_mode,
+        finished=True,
     )
 
 

@@ -91,6 +91,8 @@ class Routes:
     """Where the tokens of `texts` go."""
 
     subject: str
+    finished: bool
+    """Whether that is a model, rather than the YAML file of a merge."""
     gate_mode: str | None
     experts_per_token: int
     experts: tuple[str, ...]
@@ -102,6 +104,7 @@ class Routes:
         """Everything for machines, advice included, in what JSON has: a number that it has not is None."""
         data = {
             "subject": self.subject,
+            "finished": self.finished,
             "gate_mode": self.gate_mode,
             "experts_per_token": self.experts_per_token,
             "experts": list(self.experts),
@@ -130,8 +133,12 @@ def routes(
     *,
     subject: str,
     gate_mode: str | None,
+    finished: bool = False,
 ) -> Routes:
-    """Where the tokens of `texts` go in each of `layers`. Raises UserError where there are no tokens."""
+    """Where the tokens of `texts` go in each of `layers`, of a model that is `finished` or not.
+
+    Raises UserError where there are no tokens.
+    """
     if not any(text.tokens for text in texts):
         raise UserError(f"{subject}: there is no text to route; give the experts prompts, or a text file with --text")
 
@@ -142,6 +149,7 @@ def routes(
     found = tuple(map(of_layer, layers))
     return Routes(
         subject=subject,
+        finished=finished,
         gate_mode=gate_mode,
         experts_per_token=experts_per_token,
         experts=tuple(experts),

@@ -24,12 +24,14 @@ def said(
     k: int = 2,
     preference: float = 3.0,
     gate_mode: str | None = "hidden",
+    finished: bool = False,
 ) -> list[str]:
     """The advice on scores that prefer the right expert, as changed by `scores`, of three layers."""
     texts = texts_of(EXPERTS) if texts is None else texts
     layers = [Layer(scores(layer.logits), router) for layer in layers_of(texts, len(router), 3, preference, seed=0)]
     names = [str(expert) for expert in range(len(router))]
-    return routes(names, texts, layers, k, subject="x", gate_mode=gate_mode).to_data()["advice"]
+    found = routes(names, texts, layers, k, subject="x", gate_mode=gate_mode, finished=finished)
+    return found.to_data()["advice"]
 
 
 def test_where_nothing_is_wrong_nothing_is_said() -> None:
@@ -134,6 +136,17 @@ def test_an_expert_that_gets_far_more_than_its_share_is_named() -> None:
     assert "an even share is 25 %" in lines[0]
 
 
+@pytest.mark.parametrize("gate_mode", ["random", "uniform_random"])
+def test_experts_of_random_routers_are_not_given_prompts(gate_mode: str) -> None:
+    def unfair(scores: np.ndarray) -> np.ndarray:
+        return scores + np.array([0, 2.5, -99, 0], dtype=np.float32)
+
+    lines = said(scores=unfair, gate_mode=gate_mode)
+    assert [line.split(" gets")[0] for line in lines] == ["expert 2", "expert 1"]
+    for line in lines:
+        assert line.endswith("the routers are random, so train them, or choose a gate_mode that reads prompts")
+
+
 @pytest.mark.parametrize(("factor", "word"), [(100.0, "so sharp"), (0.001, "so flat")])
 def test_routers_whose_weights_mean_nothing_are_named(factor: float, word: str) -> None:
     [line] = said(scores=lambda scores: scores * np.float32(factor))
@@ -149,6 +162,13 @@ def test_text_that_the_routers_were_made_from_is_named() -> None:
     [line] = said(texts=texts_of(EXPERTS, held_out=False))
     assert line.startswith("the routers were made from all texts that they are judged by")
     assert said(texts=[*texts, Text("notes.txt", None, 100, False)]) == []
+
+
+def test_of_a_finished_model_other_text_is_asked_for_rather_than_prompts() -> None:
+    texts = texts_of(EXPERTS, held_out=False)
+    [before], [after] = said(texts=texts), said(texts=texts, finished=True)
+    assert before.endswith(": give each expert two prompts or more, or judge by other text")
+    assert after.endswith(": look at other text, too (--text), or give the YAML file of the merge")
 
 
 def test_too_little_text_is_named() -> None:

@@ -241,7 +241,7 @@ def test_data_has_everything_there_is() -> None:
     found: Routes = example(more_texts=[Text("notes.txt", None, 50, True)])
     data = found.to_data()
     assert list(data) == [
-        "subject", "gate_mode", "experts_per_token", "experts", "texts", "overall", "layers", "advice",
+        "subject", "finished", "gate_mode", "experts_per_token", "experts", "texts", "overall", "layers", "advice",
     ]  # fmt: skip
     assert set(data["layers"][0]) == {*(of.name for of in fields(Numbers)), "condition", "degenerate"}
     assert data["overall"]["agreement_top1"] == pytest.approx(found.overall.agreement_top1, abs=1e-6)
