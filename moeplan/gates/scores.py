@@ -50,6 +50,7 @@ def scored(request: GateRequest, mode: GateMode) -> Scored:
     reads_text = request.mode not in PROMPTLESS
     lengths, positive = evaluation.lengths, evaluation.positive
     fold = folds(positive, lengths, len(evaluation.prompts.start)) if reads_text else {}
+    read = {prompt for prompts in (*positive, *evaluation.prompts.negative) for prompt in prompts if reads_text}
     params = json.dumps({"lengths": lengths, "folds": [fold.get(prompt, 2) for prompt in range(len(lengths))]})
     routers = mode.routers(request)
     by_fold = [mode.routers(replace(request, without=number)) if fold else routers for number in (0, 1)]
@@ -59,7 +60,7 @@ def scored(request: GateRequest, mode: GateMode) -> Scored:
     def tokens(prompts: Sequence[int]) -> Tokens:
         first = len(evaluation.prompts.start)
         rows = (range(begins[prompt] + first, begins[prompt] + lengths[prompt]) for prompt in prompts)
-        return Tokens(tuple(rows), not reads_text or all(prompt in fold for prompt in prompts))
+        return Tokens(tuple(rows), all(prompt in fold or prompt not in read for prompt in prompts))
 
     return Scored(
         routers=tuple(routers),
@@ -68,7 +69,7 @@ def scored(request: GateRequest, mode: GateMode) -> Scored:
             for seen, *of_layer in zip(evaluation.mlp_inputs(), *by_fold, routers, strict=True)
         ),
         experts=tuple(map(tokens, positive[: len(request.experts)])),
-        texts=tuple(replace(tokens(prompts), held_out=True) for prompts in evaluation.prompts.texts),
+        texts=tuple(map(tokens, evaluation.prompts.texts)),
     )
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from test_ridge import Base, expected
 from test_router_weights import case_of, has_gate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moeplan as api
 from moeplan import Options
 from moeplan.checkpoint import CheckpointError
 from moeplan.errors import UserError
@@ -127,6 +129,27 @@ def test_text_of_files_is_routed_by_the_final_router(checkpoint, configure, laye
     for number, layer in enumerate(layers_seen[0]):
         wanted = text.seen[number] @ layer.router.T
         np.testing.assert_allclose(layer.logits[-len(text) :], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "random"])
+def test_text_that_the_routers_were_made_from_is_not_held_out(mode, checkpoint, configure, tmp_path):
+    """A file that is an expert's, too; one prompt of each of two experts, which no half is without; a negative one."""
+    source, out = checkpoint("llama-plain"), tmp_path / "out"
+    files = [str(tmp_path / f"{name}.txt") for name in ("the expert's", "positive", "negative", "other")]
+    for file, text in zip(files, ["import torch", "x = 1", "Guten Tag", "Der Zug"], strict=True):
+        Path(file).write_text(text)
+    experts = [
+        {"source_model": source, "positive_files": files[:1], "positive_prompts": PROMPTS[0]},
+        {"source_model": source, "positive_prompts": ["x = 1"], "negative_prompts": ["Guten Tag"]},
+    ]
+    config, options = configure(source, experts, gate_mode=mode)
+    before = routes_before(config, "config.yml", options, files)
+    api.merge(config, out, options)
+    after = routes_after(out, options, files)
+    is_random = mode == "random"
+    assert [text.held_out for text in before.texts[2:]] == [True, is_random, is_random, True]
+    assert [text.held_out for text in after.texts] == [is_random] * 5 + [True]
+    assert (before.to_data()["finished"], after.to_data()["finished"]) == (False, True)
 
 
 def test_text_with_tokens_that_the_model_has_no_rows_for_is_refused(checkpoint, configure, tmp_path):
