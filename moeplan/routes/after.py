@@ -56,6 +56,7 @@ def routes_after(
     _check_memory(checkpoint, options)
     base = dense_model(checkpoint, family.sources[0])
     count = checkpoint.integer(family.num_experts_key)
+    experts_per_token = checkpoint.integer("num_experts_per_tok", maximum=count)
     routers = _routers(checkpoint, family, base, count)
     config = _config(directory, count)
     experts = (Expert(source_model="-"),) * count if config is None else tuple(map(_that_are_there, config.experts))
@@ -97,7 +98,7 @@ def routes_after(
             on_start,
             on_progress,
         ),
-        checkpoint.integer("num_experts_per_tok"),
+        experts_per_token,
         subject=str(directory),
         gate_mode=None if config is None else config.gate_mode,
         finished=True,

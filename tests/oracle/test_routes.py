@@ -243,6 +243,17 @@ def test_a_finished_model_whose_tensors_are_not_those_of_its_config_is_refused_b
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("number", [0, 3, "2"])
+def test_a_finished_model_with_a_wrong_number_of_experts_per_token_is_refused(number, checkpoint, merge, tmp_path):
+    source = checkpoint("llama-plain")
+    out = merge(source, [{"source_model": source, "positive_prompts": each} for each in PROMPTS[:2]])
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": number}))
+    message = f"{out}/config.json: `num_experts_per_tok` is {number!r}; it must be a whole number from 1 to 2"
+    with pytest.raises(UserError, match=re.escape(message)):
+        routes_after(out, Options())
+
+
 def test_a_finished_deepseek_is_refused(checkpoint, merge):
     source = checkpoint("llama-plain")
     out = merge(source, [source, source], architecture="deepseek")
