@@ -41,12 +41,12 @@ class Scored:
     texts: tuple[Tokens, ...]
 
 
-def scored(request: GateRequest, mode: GateMode) -> Scored:
-    """Have `mode` make the routers of `request`, and score all of its text. Raises what both do, and UserError where
-    there is no text."""
+def scored(request: GateRequest, mode: GateMode, subject: str) -> Scored:
+    """Have `mode` make the routers of `request`, and score all of its text. Raises what both do, and UserError, which
+    names the `subject`, where there is no text."""
     evaluation = Evaluation.of(request)
     if not evaluation.lengths:
-        raise UserError("there is no text to route; give the experts prompts, or a text file with --text")
+        raise UserError(f"{subject}: there is no text to route; give the experts prompts, or a text file with --text")
     reads_text = request.mode not in PROMPTLESS
     lengths, positive = evaluation.lengths, evaluation.positive
     fold = folds(positive, lengths, len(evaluation.prompts.start)) if reads_text else {}

@@ -58,7 +58,8 @@ def routes_after(
     count = checkpoint.integer(family.num_experts_key)
     experts_per_token = checkpoint.integer("num_experts_per_tok", maximum=count)
     routers = _routers(checkpoint, family, base, count)
-    config = _config(directory, count)
+    written = _config(directory)
+    config = written if written is not None and len(written.experts) == count else None
     experts = (Expert(source_model="-"),) * count if config is None else tuple(map(_that_are_there, config.experts))
     request = GateRequest(
         mode="random",
@@ -75,7 +76,7 @@ def routes_after(
         with naming_prompts(config):
             prompts = tokenize(request)
     if not prompts.tokens:
-        raise UserError(f"{directory}: there is no text to route: no prompts in its {CONFIG_COPY}; give --text FILE")
+        raise UserError(f"{directory}: there is no text to route: {_why_no_text(written, count)}; give --text FILE")
     names = [f"expert {n}" if config is None else config.experts[n].source_model for n in range(count)]
     groups = [*prompts.positive, *prompts.texts]
     begins = len(prompts.start)
@@ -163,20 +164,29 @@ def _check_memory(checkpoint: Checkpoint, options: Options) -> None:
         )
 
 
-def _config(directory: Path, count: int) -> MergeConfig | None:
-    """The config that the model was merged by, if it is there and is this model's."""
+def _config(directory: Path) -> MergeConfig | None:
+    """The config that is beside the model, if there is one."""
     path = directory / CONFIG_COPY
-    if not path.exists():
-        return None
-    config = load_config(path, allow_all_same=True)
-    return config if len(config.experts) == count else None
+    return load_config(path, allow_all_same=True) if path.exists() else None
+
+
+def _why_no_text(config: MergeConfig | None, count: int) -> str:
+    """Why there is no text by the `config` beside a model of `count` experts."""
+    if config is None:
+        return f"it has no {CONFIG_COPY}, which says what it was merged by"
+    if len(config.experts) != count:
+        return f"its {CONFIG_COPY} has {len(config.experts)} experts, and the model {count}"
+    if any(expert.positive_files for expert in config.experts):
+        return f"none of the positive_files of its {CONFIG_COPY} is found from this directory"
+    return f"there are no prompts in its {CONFIG_COPY}"
 
 
 def _that_are_there(expert: Expert) -> Expert:
     """`expert` with those of its files that are still there."""
     there = tuple(file for file in expert.positive_files if Path(file).is_file())
     for file in sorted({*expert.positive_files} - {*there}):
-        warnings.warn(f"{file}: is not there any more, so its text is left out", MoeplanWarning, stacklevel=2)
+        gone = "is not there any more" if Path(file).is_absolute() else "is not found from this directory"
+        warnings.warn(f"{file}: {gone}, so its text is left out", MoeplanWarning, stacklevel=2)
     return expert.model_copy(update={"positive_files": there})
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moeplan as api
 from moeplan import Options
 from moeplan.checkpoint import CheckpointError
-from moeplan.errors import UserError
+from moeplan.errors import MoeplanWarning, UserError
 from moeplan.routes import statistics
 from moeplan.routes.after import routes_after
 from moeplan.routes.before import routes_before
@@ -254,6 +254,31 @@ def test_a_finished_model_with_a_wrong_number_of_experts_per_token_is_refused(nu
         routes_after(out, Options())
 
 
+def test_why_there_is_no_text_beside_a_finished_model_is_said(checkpoint, merge, tmp_path, monkeypatch):
+    source = checkpoint("llama-plain")
+    (tmp_path / "story.txt").write_text("light a torch and go down")
+    monkeypatch.chdir(tmp_path)
+    out = merge(source, [{"source_model": source, "positive_files": ["story.txt"]}, source])
+    assert [text.expert for text in routes_after(out, Options()).texts] == [0]
+    monkeypatch.chdir(out)
+    said = f"{out}: there is no text to route: "
+    message = f"{said}none of the positive_files of its moeplan_config.yml is found from this directory; give --text"
+    with (
+        pytest.warns(MoeplanWarning, match=r"story\.txt: is not found from this directory, so its text is left out"),
+        pytest.raises(UserError, match=re.escape(message)),
+    ):
+        routes_after(out, Options())
+    for number, message in (
+        (2, "there are no prompts in its moeplan_config.yml; give --text FILE"),
+        (3, "its moeplan_config.yml has 3 experts, and the model 2; give --text FILE"),
+        (0, "it has no moeplan_config.yml, which says what it was merged by; give --text FILE"),
+    ):
+        copy = {"base_model": str(source), "gate_mode": "random", "experts": [{"source_model": str(source)}] * number}
+        (out / "moeplan_config.yml").write_text(json.dumps(copy)) if number else (out / "moeplan_config.yml").unlink()
+        with pytest.raises(UserError, match=re.escape(said + message)):
+            routes_after(out, Options())
+
+
 def test_a_finished_deepseek_is_refused(checkpoint, merge):
     source = checkpoint("llama-plain")
     out = merge(source, [source, source], architecture="deepseek")
@@ -294,7 +319,10 @@ def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp
     source = checkpoint("llama-plain")
     configure(source, [source, source])  # random, no prompts
     for args, message in (
-        ([tmp_path / "0.yml"], "there is no text to route; give the experts prompts, or a text file with --text"),
+        (
+            [tmp_path / "0.yml"],
+            f"{tmp_path}/0.yml: there is no text to route; give the experts prompts, or a text file with --text",
+        ),
         ([tmp_path / "0.yml", "--text", tmp_path / "none"], "none: cannot be read: No such file or directory"),
         ([source], "model_type is 'llama', which is no model that moeplan makes"),
         ([tmp_path / "none.yml"], "none.yml: no such file"),
