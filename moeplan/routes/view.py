@@ -60,7 +60,7 @@ class HeatMap:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title, style="bold")
-        colours = console.color_system is not None
+        colours = console.color_system is not None and not console.no_color
         cells, label = self._cell_width(), self._label_width()
         columns = max(1, (WIDTH - label) // cells)
         largest = float(np.nanmax(self.shares)) if np.isfinite(self.shares).any() else 0.0

@@ -17,13 +17,14 @@ from moeplan.routes.view import COLOURS, WIDTH, _luminance, _style, routes_view
 SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 40, 4)]
 
 
-def printed(found: Routes, *, colours: bool = False, width: int = WIDTH) -> str:
+def printed(found: Routes, *, colours: bool = False, no_color: bool = False, width: int = WIDTH) -> str:
     file = io.StringIO()
     console = Console(
         file=file,
         width=width,
         force_terminal=colours,
         color_system="truecolor" if colours else None,
+        no_color=no_color,
         highlight=False,
         markup=False,
         emoji=False,
@@ -64,6 +65,10 @@ def test_cells_of_many_experts_are_shaded_without_colours() -> None:
     text = printed(example(64, 4, preference=6.0))
     assert re.search(r"[░▒▓█]{3}", text)
     assert not re.search(r"[░▒▓█]", printed(example(64, 4), colours=True))
+
+
+def test_a_terminal_that_is_to_show_no_colours_gets_shades() -> None:
+    assert re.search(r"[░▒▓█]{3}", printed(example(64, 4, preference=6.0), colours=True, no_color=True))
 
 
 def test_many_layers_are_shown_as_means_of_neighbours() -> None:
