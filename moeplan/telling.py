@@ -81,7 +81,7 @@ class Teller:
         from moeplan.routes.view import routes_view
 
         self.stop()
-        self._tell("routes", data, routes_view)
+        self._tell("routes", data, lambda data: routes_view(data, self._report.width))
 
     def checked(self, nbytes: int) -> None:
         """How much of a finished model was read again."""

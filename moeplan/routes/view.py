@@ -1,6 +1,7 @@
 """What `moeplan routes` prints: a heat map of each layer's experts, which text goes where, numbers, advice.
 
-Everything is drawn for 80 columns, and is as readable without colours: then cells are shaded by characters.
+Everything is drawn for 80 columns, or fewer where a terminal has no more, and is as readable without colours: then
+cells are shaded by characters.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from moeplan.report import printable
 from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
 
 WIDTH = 80
-"""What fits every terminal. Nothing is drawn wider."""
+"""What fits most terminals. Nothing is drawn wider."""
 
 MAX_ROWS = 32
 """More layers are shown as means of neighbours."""
 
 MAX_CONFUSION = 10
 """With more experts, only those that get most of a text are listed: cells of all would not fit."""
+
+MIN_NAME = 8
+"""Where there is less room for the names of texts beside cells, they are listed, too."""
 
 MAX_TEXTS = 16
 """With more texts, only those that agree least with their label are listed."""
@@ -51,6 +55,8 @@ class HeatMap:
     """Cells whose numbers stand in brackets."""
     limit: float = math.inf
     """Larger shares have the colour of this one."""
+    room: int = WIDTH
+    """How wide it may be."""
 
     def width(self) -> int:
         return max(len(self.title), self._label_width() + int(self.shares.shape[1]) * self._cell_width())
@@ -62,12 +68,12 @@ class HeatMap:
         yield Text(self.title, style="bold")
         colours = console.color_system is not None and not console.no_color
         cells, label = self._cell_width(), self._label_width()
-        columns = max(1, (WIDTH - label) // cells)
+        columns = max(1, (self.room - label) // cells)
         largest = float(np.nanmax(self.shares)) if np.isfinite(self.shares).any() else 0.0
         most = min(largest, self.limit)
         for start in range(0, self.shares.shape[1], columns):
             stop = min(start + columns, self.shares.shape[1])
-            yield Text(" " * label + _ticks(start, stop, cells), style="dim", no_wrap=True)
+            yield Text(" " * label + _ticks(start, stop, cells, self.room - label), style="dim", no_wrap=True)
             for row, name in enumerate(self.rows):
                 line = Text(f"{name:<{label}}", no_wrap=True)
                 for column in range(start, stop):
@@ -80,7 +86,7 @@ class HeatMap:
 
     def _cell_width(self) -> int:
         """Wide enough for numbers if all columns fit so, else as wide as fits, at least 1."""
-        room = (WIDTH - self._label_width()) // int(self.shares.shape[1])
+        room = (self.room - self._label_width()) // int(self.shares.shape[1])
         wide = NUMBER_WIDTH + bool(self.marked)
         return wide if room >= wide else 2 if room >= 2 else 1
 
@@ -107,11 +113,12 @@ class HeatMap:
         return line.append(f" {percent(most)}{' or more' * is_cut}")
 
 
-def routes_view(data: dict[str, Any]) -> RenderableType:
-    """What `moeplan routes` prints, from `Routes.to_data()`."""
+def routes_view(data: dict[str, Any], columns: int) -> RenderableType:
+    """What `moeplan routes` prints, from `Routes.to_data()`, where there are so many `columns`."""
+    width = min(WIDTH, columns)
     parts: list[RenderableType] = [_facts(data)]
-    parts += [Text(), *_heat_maps(data)]
-    parts += [Text(), _confusion(data), Text(), _table(data), Text(), _advice(data)]
+    parts += [Text(), *_heat_maps(data, width)]
+    parts += [Text(), _confusion(data, width), Text(), *_tables(data, width), Text(), _advice(data)]
     return Group(*parts)
 
 
@@ -142,15 +149,15 @@ def _facts(data: dict[str, Any]) -> RenderableType:
     )
 
 
-def _heat_maps(data: dict[str, Any]) -> Iterator[RenderableType]:
+def _heat_maps(data: dict[str, Any], width: int) -> Iterator[RenderableType]:
     """Layers by experts: who comes first, and who works, where that is another question."""
     num_experts, groups = len(data["experts"]), _groups(len(data["layers"]))
     labels = [_span(group) for group in groups]
-    maps = [HeatMap("layer: best expert", _grouped(data, "top1", groups), labels, limit=CUT / num_experts)]
+    maps = [HeatMap("layer: best expert", _grouped(data, "top1", groups), labels, limit=CUT / num_experts, room=width)]
     if k := among(data):
         title, limit = f"layer: among the best {k}", CUT * k / num_experts
-        maps.append(HeatMap(title, _grouped(data, "topk", groups), labels, limit=limit))
-    if len(maps) == 2 and sum(map(HeatMap.width, maps)) + 4 <= WIDTH:
+        maps.append(HeatMap(title, _grouped(data, "topk", groups), labels, limit=limit, room=width))
+    if len(maps) == 2 and sum(map(HeatMap.width, maps)) + 4 <= width:
         beside = Table.grid(padding=(0, 4, 0, 0))
         beside.add_row(*maps)
         yield beside
@@ -160,26 +167,28 @@ def _heat_maps(data: dict[str, Any]) -> Iterator[RenderableType]:
         yield heat_map
 
 
-def _confusion(data: dict[str, Any]) -> RenderableType:
+def _confusion(data: dict[str, Any], width: int) -> RenderableType:
     """Which text goes to which expert first, on average over layers."""
     shares, title = data["overall"]["text_top1"], "text: best expert, mean over layers"
     shown = _shown_texts(data)
     if len(shown) < len(data["texts"]):
         title += f" (the {len(shown)} of {len(data['texts'])} texts that agree least)"
     names = [printable(data["texts"][index]["name"]) for index in shown]
-    if (num_experts := len(data["experts"])) <= MAX_CONFUSION:
-        names = [shortened(name, min(40, WIDTH - 1 - num_experts * (NUMBER_WIDTH + 1))) for name in names]
+    left = width - 1 - len(data["experts"]) * (NUMBER_WIDTH + 1)
+    if len(data["experts"]) <= MAX_CONFUSION and left >= MIN_NAME:
+        names = [shortened(name, min(40, left)) for name in names]
         marked = frozenset(
             (row, data["texts"][index]["expert"])
             for row, index in enumerate(shown)
             if data["texts"][index]["expert"] is not None
         )
-        return HeatMap(title, np.array([shares[index] for index in shown], dtype=float), names, marked)
+        return HeatMap(title, np.array([shares[index] for index in shown], dtype=float), names, marked, room=width)
     table = _numbers_table(("text", "its expert>", "most of it goes to"), gap=2)
+    table.columns[-1].no_wrap = False
     for name, index in zip(names, shown, strict=True):
         expert = data["texts"][index]["expert"]
         own = "" if expert is None else f"{expert}: {percent(shares[index][expert])}"
-        table.add_row(shortened(name, 28), own, best(shares[index]))
+        table.add_row(shortened(name, min(28, max(MIN_NAME, width // 2 - 12))), own, best(shares[index]))
     return Group(Text(title, style="bold"), table)
 
 
@@ -194,18 +203,37 @@ def _shown_texts(data: dict[str, Any]) -> list[int]:
     return sorted(sorted(range(len(texts)), key=agreement)[:MAX_TEXTS])
 
 
-def _table(data: dict[str, Any]) -> RenderableType:
+def _tables(data: dict[str, Any], width: int) -> Iterator[RenderableType]:
+    """Layers in numbers, in one table, or, where that would be wider, in several with some of its columns."""
     layers = data["layers"]
     any_degenerate = any(layer["degenerate"] for layer in layers)
-    last = ["degenerate"] * any_degenerate
-    table = _numbers_table(("layer", *(f"{column}>" for column in layer_columns(data)), *last))
+    columns = ["layer", *(f"{column}>" for column in layer_columns(data)), *["degenerate"] * any_degenerate]
+    rows = []
     for group in _groups(len(layers)):
         members = [layers[index] for index in group]
         degenerate = any(layer["degenerate"] for layer in members)
-        table.add_row(_span(group), *layer_cells(data, members), *["yes" if degenerate else ""] * any_degenerate)
+        rows.append([_span(group), *layer_cells(data, members), *["yes" if degenerate else ""] * any_degenerate])
     if len(layers) > 1:
-        table.add_row("all", *layer_cells(data, layers), style="bold")
-    return table
+        rows.append(["all", *layer_cells(data, layers), *[""] * any_degenerate])
+    for number, part in enumerate(_parts([[column.rstrip(">") for column in columns], *rows], width)):
+        yield from [Text()] * bool(number)
+        table = _numbers_table([columns[column] for column in part])
+        for row in rows:
+            table.add_row(*(row[column] for column in part), style="bold" if row[0] == "all" else "")
+        yield table
+
+
+def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """The columns of a table, in parts that are no wider, each with the first column."""
+    first, *widths = [max(map(len, cells)) + 1 for cells in zip(*rows, strict=True)]
+    parts, left = [[0]], width - first
+    for column, of_column in enumerate(widths, 1):
+        if of_column > left and len(parts[-1]) > 1:
+            parts.append([0])
+            left = width - first
+        parts[-1].append(column)
+        left -= of_column
+    return parts
 
 
 def _advice(data: dict[str, Any]) -> RenderableType:
@@ -239,8 +267,8 @@ def _grouped(data: dict[str, Any], key: str, groups: Iterable[range]) -> np.ndar
     return np.array([shares[group.start : group.stop].mean(axis=0) for group in groups])
 
 
-def _ticks(start: int, stop: int, cells: int) -> str:
-    """The experts' numbers, as far apart as they need to be."""
+def _ticks(start: int, stop: int, cells: int, room: int) -> str:
+    """The experts' numbers, as far apart as they need to be, as far as there is room."""
     every = 1 if cells >= NUMBER_WIDTH else 2 if cells == 2 else 5
     line = ""
     for column in range(start, stop):
@@ -248,7 +276,7 @@ def _ticks(start: int, stop: int, cells: int) -> str:
             gap = (column - start + 1) * cells if cells >= NUMBER_WIDTH else (column - start) * cells
             if cells >= NUMBER_WIDTH:
                 line += f"{column} ".rjust(gap - len(line))
-            else:
+            elif gap + len(str(column)) <= room:
                 line = line.ljust(gap) + str(column)
     return line
 

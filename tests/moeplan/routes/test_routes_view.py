@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,8 @@ from rich.console import Console
 from routes_cases import example
 
 from moeplan.routes.statistics import Routes, Text
-from moeplan.routes.view import COLOURS, WIDTH, _luminance, _style, routes_view
+from moeplan.routes.view import COLOURS, WIDTH, HeatMap, _luminance, _style, _ticks, routes_view
+from moeplan.routes.wording import best, layer_columns
 
 SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 40, 4)]
 
@@ -29,7 +31,7 @@ def printed(found: Routes, *, colours: bool = False, no_color: bool = False, wid
         markup=False,
         emoji=False,
     )
-    console.print(routes_view(found.to_data()))
+    console.print(routes_view(found.to_data(), width))
     return file.getvalue()
 
 
@@ -37,12 +39,46 @@ def without_codes(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
+@cache
+def with_short_names(num_experts: int, num_layers: int, experts_per_token: int) -> Routes:
+    return example(num_experts, num_layers, experts_per_token, names=[f"m/{expert}" for expert in range(num_experts)])
+
+
 @pytest.mark.parametrize("colours", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_wider_than_80_columns(size: tuple[int, int, int], colours: bool) -> None:
-    text = without_codes(printed(example(*size), colours=colours))
-    assert max(map(len, text.splitlines())) <= WIDTH
+@pytest.mark.parametrize("width", [WIDTH, 60, 40])
+def test_nothing_is_wider_than_80_columns_or_the_terminal(
+    width: int, size: tuple[int, int, int], colours: bool
+) -> None:
+    found = with_short_names(*size)
+    text = without_codes(printed(found, colours=colours, width=width))
+    assert max(map(len, text.splitlines())) <= width
     assert "…" not in text, "nothing is cut off"
+    data, words = found.to_data(), " ".join(text.split())
+    assert [column for column in layer_columns(data) if column not in text] == []
+    if "most of it goes to" in text:
+        listed = [int(name) for name in re.findall(r"^m/(\d+) ", text, re.MULTILINE)]
+        assert [index for index in listed if best(data["overall"]["text_top1"][index]) not in words] == []
+
+
+@pytest.mark.parametrize("width", [WIDTH, 60, 40])
+@pytest.mark.parametrize("experts", [2, 6, 7, 10, 17, 38, 64, 130])
+def test_each_expert_has_a_cell_and_every_so_many_a_number(experts: int, width: int) -> None:
+    file = io.StringIO()
+    Console(file=file, width=width).print(HeatMap("title", np.ones((1, experts)), ["31"], room=width))
+    lines = file.getvalue().splitlines()
+    cells = "".join(line[3:] for line in lines if line.startswith("31 "))
+    with_numbers, wide = "100" in cells, cells.count("█") == 2 * experts
+    assert (cells.count("100") if with_numbers else cells.count("█") // (1 + wide)) == experts
+    numbers = [int(number) for line in lines if re.fullmatch(r" [\d ]+", line) for number in line.split()]
+    every = 1 if with_numbers else 2 if wide else 5
+    assert numbers == [number for number in range(0, experts, every) if number in numbers]
+    assert len(numbers) >= experts // every - 1
+
+
+def test_a_number_that_there_is_no_room_for_is_left_out() -> None:
+    assert _ticks(0, 76, 1, 76).split() == [str(number) for number in range(0, 75, 5)]
+    assert _ticks(0, 76, 1, 77).split() == [str(number) for number in range(0, 76, 5)]
 
 
 def test_what_is_not_a_terminal_gets_the_same_and_no_codes() -> None:
