@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -79,7 +80,7 @@ def _plain_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]])
             content = re.sub(rb"\A\S*\s|\s\S*\Z", b"", content)  # from the first whole word up to the last
             content = re.sub(rb"\A[\x80-\xbf]+|[\xc0-\xff][\x80-\xbf]*\Z", b"", content)  # and no part of a character
         try:
-            yield content.decode()
+            yield content.decode("utf-8" if begin else "utf-8-sig")  # which leaves a byte order mark out
         except UnicodeDecodeError as error:
             at = begin + error.start
             raise PassageError(f"{file}: is not UTF-8 text (near byte {at:,}): save it as UTF-8") from None
@@ -95,6 +96,8 @@ def _json_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) 
             line = _line(file, stream)
             if not line:
                 break
+            if at == 0:
+                line = line.removeprefix(BOM_UTF8)
             if line.strip():
                 yield _text(f"{file}: the line at byte {at:,}", line)
 

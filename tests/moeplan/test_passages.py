@@ -68,6 +68,16 @@ def test_each_line_of_json_is_a_text_of_its_own(name, file):
     assert sorted(passages(file(content, name), "seed", EVERYTHING)) == sorted(texts)
 
 
+def test_a_byte_order_mark_before_all_is_no_text(file):
+    """Within a text the same character is one of its own."""
+    content = '\n{"text": "\ufeffone"}\n{"text": "two"}\n'
+    assert passages(file("\ufeffone \ufefftwo"), "seed", EVERYTHING) == ["one \ufefftwo"]
+    for lines in (content, content.lstrip()):
+        assert sorted(passages(file("\ufeff" + lines, "lines.jsonl"), "seed", EVERYTHING)) == ["two", "\ufeffone"]
+    with pytest.raises(PassageError, match="there is no text in it"):
+        passages(file("\ufeff"), "seed", EVERYTHING)
+
+
 @pytest.mark.parametrize("kind", ["text", "json"])
 def test_of_a_large_file_slices_at_random_places_are_read(kind, file, monkeypatch):
     monkeypatch.setattr(module, "SLICE_NBYTES", 4096)
