@@ -279,7 +279,9 @@ def routes_command(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE", help="Route this text, too (JSON lines with a `text` each, or plain).", show_default=False
+            metavar="FILE",
+            help="Route this text, too (JSON lines with a `text` each, or plain); may be repeated.",
+            show_default=False,
         ),
     ] = None,
     html: Annotated[

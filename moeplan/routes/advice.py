@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from moeplan.config import PROMPTLESS
-from moeplan.routes.wording import percent
+from moeplan.routes.wording import count, percent
 from moeplan.routing import MAX_CONDITION
 
 CHANCE = 0.1
@@ -112,7 +112,7 @@ def _same(data: dict[str, Any]) -> Iterator[str]:
             "layers; give them prompts that differ more"
         )
     if len(closest) > NAMED:
-        yield f"so do the rows of {_count(len(closest) - NAMED, 'more pair')} of experts, by {SAME_COSINE} or more"
+        yield f"so do the rows of {count(len(closest) - NAMED, 'more pair')} of experts, by {SAME_COSINE} or more"
 
 
 def _starved(data: dict[str, Any]) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _greedy(data: dict[str, Any]) -> Iterator[str]:
             f"{_remedy(data, 'give it prompts of its own subject only, or negative_prompts')}"
         )
     if len(greedy) > NAMED:
-        yield f"so do {_count(len(greedy) - NAMED, 'more expert')}"
+        yield f"so do {count(len(greedy) - NAMED, 'more expert')}"
 
 
 def _weights(data: dict[str, Any]) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _weights(data: dict[str, Any]) -> Iterator[str]:
     if weight > SHARP:
         yield (
             f"routers are so sharp that the first expert has {100 * weight:.1f} % of the weight: the other "
-            f"{_count(k - 1, 'expert')} of a token cost time and add nothing; use experts_per_token: 1, or another "
+            f"{count(k - 1, 'expert')} of a token cost time and add nothing; use experts_per_token: 1, or another "
             "gate_mode"
         )
     elif weight < 1 / k + FLAT * (1 - 1 / k):
@@ -188,7 +188,7 @@ def _little_text(data: dict[str, Any]) -> Iterator[str]:
     if short:
         yield (
             f"there is too little text to say much: {_experts(short)} {'have' if len(short) > 1 else 'has'} "
-            f"{_count(max(tokens[label] for label in short), 'token')}{' or fewer' * (len(short) > 1)}, and "
+            f"{count(max(tokens[label] for label in short), 'token')}{' or fewer' * (len(short) > 1)}, and "
             f"{MIN_TOKENS} are few"
         )
 
@@ -229,7 +229,3 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _of_all(number: int, total: int, things: str) -> str:
     return f"all {things}" if number == total else f"{number:,} of {total:,} {things}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"

@@ -16,7 +16,7 @@ from executor.errors import RunError
 from executor.files import write_file
 from moeplan.errors import UserError
 from moeplan.report import printable
-from moeplan.routes.wording import CUT, among, best, decimals, layer_cells, layer_columns, percent, shortened
+from moeplan.routes.wording import CUT, among, best, count, decimals, layer_cells, layer_columns, percent, shortened
 
 MAX_NAMED_ROWS = 12
 """A plot names so many texts; more are numbered, in the order of the table."""
@@ -156,8 +156,9 @@ def _made_of(data: dict[str, Any]) -> str:
     held_out = sum(text["tokens"] for text in texts if text["held_out"])
     mode = f", gate mode {data['gate_mode']}" if data["gate_mode"] else ""
     return (
-        f"{len(data['experts'])} experts, {data['experts_per_token']} per token, {len(data['layers'])} layers{mode}. "
-        f"{tokens:,} tokens of text in {len(texts)} texts, {held_out:,} of them held out."
+        f"{count(len(data['experts']), 'expert')}, {data['experts_per_token']} per token, "
+        f"{count(len(data['layers']), 'layer')}{mode}. "
+        f"{count(tokens, 'token')} in {count(len(texts), 'text')}, {held_out:,} of them held out."
     )
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplan.report import printable
-from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
+from moeplan.routes.wording import CUT, among, best, count, layer_cells, layer_columns, percent, shortened
 
 WIDTH = 80
 """What fits most terminals. Nothing is drawn wider."""
@@ -131,8 +131,8 @@ def _facts(data: dict[str, Any]) -> RenderableType:
     num_experts = len(data["experts"])
     lines = [
         ("routes", [printable(data["subject"])]),
-        ("", [f"{num_experts} experts, {k} per token, {len(data['layers'])} layers{mode}"]),
-        ("text", [f"{tokens:,} tokens in {len(texts)} texts, {held_out:,} of them held out"]),
+        ("", [f"{count(num_experts, 'expert')}, {k} per token, {count(len(data['layers']), 'layer')}{mode}"]),
+        ("text", [f"{count(tokens, 'token')} in {count(len(texts), 'text')}, {held_out:,} of them held out"]),
     ]
     if overall["agreement_top1"] is not None:
         said = [

@@ -107,6 +107,11 @@ def test_a_terminal_that_is_to_show_no_colours_gets_shades() -> None:
     assert re.search(r"[░▒▓█]{3}", printed(example(64, 4, preference=6.0), colours=True, no_color=True))
 
 
+def test_what_there_is_one_of_is_not_said_in_the_plural() -> None:
+    assert "1 expert, 1 per token, 1 layer, gate_mode" in printed(example(1, 1, 1))
+    assert "200 tokens in 1 text, 200 of them held out" in printed(example(1, 1, 1))
+
+
 def test_many_layers_are_shown_as_means_of_neighbours() -> None:
     lines = printed(example(4, 80)).splitlines()
     assert sum(line.startswith("77–79 ") for line in lines) == 2
