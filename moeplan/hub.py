@@ -31,6 +31,7 @@ from executor.errors import RunError
 from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, CheckpointError, LocalPlace, Place
 from moeplan.errors import MoeplanWarning
+from moeplan.output import CARD
 from moeplan.untrusted_json import show
 from planner.expr import RemoteFile, Source, SourceFile
 
@@ -42,7 +43,6 @@ NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*
 HEAD_NBYTES = 32 << 10
 """What of a file of weights is asked for first: the header of a shard of ordinary size fits."""
 
-CARD = "README.md"
 MAX_CARD_NBYTES = 128 << 10
 """A larger one is not worth fetching to know a licence."""
 

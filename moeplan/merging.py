@@ -13,16 +13,26 @@ from typing import TYPE_CHECKING
 
 from executor.errors import RunError
 from moeplan import gates
+from moeplan.checkpoint import CONFIG, INDEX
 from moeplan.config import PROMPTLESS, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
 from moeplan.finished_routers import check_routers
 from moeplan.memory import CapError, memory_cap, runtime_is_known
-from moeplan.model_card import CARD, CONFIG_COPY, model_card
+from moeplan.model_card import model_card
 from moeplan.options import Options
-from moeplan.output import CONFIG, INDEX, free_nbytes, missing_code, to_json, tokenizer_files, write_beside
+from moeplan.output import (
+    CARD,
+    CONFIG_COPY,
+    RECORD,
+    free_nbytes,
+    missing_code,
+    to_json,
+    tokenizer_files,
+    write_beside,
+)
 from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
-from moeplan.record import RECORD, identity, record
+from moeplan.record import identity, record
 from moeplan.routing import RouterFacts
 from moeplan.staging import Identity, check_unfinished, staged
 from moeplan.untrusted_json import show

@@ -24,13 +24,12 @@ from moeplan.errors import MoeplanWarning
 from moeplan.gates import gate_mode
 from moeplan.model_ref import parse_model_ref
 from moeplan.options import DECISIVE, EVALUATION, flag
+from moeplan.output import CARD, CONFIG_COPY
 from moeplan.wording import runs
 
 if TYPE_CHECKING:
     from moeplan.planning import MergePlan
 
-CARD = "README.md"
-CONFIG_COPY = "moeplan_config.yml"
 TAGS = ("moe", "frankenmoe", "merge", "moeplan")
 """frankenmoe is what the Hub calls such models, whatever made them."""
 

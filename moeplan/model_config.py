@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeplan.architectures.attention import attention_settings
-from moeplan.architectures.dense import DenseModel
+from moeplan.architectures.dense import EMBEDDING, DenseModel
 from moeplan.architectures.family import Family
 from planner.expr import DType
 
@@ -47,4 +47,4 @@ def stored_dtype(model: DenseModel) -> DType:
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     if isinstance(named, str) and named.removeprefix("torch.") in by_name:
         return by_name[named.removeprefix("torch.")]
-    return model.checkpoint.tensors["model.embed_tokens.weight"].dtype
+    return model.checkpoint.tensors[EMBEDDING].dtype

@@ -13,12 +13,13 @@ from typing import Any
 
 from executor.errors import RunError
 from executor.files import copy_file, sync, write_file
-from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
+from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.untrusted_json import show
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
+RECORD = "moeplan.json"
+CARD = "README.md"
+CONFIG_COPY = "moeplan_config.yml"
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -45,7 +46,7 @@ TEMPLATE = re.compile(rf"{TEMPLATES}/[\w.-]+\.jinja")
 CODE = re.compile(r"tokenization_\w+\.py")
 """Code that belongs to a tokenizer: copied, and never run."""
 
-WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model(-.*)?\.bin(\.index\.json)?")
+WEIGHTS_FILES = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model(-.*)?\.bin(\.index\.json)?")
 """What loaders may take for a model's weights. A GGUF that somebody made of the model is a model of its own."""
 
 MAX_TOKENIZER_CONFIG_NBYTES = 8 << 20
@@ -66,9 +67,9 @@ def is_tokenizer_file(name: str) -> bool:
 def is_of_a_model(name: str) -> bool:
     """Whether a file of this name in a model's directory belongs to the model."""
     return (
-        name in (CONFIG, TEMPLATES, "moeplan.json", "moeplan_config.yml")
+        name in (CONFIG, TEMPLATES, RECORD, CONFIG_COPY)
         or is_tokenizer_file(name)
-        or WEIGHTS.fullmatch(name) is not None
+        or WEIGHTS_FILES.fullmatch(name) is not None
     )
 
 

@@ -27,7 +27,6 @@ from planner.plan import FileSink
 if TYPE_CHECKING:
     from moeplan.planning import MergePlan
 
-RECORD = "moeplan.json"
 FORMAT = 1
 PACKAGES = ("moeplan", "numpy", "tokenizers", "torch", "transformers")
 

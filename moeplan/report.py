@@ -21,6 +21,7 @@ from moeplan.model_config import DTYPE_NAMES
 from moeplan.output import free_nbytes
 from moeplan.planning import MergePlan
 from moeplan.routing import RouterFacts
+from moeplan.wording import count
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink, KernelStep, Plan, StreamStep
 
@@ -111,7 +112,7 @@ def verification_data(out: Path, found: Verification) -> dict[str, Any]:
 
 def verification_view(data: dict[str, Any]) -> RenderableType:
     """What `moeplan verify` prints, from `verification_data`."""
-    what = f"{_count(data['tensors'], 'tensor')}, {decimal(data['read_nbytes'])}"
+    what = f"{count(data['tensors'], 'tensor')}, {decimal(data['read_nbytes'])}"
     wrong, unknown = len(data["wrong"]), len(data["unknown"])
     if not wrong and not unknown:
         return _fact("intact", [printable(data["path"]), f"{what}: everything is as it was written"])
@@ -180,7 +181,7 @@ def _said(routers: dict[str, Any], routable: Path) -> list[str]:
     degenerate = len(routers["degenerate_layers"])
     return [
         f"experts {first} and {second} are most alike: cosine {round(routers['cosine'], 2) + 0.0:.2f}, the mean of "
-        f"{_count(routers['layers'], 'layer')}",
+        f"{count(routers['layers'], 'layer')}",
         f"degenerate in {degenerate or 'none'} of them",
         f"where tokens go: moeplan routes {printable(shlex.quote(str(routable)))}",
     ]
@@ -217,11 +218,11 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
         (
             "output",
             [
-                f"{data['architecture']} of {_count(data['num_experts'], 'expert')}, {data['experts_per_token']} "
+                f"{data['architecture']} of {count(data['num_experts'], 'expert')}, {data['experts_per_token']} "
                 f"per token, in {data['dtype']}",
                 *_backbone(data["backbone"], data["num_experts"]),
-                f"{decimal(output['nbytes'])}: {_count(output['tensors'], 'tensor')} in "
-                f"{_count(len(output['shards']), 'file')}, {len(output['copied_files'])} more copied from the base",
+                f"{decimal(output['nbytes'])}: {count(output['tensors'], 'tensor')} in "
+                f"{count(len(output['shards']), 'file')}, {len(output['copied_files'])} more copied from the base",
                 *_choice(data["architecture"], data["would_fit_too"]),
             ],
         ),
@@ -245,7 +246,7 @@ def _backbone(backbone: str, num_experts: int) -> list[str]:
     """Where what is not an MLP comes from, where that is not the base."""
     if backbone == "base":
         return []
-    return [f"attention, norms and embeddings: the mean over {_count(num_experts, 'expert')}"]
+    return [f"attention, norms and embeddings: the mean over {count(num_experts, 'expert')}"]
 
 
 def _choice(chosen: str, others: list[str]) -> list[str]:
@@ -258,15 +259,11 @@ def _choice(chosen: str, others: list[str]) -> list[str]:
     ]
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
 def _shared_text(shared: dict[str, int]) -> str:
     if not shared["tensors"]:
         return "nothing: every tensor is written once"
     return (
-        f"{_count(shared['tensors'], 'tensor')} read once and written {shared['places']:,} times; "
+        f"{count(shared['tensors'], 'tensor')} read once and written {shared['places']:,} times; "
         f"saves reading {decimal(shared['saved_nbytes'])}"
     )
 
@@ -308,7 +305,7 @@ def _router(router: dict[str, Any]) -> list[str]:
         number, tokens = drawn["shape"]
         again = f"read for this: {decimal(drawn['read_again_nbytes'])}" if drawn["times"] else "held in memory"
         lines += [
-            f"(an expert writes {_count(number, 'passage')}, which takes its model of "
+            f"(an expert writes {count(number, 'passage')}, which takes its model of "
             f"{decimal(drawn['weights_nbytes'])}",
             f"{tokens} times, once for each token; {again})",
         ]
@@ -318,14 +315,14 @@ def _router(router: dict[str, Any]) -> list[str]:
             of_layers.setdefault(each["layer"], []).append(each)
     if not of_layers:
         return [mode, *lines]
-    lines.insert(0, f"{mode}: the prompts run through {_count(len(of_layers), 'layer')} of the base, one at a time")
+    lines.insert(0, f"{mode}: the prompts run through {count(len(of_layers), 'layer')} of the base, one at a time")
     if budget := router["device_budget_nbytes"]:
         lines.insert(1, f"(on {router['device']}, of whose memory {decimal(budget)} may be taken)")
     streamed = [of_layer for of_layer in of_layers.values() if any(each["times"] for each in of_layer)]
     resident = [of_layer for of_layer in of_layers.values() if of_layer not in streamed]
     if resident:
         largest = decimal(max(each["weights_nbytes"] for of_layer in resident for each in of_layer))
-        lines.append(f"({_count(len(resident), 'layer')} resident: {largest} fit; read once for this and the copy)")
+        lines.append(f"({count(len(resident), 'layer')} resident: {largest} fit; read once for this and the copy)")
     if streamed:
         kernels = [each for of_layer in streamed for each in of_layer]
         largest, blocks, again = (
@@ -338,7 +335,7 @@ def _router(router: dict[str, Any]) -> list[str]:
         )
         times = max(each["times"] for each in kernels)
         lines += [
-            f"({_count(len(streamed), 'layer')} streamed: {largest} do not fit, blocks of them take {blocks};",
+            f"({count(len(streamed), 'layer')} streamed: {largest} do not fit, blocks of them take {blocks};",
             f"{again} are read for this alone{f', each layer {times} times' if times > 1 else ''})",
         ]
     return lines
@@ -394,7 +391,7 @@ def _hub_lines(hub: dict[str, Any]) -> list[str]:
     """What is downloaded, from where to where; what would do."""
     lines = []
     if hub["files"]:
-        what = f"{decimal(hub['nbytes'])} in {_count(len(hub['files']), 'file')}"
+        what = f"{decimal(hub['nbytes'])} in {count(len(hub['files']), 'file')}"
         if hub["stream"]:
             lines.append(f"{decimal(hub['needed_nbytes'])} to be streamed from {hub['endpoint']}, of {what}")
         else:

@@ -28,7 +28,8 @@ from typing import Any
 from executor.errors import HopelessError, RunError
 from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
-from moeplan.output import CONFIG, INDEX, OutputError, is_of_a_model
+from moeplan.checkpoint import CONFIG, INDEX
+from moeplan.output import OutputError, is_of_a_model
 
 PARTIAL = ".moeplan-partial"
 MODEL = "model"

@@ -15,7 +15,8 @@ from typing import Any
 
 from executor.verifying import Range, wrong
 from moeplan.errors import UserError
-from moeplan.record import FORMAT, RECORD, file_sha256, header, header_sha256
+from moeplan.output import RECORD
+from moeplan.record import FORMAT, file_sha256, header, header_sha256
 from moeplan.safetensors_header import parse_header
 from moeplan.untrusted_json import JSONError, parse_object, show
 

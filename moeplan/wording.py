@@ -10,3 +10,8 @@ def runs(numbers: Sequence[int]) -> str:
     """`0-3, 7`, for ascending numbers."""
     found = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
+
+
+def count(number: int, thing: str) -> str:
+    """`1 text`, `2,000 tokens`."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"

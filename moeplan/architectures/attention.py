@@ -11,7 +11,7 @@ from typing import Any
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import ROPE_TYPES, Family
 from moeplan.architectures.setting_values import MAX_NUMBER, is_number
-from moeplan.checkpoint import CheckpointError
+from moeplan.checkpoint import CONFIG, CheckpointError
 from moeplan.untrusted_json import show
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -141,4 +141,4 @@ def rope_switch(model: DenseModel) -> int | None:
 
 
 def _path(model: DenseModel) -> Path:
-    return model.checkpoint.path / "config.json"
+    return model.checkpoint.path / CONFIG

@@ -8,8 +8,9 @@ from statistics import median
 from typing import Any
 
 from moeplan.config import PROMPTLESS
-from moeplan.routes.wording import count, percent
+from moeplan.routes.wording import percent
 from moeplan.routing import MAX_CONDITION
+from moeplan.wording import count
 
 CHANCE = 0.1
 """Agreement that is less than this part of the way from chance to perfect, or less than 1.5 times chance, is called no

@@ -14,16 +14,15 @@ from executor.reader import name_of
 from moeplan import architectures
 from moeplan.architectures.dense import DenseModel, dense_model
 from moeplan.architectures.family import Family
-from moeplan.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from moeplan.checkpoint import CONFIG, Checkpoint, CheckpointError, open_checkpoint
 from moeplan.config import PROMPTLESS, Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates import GateRequest
 from moeplan.gates.prompts import FAST, SLOW, Prompts, tokenize
 from moeplan.memory import MIB, limit_nbytes
-from moeplan.model_card import CONFIG_COPY
 from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
-from moeplan.output import CONFIG
+from moeplan.output import CONFIG_COPY
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from moeplan.untrusted_json import show
 from planner.expr import Read

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplan.report import printable
-from moeplan.routes.wording import CUT, among, best, count, layer_cells, layer_columns, percent, shortened
+from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
+from moeplan.wording import count
 
 WIDTH = 80
 """What fits most terminals. Nothing is drawn wider."""

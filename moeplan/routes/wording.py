@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def count(number: int, thing: str) -> str:
-    """`1 text`, `2,000 tokens`."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
 def percent(share: float | None) -> str:
     """`38 %`, `1.6 %`, `0 %`: a share to two digits, and to tenths at most; nothing where it is not known."""
     if share is None:
