@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, RLock
 from typing import Any
@@ -70,7 +70,7 @@ class RunResult:
     read_nbytes: int
     written_nbytes: int
     nbytes_by_path: dict[str, int]
-    checksums: dict[FileSink, int]
+    checksums: dict[FileSink, int] = field(repr=False)
     seconds: float
     peak_buffer_nbytes: int
     peak_resident_nbytes: int

@@ -52,6 +52,7 @@ MERGE_ADAPTER = (
 )
 """What to do with an adapter that moeplan does not take."""
 
+MISTRAL_WEIGHTS = "consolidated.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 _INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
@@ -230,7 +231,7 @@ def open_checkpoint(place: str | Path | Place) -> Checkpoint:
     weights = next((name for name in PREFERRED if place.has(name)), None)
     if weights is None:
         raise CheckpointError(f"{place.label}: {_why_no_weights(place)}")
-    config = _read_config(place.path, weights)
+    config = _read_config(place, weights)
     files = _open_shards(place, weights) if weights in (INDEX, BIN_INDEX) else [open_weights(place, weights)]
     return Checkpoint(place.path, place.label, config, Tensors(files))
 
@@ -255,17 +256,19 @@ def check_is_directory(path: Path) -> None:
 
 def _why_no_weights(place: Place) -> str:
     """What a place without weights is instead, and what to do about it."""
-    by_suffix = {Path(name).suffix: name for name in sorted(place.names(), reverse=True)}
+    by_suffix = {Path(name).suffix: name for name in sorted(place.names(), reverse=True) if "/" not in name}
     if place.has("adapter_config.json"):
         return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{place.label})"
+    if place.has(MISTRAL_WEIGHTS):
+        return f"has {MISTRAL_WEIGHTS}, Mistral's own format, alone: give the model in that of transformers"
     found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)
     advice = place.incomplete if found is None else f"there is {show(found)}: {_INSTEAD[Path(found).suffix]}"
     return f"has none of {', '.join(PREFERRED)}; {advice}"
 
 
-def _read_config(path: Path, weights: str) -> Mapping[str, Any]:
-    config = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
-    file = path / CONFIG
+def _read_config(place: Place, weights: str) -> Mapping[str, Any]:
+    config = read_json(place.path, CONFIG, MAX_CONFIG_NBYTES)
+    file = f"{place.label}/{CONFIG}"
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{file}: `model_type` must be text, not {show(config.get('model_type'))}")
     quantization = config.get("quantization_config")

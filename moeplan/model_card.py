@@ -182,9 +182,11 @@ def _roles(roles: Sequence[str]) -> str:
 
 
 def _link(source: Source) -> str:
-    if source.hub_name is not None:
-        return f"[{source.hub_name}](https://huggingface.co/{source.hub_name})"
-    return _code(source.reference.replace("|", r"\|"))
+    if source.hub_name is None:
+        return _code(source.reference.replace("|", r"\|"))
+    name, _, revision = source.reference.partition("@")
+    tree = f"/tree/{revision}" if name == source.hub_name and revision else ""
+    return f"[{source.reference if tree else source.hub_name}](https://huggingface.co/{source.hub_name}{tree})"
 
 
 def _code(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class MergePlan:
     missing: Mapping[str, int]
     """Files of the base that will be copied, too, with their sizes, but must be fetched from the Hub before."""
 
-    hub: Hub
-    plan: Plan
+    hub: Hub = field(repr=False)
+    plan: Plan = field(repr=False)
     memory: MemoryCap
     options: Options
 

@@ -222,6 +222,10 @@ OTHERS = {
         f"if it is one of several shards, download {BIN_INDEX}",
     ),
     "a pickle of another name": (["model.pt"], "there is 'model.pt': convert it to safetensors first"),
+    "Mistral's own": (
+        ["consolidated.safetensors", "params.json"],
+        "has consolidated.safetensors, Mistral's own format, alone: give the model in that of transformers",
+    ),
     "Meta's pickle": (["consolidated.00.pth"], "there is 'consolidated.00.pth': convert it to safetensors first"),
     "a GGUF": (["q4.gguf"], "there is 'q4.gguf': give the model that the GGUF was converted from"),
     "a file of another name": (["weights.safetensors", "a.bin"], f"is the whole, name it {WEIGHTS}"),

@@ -250,6 +250,8 @@ def test_a_revision_is_what_it_says(
         out = tmp_path / f"out-{number}"
         assert moeplan(config, out, "--stream").status == 0
         assert written(out) == written(expected)
+        card = (out / "README.md").read_text()
+        assert f"[{EXPERT}@{revision}](https://huggingface.co/{EXPERT}/tree/{revision})" in card
 
 
 def test_a_branch_that_moves_meanwhile_changes_nothing(
