@@ -7,7 +7,7 @@
     moeplan.merge(config, "out", moeplan.Options(max_memory="2GiB"))
 
 What is wrong with the input is a `UserError` whose message says what to do; what only deserves a word is a
-`MoeplanWarning`.
+`MoeplanWarning`. (A `MergeConfig` that is made in Python is pydantic's, and so are its errors.)
 """
 
 from typing import TYPE_CHECKING, Any
