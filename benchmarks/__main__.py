@@ -49,7 +49,7 @@ def command(
     directory.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     with tempfile.TemporaryDirectory(prefix="moeplan-bench-", dir=directory) as work:
-        settings = Settings(Path(work).resolve(), rounds, programs)
+        settings = Settings(Path(work).resolve(), rounds, programs, warm_code=not smoke)
         measured = _measured(cases, settings, console, tiny=smoke)
     publish(measured, out, console, views=report, plots="benchmarks.plots")
     failures = [

@@ -63,16 +63,17 @@ def make_models(models: Models, directory: Path) -> list[Path]:
     paths = [directory / f"model-{number}" for number in range(models.count)]
     for seed, path in enumerate(paths):
         path.mkdir(parents=True)
-        data = None if models.sparse else _random_block(models.dtype, seed)
+        data = None if models.sparse else _random_block(models, seed)
         _write_weights(models, path, data)
         (path / "config.json").write_text(json.dumps(models.shape.config(models.dtype), indent=2), encoding="utf-8")
         save_tokenizer(path)
     return paths
 
 
-def _random_block(dtype: str, seed: int) -> memoryview:
-    values = np.random.default_rng(seed).standard_normal(BLOCK_NUMEL, dtype=np.float32) * np.float32(0.02)
-    return _encoded(values, dtype)
+def _random_block(models: Models, seed: int) -> memoryview:
+    numel = min(BLOCK_NUMEL, models.shape.num_parameters)
+    values = np.random.default_rng(seed).standard_normal(numel, dtype=np.float32) * np.float32(0.02)
+    return _encoded(values, models.dtype)
 
 
 def _encoded(values: np.ndarray[tuple[int], np.dtype[np.float32]], dtype: str) -> memoryview:
@@ -138,7 +139,7 @@ def _tensor_bytes(number: int, shape: tuple[int, ...], dtype: str, data: memoryv
     if len(shape) == 1:
         yield _encoded(np.ones(shape[0], dtype=np.float32), dtype)
         return
-    position = number * STRIDE % BLOCK_NUMEL * ITEMSIZE[dtype]
+    position = number * STRIDE * ITEMSIZE[dtype] % len(data)
     left = math.prod(shape) * ITEMSIZE[dtype]
     while left:
         chunk = data[position : position + left]

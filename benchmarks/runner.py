@@ -26,11 +26,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How cases are run. `directory` is on the disk to measure; everything in it is removed."""
+    """How cases are run. `directory` is on the disk to measure; everything in it is removed.
+
+    `warm_code`: programs and libraries are in the page cache when a program starts.
+    """
 
     directory: Path
     rounds: int
     programs: Programs
+    warm_code: bool
 
 
 def run_cases(cases: list[Case], settings: Settings, say: Say) -> Iterator[CaseResult]:
@@ -165,7 +169,8 @@ class _Run:
         warm = self._task.inputs(contender) if self._case.warm else []
         for directory in (*self._task.sources, self._task.reference):
             page_cache.evict(file for file in page_cache.files_below(directory) if file not in warm)
-        page_cache.warm([*warm, *self._settings.programs.code(contender.program)])
+        code = self._settings.programs.code(contender.program) if self._settings.warm_code else ()
+        page_cache.warm([*warm, *code])
 
 
 def _used_nbytes(directory: Path) -> int:
