@@ -21,7 +21,7 @@ class Settings:
 
     A window is what models are trained on and judged by: the BOS token and the `window` - 1 tokens of a text after it.
     An expert's prompts are `num_prompts` texts of `prompt_tokens` tokens, its passages `gate_tokens` tokens of the
-    domain's text, its samples `num_samples` texts that it writes itself.
+    domain's text, its samples `num_samples` texts that it writes itself. Training has `num_cores` threads at work.
     """
 
     domain_chars: int = 720_000
@@ -44,6 +44,7 @@ class Settings:
     prompt_tokens: int = 32
     gate_tokens: int = 4096
     num_samples: int = 16
+    num_cores: int = 2
     variants: tuple[str, ...] = VARIANTS
 
 
@@ -67,6 +68,7 @@ SMOKE = Settings(
     prompt_tokens=8,
     gate_tokens=256,
     num_samples=2,
+    num_cores=1,
     variants=VARIANTS[1:],
 )
 """That everything runs, in less than a minute; every row is one of the variant where all weights are trained."""

@@ -1,8 +1,8 @@
 """Trains the base on all domains, and from it, in each variant, an expert for each domain.
 
-All is seeded, and so many threads are at work whatever the machine has, so that it makes the same models each time: two
-for the base, one for each of two experts at a time. They are kept: under the digest of what they follow from, this file
-included.
+All is seeded, and so many threads are at work whatever the machine has, so that it makes the same models each time: all
+for the base, one for each of as many experts at a time. They are kept: under the digest of what they follow from, this
+file included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.1
-NUM_CORES = 2
 CONTEXT = 256
 """What the models are made for. Passages and samples that routers are made from are no longer than that."""
 
@@ -64,7 +63,7 @@ def trained_models(corpus: Corpus, settings: Settings, directory: Path, say: Say
         if not path.exists()
     ]
     # In processes of their own, since torch's number of threads is a process's.
-    with ProcessPoolExecutor(NUM_CORES, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(settings.num_cores, get_context("spawn")) as pool:
         if not base.exists():
             say("training the base")
             trains = [tokens.train for tokens in corpus.tokens]
@@ -84,7 +83,7 @@ def _key(corpus: Corpus, settings: Settings) -> str:
 
 
 def _make_base(path: Path, texts: list[Ids], tokenizer: str, settings: Settings) -> None:
-    torch.set_num_threads(NUM_CORES)
+    torch.set_num_threads(settings.num_cores)
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=settings.vocab_size,

@@ -3,23 +3,26 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from benchmarks.contenders import Program
 from benchmarks.programs import Programs
 from benchmarks.results import Machine
 from benchmarks.routing import rows
 from benchmarks.routing.merging import Merge, Workshop
 from benchmarks.routing.results import Reference, Report, Result, Run
-from benchmarks.routing.settings import DOMAINS, FULL, SMOKE, VARIANTS
+from benchmarks.routing.settings import DOMAINS, FULL, SMOKE, VARIANTS, file_name
 from benchmarks.routing.targets import target_rows
-from benchmarks.routing.texts import TooLittleTextError, texts
+from benchmarks.routing.texts import _SOURCES, TooLittleTextError, texts
 from benchmarks.routing.tokens import ANYWHERE, BEGINNINGS, BOS, Corpus, corpus, prompts
 from benchmarks.routing.training import Models
 from benchmarks.targets import TargetRow
+from moeplan import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +30,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def small() -> Corpus:
     return corpus(texts(SMOKE), SMOKE)
+
+
+@pytest.fixture
+def config(small: Corpus, tmp_path: Path) -> Callable[[rows.Row], Path]:
+    """`config(row)`: the file that a row's program gets. There are no models, and the programs do nothing."""
+    models = Models(tmp_path / "base", {VARIANTS[0]: tuple(tmp_path / file_name(domain) for domain in DOMAINS)})
+    workshop = Workshop(tmp_path, SMOKE, small, models, Programs(Path("/bin/false"), Path("/bin/false")))
+
+    def written(row: rows.Row) -> Path:
+        workshop.merge(Merge(row, VARIANTS[0], 0), tmp_path / "out")
+        return tmp_path / "merge.yml"
+
+    return written
 
 
 def test_there_is_as_much_text_of_each_domain_and_none_is_both_trained_on_and_held_out(small: Corpus) -> None:
@@ -40,9 +56,10 @@ def test_there_is_as_much_text_of_each_domain_and_none_is_both_trained_on_and_he
         assert trained.isdisjoint(held_out)
 
 
-def test_text_that_is_not_there_is_named() -> None:
-    with pytest.raises(TooLittleTextError, match="characters of YAML are missing here"):
-        texts(replace(SMOKE, domain_chars=760_000))
+def test_text_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_SOURCES, DOMAINS[0], lambda: iter(["little"]))
+    with pytest.raises(TooLittleTextError, match="characters of Python are missing here"):
+        texts(SMOKE)
 
 
 def test_windows_are_held_out_text_after_a_bos_token(small: Corpus) -> None:
@@ -66,20 +83,20 @@ def test_prompts_are_of_one_length_and_of_text_that_was_trained_on(small: Corpus
 
 
 def test_mergekit_gets_the_prompts_that_moeplan_gets_and_no_key_that_it_does_not_know(
-    small: Corpus, tmp_path: Path
+    config: Callable[[rows.Row], Path],
 ) -> None:
-    models = Models(tmp_path / "base", {VARIANTS[0]: tuple(tmp_path / domain for domain in DOMAINS)})
-    workshop = Workshop(tmp_path, SMOKE, small, models, Programs(Path("/bin/false"), Path("/bin/false")))
-
-    def config(row: rows.Row) -> dict[str, object]:
-        workshop.merge(Merge(row, VARIANTS[0], 0), tmp_path / "out")
-        return json.loads((tmp_path / "merge.yml").read_text())
-
-    theirs, ours = config(rows.MERGEKIT_HIDDEN), config(rows.RIDGE)
+    theirs, ours = (json.loads(config(row).read_text()) for row in (rows.MERGEKIT_HIDDEN, rows.RIDGE))
     assert theirs["experts"] == ours["experts"]
     assert {key for key in theirs if theirs[key] != ours[key]} == {"gate_mode"}
     for row in (rows.MERGEKIT_HIDDEN, rows.MERGEKIT_RANDOM):
-        assert set(config(row)) == {"base_model", "gate_mode", "dtype", "experts_per_token", "experts"}
+        written = json.loads(config(row).read_text())
+        assert set(written) == {"base_model", "gate_mode", "dtype", "experts_per_token", "experts"}
+
+
+@pytest.mark.parametrize("row", [row for row in rows.ROWS if row.program is Program.MOEPLAN], ids=lambda row: row.key)
+def test_moeplan_knows_every_key_that_it_gets(config: Callable[[rows.Row], Path], row: rows.Row) -> None:
+    with warnings.catch_warnings(action="error"):
+        assert load_config(config(row)).gate_mode == row.gate_mode
 
 
 # Base 3 nats, oracle 2: a loss of 2.5 is half of the way.
@@ -135,13 +152,15 @@ def test_what_failed_misses_its_target_and_what_was_skipped_is_not_judged() -> N
     assert verdict("averaged", result(rows.RIDGE_AVERAGE, VARIANTS[1], 10.0), tiny=True).holds is None
 
 
-def test_every_row_runs_on_tiny_models_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+def test_every_kind_of_row_runs_on_tiny_models_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    chosen = [rows.MERGEKIT_HIDDEN, rows.EQUAL, rows.RIDGE, rows.RIDGE_AVERAGE]
     command = [sys.executable, "-m", "benchmarks.routing", "--smoke", "--out", tmp_path, "--peer", tmp_path / "none"]
+    command += [word for row in chosen for word in ("--only", row.key)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [result["key"] for result in report["results"]] == [row.key for row in rows.ROWS]
+    assert [result["key"] for result in report["results"]] == [row.key for row in chosen]
     for result in report["results"]:
         if result["key"].startswith("mergekit-"):
             assert "python -m benchmarks.peer installs it" in result["skipped"]
@@ -151,7 +170,7 @@ def test_every_row_runs_on_tiny_models_and_what_is_left_out_is_named(tmp_path: P
     assert not any(target["holds"] is not None for target in report["targets"])
 
     text = (tmp_path / "report.md").read_text()
-    assert all(f"| {row.name} |" in text for row in rows.ROWS)
+    assert all(f"| {row.name} |" in text for row in chosen)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == ({"routing.png"} if find_spec("matplotlib") is not None else set())
     assert {path.name for path in tmp_path.iterdir()} - drawn == {"models", "report.json", "report.md"}
