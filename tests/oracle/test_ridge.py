@@ -19,8 +19,9 @@ from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
 from moeplan.gates import ridge as ridge_mode
+from moeplan.gates import samples as sampling
 from moeplan.gates.prompts import PromptError, Prompts, folds, kept, tokenize
-from moeplan.gates.samples import TOKENS, samples
+from moeplan.gates.samples import samples
 from moeplan.yaml_file import ConfigError
 
 FEW = [
@@ -364,7 +365,7 @@ def drawn_by_transformers(source, number: int, count: int, seed: int = 0) -> lis
     config = base.model.config
     tokens = torch.tensor([[(*base.bos, config.bos_token_id, config.eos_token_id)[0]]] * count)
     cache, passages = DynamicCache(), []
-    for _ in range(TOKENS):
+    for _ in range(sampling.TOKENS):
         logits = base.model(tokens, past_key_values=cache, use_cache=True).logits[:, -1].double()
         logits[:, config.eos_token_id] = -torch.inf
         reached = torch.softmax(logits, dim=-1).cumsum(dim=-1).numpy()
@@ -377,7 +378,8 @@ def drawn_by_transformers(source, number: int, count: int, seed: int = 0) -> lis
 
 
 @pytest.mark.parametrize("recipe", ["llama-tied", "mistral-bf16", "qwen2-window", "qwen3-plain", "granite-plain"])
-def test_passages_that_experts_write_are_those_that_transformers_draws(recipe, checkpoint, within):
+def test_passages_that_experts_write_are_those_that_transformers_draws(recipe, checkpoint, within, monkeypatch):
+    monkeypatch.setattr(sampling, "TOKENS", 16)  # twice the windows of these models
     sources, case = [checkpoint(recipe, seed) for seed in (0, 1, 2)], case_of(recipe)
     base = Base(sources[0])
     experts = [{"source_model": source, "positive_samples": 2} for source in sources[1:]]
