@@ -16,7 +16,7 @@ from moeplan.routes.statistics import Routes, Text
 from moeplan.routes.view import COLOURS, WIDTH, HeatMap, _luminance, _style, _ticks, routes_view
 from moeplan.routes.wording import best, layer_columns
 
-SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 40, 4)]
+SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 5, 4)]
 
 
 def printed(found: Routes, *, colours: bool = False, no_color: bool = False, width: int = WIDTH) -> str:
