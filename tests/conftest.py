@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # No test asks the real Hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,10 @@ os.environ.pop("HF_TOKEN", None)
 
 # Models this small gain nothing from threads, and test workers that fight for cores lose much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes is a matter of what else the machine does.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def damaged(draw: st.DrawFn, name: str) -> bytes:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_damaged_input_is_taken_or_refused(name: str) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(damaged(name))
     def attack(data: bytes) -> None:
         TARGETS[name](data)

@@ -385,7 +385,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(content=header_texts().map(lambda header: safetensors_bytes(header[0], bytes(header[1]))) | files())
 def test_what_is_accepted_the_library_accepts_with_the_same_bytes(scratch: Path, content: bytes) -> None:
     try:

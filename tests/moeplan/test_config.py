@@ -1010,7 +1010,7 @@ def is_printable_and_names_the_file(line: str) -> bool:
     return line.isprintable() and line.startswith(("config.yml:", "and "))
 
 
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.mark.usefixtures("quiet")

@@ -387,7 +387,7 @@ def test_a_member_that_is_listed_twice_is_refused() -> None:
     assert "it lists 'archive/data/0' twice" in refusal(PLAIN[:at] + b"archive/data/0" + PLAIN[at + 14 :])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_no_change_to_a_file_brings_anything_but_a_refusal(data: st.DataObject) -> None:
     content = bytearray(PLAIN)
@@ -404,7 +404,7 @@ def test_no_change_to_a_file_brings_anything_but_a_refusal(data: st.DataObject) 
         )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from([bytes([code]) for code in range(256)]) | st.binary(max_size=9), max_size=60))
 def test_no_program_brings_anything_but_a_refusal(parts: list[bytes]) -> None:
     with suppress(ArchiveError):
