@@ -8,8 +8,9 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from executor.errors import RunError
+from moeplan.gates.special_tokens import ADDED_TOKENS, SPECIAL_TOKENS_MAP
 from moeplan.hub import Snapshot
-from moeplan.output import MAX_TOKENIZER_NBYTES, free_nbytes, is_tokenizer_file, on_one_disk
+from moeplan.output import MAX_TOKENIZER_NBYTES, TOKENIZER_CONFIG, free_nbytes, is_tokenizer_file, on_one_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from executor.engine import Progress
     from moeplan.planning import MergePlan
 
-FAST_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FAST_TOKENIZER = ("tokenizer.json", TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
 """What prompts are read with, where the first is there."""
 
 OnProgress = Callable[["Progress"], None]

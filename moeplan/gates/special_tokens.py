@@ -88,10 +88,10 @@ def _read(path: Path, name: str) -> dict[str, Any] | None:
 
 def _named(said: Mapping[str, Any]) -> Iterator[AddedToken]:
     """The tokens that have a name, or are said to be special."""
-    more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
+    more = said.get("extra_special_tokens") or said.get("additional_special_tokens")
+    more = list(more.values()) if isinstance(more, dict) else more if isinstance(more, list) else []
     others = [value for key, value in said.items() if key.endswith("_token") and key not in NAMED]
-    values = [said.get(key) for key in NAMED] + others + list(more.values() if isinstance(more, dict) else more)
-    for value in values:
+    for value in (*(said.get(key) for key in NAMED), *others, *more):
         token = _token(value)
         if token is not None:
             yield {**token, "special": True}

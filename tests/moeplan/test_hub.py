@@ -321,6 +321,16 @@ def test_nothing_is_downloaded_where_something_else_was_left_unfinished(
     assert written(tmp_path / "out") == local
 
 
+def test_a_plan_reads_prompts_with_every_file_that_names_a_token(
+    hub: Hub, config: Path, models: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    named = shutil.copytree(models[BASE], tmp_path / "named")
+    (named / "added_tokens.json").write_text("{}")
+    hub.add(BASE, named)
+    assert moeplan(config, "--plan").status == 0
+    assert len(list(cache.rglob("added_tokens.json"))) == 1
+
+
 def test_a_local_directory_of_that_name_wins(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

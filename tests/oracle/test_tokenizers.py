@@ -16,6 +16,7 @@ from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
 from moeplan.config import Expert
 from moeplan.gates import GateRequest, prompts
+from moeplan.gates.special_tokens import special_tokens
 
 TEXTS = ["Ein Brötchen für den Doktor", "def main(): pass", "two  spaces", "雪"]
 CODE = "open({!r}, 'w')\nclass Tokenizer: pass\n"
@@ -140,6 +141,19 @@ def test_special_tokens_that_are_named_beside_tokenizer_json_are_those_of_transf
     base = replace(base, sizes={**base.sizes, "vocab_size": len(oracle)})
     tokenized = prompts.tokenize(GateRequest("hidden", base, (expert,)))
     assert list(tokenized.tokens[0]) == [oracle.bos_token_id, *oracle.encode(MARKUP, add_special_tokens=False)]
+
+
+def test_what_is_no_token_where_tokens_are_named_is_passed_over(tmp_path: Path) -> None:
+    decoder = {"x": 1, "1": [], "2": {"content": "a", "lstrip": 3}, "9" * 5000: {"content": "b"}}
+    said = {
+        "added_tokens_decoder": decoder,
+        "extra_special_tokens": 7,
+        "eos_token": {},
+        "pad_token": None,
+        "my_token": 1,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert special_tokens(tmp_path).added == ({"content": "a"},)
 
 
 def test_a_prompt_that_begins_with_the_bos_token_gets_no_second_one(model: Path) -> None:
