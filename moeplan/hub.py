@@ -310,7 +310,7 @@ class Hub:
         # Versions before 1 have no bar to replace here, and show their own.
         bars = {"tqdm_class": bar or _Bar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
         try:
-            with _plainly():
+            with _plainly:
                 _patiently(
                     lambda: hf_hub_download(
                         snapshot.repository,
@@ -363,7 +363,7 @@ class Hub:
             snapshot, name = self._places[file]
             self.fetch(snapshot, name, Bar)
 
-        with _plainly(), interruption.clearing(_remove_halves), ThreadPoolExecutor(workers) as pool:
+        with _plainly, interruption.clearing(_remove_halves), ThreadPoolExecutor(workers) as pool:
             try:
                 list(pool.map(download, files))
             except CheckpointError as error:
@@ -534,23 +534,40 @@ def _may_be_here(path: str) -> bool:
     return True
 
 
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Have huggingface_hub download over HTTP, and log no warnings about what is tried again.
+class _Plainly:
+    """Within, huggingface_hub downloads over HTTP, and logs no warnings about what is tried again.
 
-    hf_xet would take gigabytes of memory, whatever the cap.
+    hf_xet would take gigabytes of memory, whatever the cap. These settings are the process's: the last thread that is
+    within puts them back.
     """
-    from huggingface_hub import constants
 
-    logger = logging.getLogger("huggingface_hub")
-    before = constants.HF_HUB_DISABLE_XET, logger.level
-    constants.HF_HUB_DISABLE_XET = True
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before[0]
-        logger.setLevel(before[1])
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._within = 0
+        self._before = (False, logging.NOTSET)
+
+    def __enter__(self) -> None:
+        from huggingface_hub import constants
+
+        logger = logging.getLogger("huggingface_hub")
+        with self._lock:
+            if self._within == 0:
+                self._before = constants.HF_HUB_DISABLE_XET, logger.level
+            self._within += 1
+            constants.HF_HUB_DISABLE_XET = True
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *raised: object) -> None:
+        from huggingface_hub import constants
+
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                constants.HF_HUB_DISABLE_XET, level = self._before
+                logging.getLogger("huggingface_hub").setLevel(level)
+
+
+_plainly = _Plainly()
 
 
 def _remove_halves() -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub import constants, file_download
 import moeplan as api
 from executor import remote
 from executor.engine import Progress
+from moeplan import hub as hub_module
 from moeplan import planning
 from moeplan.checkpoint import open_checkpoint
 from moeplan.staging import PARTIAL
@@ -556,6 +558,19 @@ def test_offline_weights_that_are_not_in_the_cache_are_missed_there(
         f"pytorch_model.bin, pytorch_model.bin.index.json; not all of it is in the cache, {cache}, and HF_HUB_OFFLINE "
         "is set"
     )
+
+
+def test_downloads_that_overlap_are_all_over_http_and_leave_the_setting_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(hub_module._plainly)
+    second.enter_context(hub_module._plainly)
+    first.close()
+    assert constants.HF_HUB_DISABLE_XET is True
+    second.close()
+    assert constants.HF_HUB_DISABLE_XET is False
 
 
 def test_a_model_without_files_is_named(hub: Hub, models: dict[str, Path], tmp_path: Path) -> None:
