@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import inspect
 import io
-import logging
 import os
 import re
 import time
@@ -31,6 +30,7 @@ from executor.errors import RunError
 from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, CheckpointError, LocalPlace, Place
 from moeplan.errors import MoeplanWarning
+from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
 from moeplan.output import CARD
 from moeplan.untrusted_json import show
 from planner.expr import RemoteFile, Source, SourceFile
@@ -58,9 +58,6 @@ LONGEST_PAUSE_SECONDS = 60.0
 
 _INDEX = ".index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HALF = re.compile(r"/blobs/[0-9a-f]+\.[0-9a-f]+\.incomplete\Z")
-"""What huggingface_hub downloads into. Older versions have `DIGEST.incomplete`, and go on with it."""
-
 _BUSY = {408, 429, 500, 502, 503, 504}
 
 T = TypeVar("T")
@@ -308,9 +305,9 @@ class Hub:
         from huggingface_hub import hf_hub_download
 
         # Versions before 1 have no bar to replace here, and show their own.
-        bars = {"tqdm_class": bar or _Bar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
+        bars = {"tqdm_class": bar or SilentBar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
         try:
-            with _plainly:
+            with plainly:
                 _patiently(
                     lambda: hf_hub_download(
                         snapshot.repository,
@@ -322,7 +319,7 @@ class Hub:
                         **cast(Any, bars),
                     )
                 )
-        except _StoppedError:
+        except StoppedError:
             raise
         except Exception as error:
             why = self._why(error, snapshot.repository, snapshot.commit)
@@ -353,17 +350,17 @@ class Hub:
         """
         stop = Event()
 
-        class Bar(_Bar):
+        class Bar(SilentBar):
             def update(self, n: float | None = 1) -> None:
                 if stop.is_set():
-                    raise _StoppedError
+                    raise StoppedError
                 on_progress(int(n or 0))
 
         def download(file: RemoteFile) -> None:
             snapshot, name = self._places[file]
             self.fetch(snapshot, name, Bar)
 
-        with _plainly, interruption.clearing(_remove_halves), ThreadPoolExecutor(workers) as pool:
+        with plainly, interruption.clearing(remove_halves), ThreadPoolExecutor(workers) as pool:
             try:
                 list(pool.map(download, files))
             except CheckpointError as error:
@@ -454,29 +451,6 @@ class Hub:
         return ""
 
 
-class _StoppedError(Exception):
-    """A download that is no longer wanted."""
-
-
-class _Bar:
-    """As much of tqdm as huggingface_hub uses; shows nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, n: float | None = 1) -> None:
-        """Told how many bytes came."""
-
-    def close(self) -> None:
-        pass
-
-
 class _RangeStream(io.RawIOBase):
     """A file on the Hub as a file to read from, whose beginning, `head`, is here."""
 
@@ -532,51 +506,6 @@ def _may_be_here(path: str) -> bool:
     except OSError:
         return False
     return True
-
-
-class _Plainly:
-    """Within, huggingface_hub downloads over HTTP, and logs no warnings about what is tried again.
-
-    hf_xet would take gigabytes of memory, whatever the cap. These settings are the process's: the last thread that is
-    within puts them back.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._within = 0
-        self._before = (False, logging.NOTSET)
-
-    def __enter__(self) -> None:
-        from huggingface_hub import constants
-
-        logger = logging.getLogger("huggingface_hub")
-        with self._lock:
-            if self._within == 0:
-                self._before = constants.HF_HUB_DISABLE_XET, logger.level
-            self._within += 1
-            constants.HF_HUB_DISABLE_XET = True
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *raised: object) -> None:
-        from huggingface_hub import constants
-
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                constants.HF_HUB_DISABLE_XET, level = self._before
-                logging.getLogger("huggingface_hub").setLevel(level)
-
-
-_plainly = _Plainly()
-
-
-def _remove_halves() -> None:
-    """Remove the files that this process is downloading into: no download goes on with one, nor ever removes it."""
-    for opened in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            file = opened.readlink()
-            if _HALF.search(str(file)):
-                file.unlink()
 
 
 def _patiently(ask: Callable[[], T]) -> T:

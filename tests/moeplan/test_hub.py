@@ -19,9 +19,9 @@ from huggingface_hub import constants, file_download
 import moeplan as api
 from executor import remote
 from executor.engine import Progress
-from moeplan import hub as hub_module
 from moeplan import planning
 from moeplan.checkpoint import open_checkpoint
+from moeplan.hub_download import plainly
 from moeplan.staging import PARTIAL
 from planner.schedule import COPYING
 
@@ -565,8 +565,8 @@ def test_downloads_that_overlap_are_all_over_http_and_leave_the_setting_as_it_wa
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     first, second = ExitStack(), ExitStack()
-    first.enter_context(hub_module._plainly)
-    second.enter_context(hub_module._plainly)
+    first.enter_context(plainly)
+    second.enter_context(plainly)
     first.close()
     assert constants.HF_HUB_DISABLE_XET is True
     second.close()
