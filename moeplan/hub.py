@@ -25,6 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
 
 from executor.errors import RunError
 from moeplan import interruption
@@ -237,6 +238,7 @@ class Hub:
         return next((snapshot for snapshot in self._snapshots.values() if snapshot.path == path), None)
 
     def _found(self, reference: str, repository: str, revision: str, config: str) -> Snapshot:
+        _check_endpoint(reference)
         from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -495,6 +497,17 @@ class _RemoteStream(io.BufferedReader):
         """`nbytes` bytes from each offset. Raises RunError."""
         with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
             return list(workers.map(lambda offset: self._hub.read(self._file, offset, nbytes), offsets))
+
+
+def _check_endpoint(reference: str) -> None:
+    """Raises CheckpointError where the Hub's address cannot be taken apart: huggingface_hub cannot be imported then."""
+    address = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlsplit(address).port
+    except ValueError as error:
+        raise CheckpointError(
+            f"{reference}: HF_ENDPOINT is {show(address)}, which is no address ({error}); correct or unset it"
+        ) from None
 
 
 def _may_be_here(path: str) -> bool:

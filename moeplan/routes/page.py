@@ -70,10 +70,8 @@ class PageError(UserError):
 
 
 def check_place(html: Path, subject: Path, files: Sequence[str]) -> None:
-    """Raises PageError where a page about `subject` and `files` cannot be put at `html`, or would replace one of them.
-
-    Of a model's directory, it may replace pages alone.
-    """
+    """Raises PageError where a page about `subject` and `files` cannot be put at `html`: it would replace one of them
+    or what is no page, or it would lie in a model's directory without being named as a page."""
     try:
         place = _real(html)
         if place.is_dir() or not place.parent.is_dir():
@@ -83,8 +81,8 @@ def check_place(html: Path, subject: Path, files: Sequence[str]) -> None:
             raise PageError(f"--html: {html}: is what is to be routed; name another file")
         if place.is_relative_to(_real(subject)) and place.suffix != ".html":
             raise PageError(f"--html: {html}: is in the model's directory; name a file elsewhere, or one in .html")
-        if place.exists() and not place.is_file():
-            raise PageError(f"--html: {html}: is no regular file; name one, or a new one")
+        if place.exists() and not (place.is_file() and place.suffix == ".html"):
+            raise PageError(f"--html: {html}: is there, and no page; name one in .html, or a new file")
         with TemporaryFile(dir=place.parent):
             pass
     except OSError as error:

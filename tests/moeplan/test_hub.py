@@ -591,6 +591,12 @@ def test_offline_what_is_not_in_the_cache_is_one_message(
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("address", ["http://[::1", "http://hub.example:99999"])
+def test_an_address_that_is_none_is_one_message(config: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert f"base_model: {BASE}: HF_ENDPOINT is '{address}', which is no address (" in refused(config)
+
+
 def test_a_hub_that_cannot_be_reached_is_one_message(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_endpoint(monkeypatch, "http://127.0.0.1:9")
     message = refused(config)

@@ -209,8 +209,9 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 def test_a_page_takes_no_place_of_what_is_to_be_routed(tmp_path: Path) -> None:
     config, story, model = tmp_path / "config.yml", tmp_path / "story.html", tmp_path / "model"
-    config.touch()
-    story.touch()
+    prompts = tmp_path / "prompts.txt"
+    for file in (config, story, prompts):
+        file.touch()
     model.mkdir()
     (tmp_path / "link").symlink_to(model / "config.json")
     os.mkfifo(tmp_path / "fifo")
@@ -219,7 +220,8 @@ def test_a_page_takes_no_place_of_what_is_to_be_routed(tmp_path: Path) -> None:
         (story, model, "is what is to be routed; name another file"),
         (model / "config.json", model, "is in the model's directory; name a file elsewhere, or one in .html"),
         (tmp_path / "link", model, "is in the model's directory; name a file elsewhere, or one in .html"),
-        (tmp_path / "fifo", config, "is no regular file; name one, or a new one"),
+        (tmp_path / "fifo", config, "is there, and no page; name one in .html, or a new file"),
+        (prompts, config, "is there, and no page; name one in .html, or a new file"),
         (tmp_path / "link" / "page.html", config, f"there is no directory {tmp_path}/link; name a file in one"),
         (tmp_path / ("x" * 256), config, "File name too long"),
         (Path("/proc/page.html"), config, "No such file or directory"),
@@ -229,7 +231,8 @@ def test_a_page_takes_no_place_of_what_is_to_be_routed(tmp_path: Path) -> None:
         assert refused.value.exit_status == 2
     for html in (model / "page.html", tmp_path / "report", tmp_path / "report.html"):
         check_place(html, model, [str(story)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yml", "fifo", "link", "model", "story.html"]
+    names = ["config.yml", "fifo", "link", "model", "prompts.txt", "story.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_page_takes_the_place_of_another_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
