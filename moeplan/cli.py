@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 import moeplan
+from executor.errors import RunError
 from moeplan import mergekit_flags
 from moeplan.errors import UserError
 from moeplan.help import GroupedHelp
 from moeplan.options import Options
 from moeplan.staging import GOES_ON
-from moeplan.telling import INTERRUPTED, Teller, told
+from moeplan.telling import INTERRUPTED, Teller, told, writing_to_stdout
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 verify_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -333,7 +335,13 @@ def routes_command(
 
 def run(args: list[str]) -> None:
     """Run the command with these arguments. Raises SystemExit."""
-    if args and args[0] in OTHER_COMMANDS:
-        OTHER_COMMANDS[args[0]](args[1:], prog_name=f"moeplan {args[0]}")
-    else:
-        app(args, prog_name="moeplan")
+    try:
+        with writing_to_stdout():  # the help and the version: what a command itself fails at, it has told of
+            if args and args[0] in OTHER_COMMANDS:
+                OTHER_COMMANDS[args[0]](args[1:], prog_name=f"moeplan {args[0]}")
+            else:
+                app(args, prog_name="moeplan")
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except RunError as error:
+        sys.exit(f"error: {error}")

@@ -62,7 +62,7 @@ class Teller:
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data
         if not self._as_json and not self._quiet:
-            with _writing_to_stdout():
+            with writing_to_stdout():
                 self._report.print(view(data))
 
     def warn_of_too_little_space(self) -> None:
@@ -121,7 +121,7 @@ class Teller:
 
     def finish(self) -> None:
         if self._as_json:
-            with _writing_to_stdout():
+            with writing_to_stdout():
                 print(json.dumps(self._data, indent=2))
 
 
@@ -132,11 +132,13 @@ def _console(stream: TextIO) -> Console:
 
 
 @contextmanager
-def _writing_to_stdout() -> Iterator[None]:
+def writing_to_stdout() -> Iterator[None]:
     """Raises RunError where standard output takes no more; ends the program where it is a pipe that nobody reads."""
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except OSError as error:
         # Python would try to write the rest when it exits, and complain with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

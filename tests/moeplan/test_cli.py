@@ -451,10 +451,10 @@ def test_output_that_nobody_reads_ends_the_command_quietly(config):
     assert (result.stderr, result.status) == ("", 1)
 
 
-@pytest.mark.parametrize("args", [["--plan"], ["--plan", "--json"]])
+@pytest.mark.parametrize("args", [["--plan"], ["--plan", "--json"], ["--version"], ["--help"], ["verify", "--help"]])
 def test_output_that_cannot_be_written_is_an_error(config, args):
     with open("/dev/full", "w") as full:
-        result = outcome(start(config, *args, stdout=full))
+        result = outcome(start(*args, *([config] if args[0] == "--plan" else []), stdout=full))
     assert (result.stderr, result.status) == ("error: standard output: No space left on device\n", 1)
 
 
