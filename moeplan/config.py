@@ -230,7 +230,7 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
 
 
 def is_useless_without_training(config: MergeConfig) -> bool:
-    """Whether prompts choose among experts that are all one model: the merge computes what that model does."""
+    """Whether prompts choose among experts that are all one model, but for what they are scaled by, and noise."""
     if config.gate_mode in PROMPTLESS or len(config.experts) == 1:
         return False
     return len({os.path.realpath(expert.source_model) for expert in config.experts}) == 1
@@ -270,8 +270,8 @@ def load_config(path: str | os.PathLike[str], *, allow_all_same: bool = False) -
 
     if not allow_all_same and is_useless_without_training(config):
         message = (
-            "all sources are the same model, so the merge would compute what that model does and cost more: name "
-            f"different models, or, to train the result, pass {ALLOW_ALL_SAME_FLAG}"
+            "all sources are the same model, so until it is trained the merge can do no more than that model, and "
+            f"costs more: name different models, or, to train the result, pass {ALLOW_ALL_SAME_FLAG}"
         )
         raise _config_error(places, [(("experts",), message)])
     return config

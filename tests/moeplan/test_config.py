@@ -731,8 +731,9 @@ def test_a_prompt_moved_from_positive_to_negative_is_a_difference() -> None:
 
 
 SAME_SOURCES = (
-    "config.yml:2: experts: all sources are the same model, so the merge would compute what that model does and cost "
-    "more: name different models, or, to train the result, pass --i-understand-this-is-not-useful-without-training"
+    "config.yml:2: experts: all sources are the same model, so until it is trained the merge can do no more than that "
+    "model, and costs more: name different models, or, to train the result, pass "
+    "--i-understand-this-is-not-useful-without-training"
 )
 
 
