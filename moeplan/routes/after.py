@@ -254,6 +254,8 @@ def _loaded(checkpoint: Checkpoint) -> Any:
     if found["unexpected_keys"]:
         name = show(min(found["unexpected_keys"]))
         raise _damaged(checkpoint, f"has a tensor {name}, which {CONFIG} has no place for")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the default wants rows that are multiples of 16 bytes
     return model
 
 

@@ -164,9 +164,13 @@ def test_text_with_tokens_that_the_model_has_no_rows_for_is_refused(checkpoint, 
         routes_before(config, "config.yml", options, [str(tmp_path / "chat.txt")])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
-def test_a_finished_model_is_scored_through_its_own_layers(case, checkpoint, merge, layers_seen):
-    sources = [checkpoint(f"{case.source}-plain", seed) for seed in range(3)]
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [(case, "plain") for case in CASES if case.output != "deepseek"] + [(CASES[0], "off-page")],
+    ids=str,
+)
+def test_a_finished_model_is_scored_through_its_own_layers(case, variant, checkpoint, merge, layers_seen):
+    sources = [checkpoint(f"{case.source}-{variant}", seed) for seed in range(3)]
     experts = [
         {"source_model": source, "positive_prompts": each} for source, each in zip(sources, PROMPTS, strict=True)
     ]
@@ -174,7 +178,7 @@ def test_a_finished_model_is_scored_through_its_own_layers(case, checkpoint, mer
     out = merge(sources[0], experts, gate_mode="ridge", **case.settings(sources[0], **shared))
     found = routes_after(out, Options())
     base = Base(sources[0])
-    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto", experts_implementation="eager")
     wanted: list[list[np.ndarray]] = [[] for _ in layers_seen[0]]
     for prompt in (prompt for each in PROMPTS for prompt in each):
         ids = torch.tensor([[*base.bos, *base.tokenizer(prompt, add_special_tokens=False).input_ids]])
