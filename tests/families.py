@@ -86,6 +86,7 @@ OUTPUTS = {
         num_experts_key="n_routed_experts",
         shared=Names("", _same_names("mlp.shared_experts")),
         shared_experts=(1, 0),
+        tied=False,
     ),
     "qwen2-moe": Output(
         "qwen moe",

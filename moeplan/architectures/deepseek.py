@@ -2,7 +2,8 @@
 
 transformers has no class for it; `auto_map` names the modelling code in DeepSeek's own repository, which transformers 5
 cannot run (docs/compatibility.md). That code says what the family can hold: heads of hidden_size / num_attention_heads,
-linear and dynamic RoPE scaling, no sliding window.
+linear and dynamic RoPE scaling, no sliding window. vLLM (`deepseek_v2.py`) does not tie the output matrix to the
+embeddings: where it is not there, anything is in it.
 """
 
 from moeplan.architectures.family import SAME_NAMES, Family, Layout, SharedExpert, separate
@@ -42,5 +43,6 @@ DEEPSEEK = Family(
     },
     rope_types=("default", "linear", "dynamic"),
     free_head_dim=False,
+    tied=False,
     readers="transformers 4.57 with use_cache=False, or vLLM, both with trust_remote_code=True",
 )
