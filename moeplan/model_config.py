@@ -36,9 +36,18 @@ def model_config(
     if family.shared is not None:
         present = {key: base.settings[other] for key, other in family.shared.derived.items()}
         config |= {**family.shared.present, **present} if with_shared else family.shared.absent
+    if (tokenizer := _tokenizer_class(family, base)) is not None:
+        config["tokenizer_class"] = tokenizer
     if not family.tied:
         config["tie_word_embeddings"] = False
     return config
+
+
+def _tokenizer_class(family: Family, base: DenseModel) -> str | None:
+    """What a tokenizer is that does not say so itself (tokenization_auto.py); None: what it is in every such family."""
+    named: str | None = base.settings["tokenizer_class"]
+    is_foreign = family.reads_tokenizers_of is not None and base.family not in family.reads_tokenizers_of
+    return "PreTrainedTokenizerFast" if named is None and is_foreign else named
 
 
 def stored_dtype(model: DenseModel) -> DType:

@@ -162,6 +162,8 @@ OWN_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "old": {**_silent(16), "extra_tensors": _ROTARY_BUFFERS},
         "default-window": {"config": {"sliding_window": ABSENT}, "terse": True},
         "no-window": {"config": {"sliding_window": None}},
+        "window-by-layer": {"config": {"layer_types": ["sliding_attention"] * 3}},
+        "window-in-no-layer": {"config": {"layer_types": ["full_attention"] * 3}},
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN,
@@ -175,6 +177,9 @@ MISFITS: dict[str, Recipe] = {
     "qwen3-attention-bias": Recipe("qwen3", {"attention_bias": True}),
     "granite-attention-bias": Recipe("granite", {"attention_bias": True}),
     "granite-mlp-bias": Recipe("granite", {"mlp_bias": True}),
+    "mistral-mixed-window": Recipe(
+        "mistral", {"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
+    ),
     "qwen2-mixed-window": Recipe("qwen2", **_window(max_window_layers=1)),
     "qwen3-mixed-window": Recipe("qwen3", **_window(layer_types=["full_attention", *["sliding_attention"] * 2])),
 }

@@ -87,6 +87,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
     "rope_theta": 10000.0,
+    "tokenizer_class": None,
 }
 """Llama's, which most families start from."""
 

@@ -119,6 +119,9 @@ class Family:
     tied: bool = True
     """Whether it can tie the output matrix to the embeddings; otherwise it is written out, as their alias."""
 
+    reads_tokenizers_of: tuple[DenseFamily, ...] | None = None
+    """The sources whose tokenizers its `model_type` has transformers read right where they name no class; None: all."""
+
     readers: str | None = None
     """What to load it with, in words, where transformers has no class of its own for it; None: it has one."""
 

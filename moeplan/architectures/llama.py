@@ -12,5 +12,6 @@ MISTRAL = DenseFamily(
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
+        "layer_types": None,
     },
 )

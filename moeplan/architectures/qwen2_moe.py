@@ -39,4 +39,5 @@ QWEN2_MOE = Family(
     windowed={"use_sliding_window": True, "max_window_layers": 0},
     zeros=QKV_BIASES,
     tied=False,
+    reads_tokenizers_of=(QWEN2,),
 )

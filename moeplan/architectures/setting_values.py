@@ -79,6 +79,10 @@ KINDS: Mapping[str, Kind] = {
     "pad_token_id": TOKEN_ID,
     "bos_token_id": TOKEN_ID,
     "eos_token_id": ("a token's id, a list of them, or null", _is_end),
+    "tokenizer_class": (
+        "the name of a class, or null",
+        lambda value: value is None or isinstance(value, str),
+    ),
     "layer_types": (
         "a list of names, one for each layer, or null",
         lambda value: value is None or (isinstance(value, list) and all(isinstance(kind, str) for kind in value)),

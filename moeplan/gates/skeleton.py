@@ -243,11 +243,17 @@ def _make_position_embeddings(model: PreTrainedModel, device: torch.device) -> N
 
 
 def _config(path: Path) -> PretrainedConfig:
-    """The model's configuration, from the settings that moeplan knows: others may be anything (a billion labels)."""
+    """The model's configuration, from the settings that moeplan knows: others may be anything (a billion labels).
+
+    A Mistral with windows by the layer is a Ministral (configuration_auto.py, `AutoConfig.from_pretrained`).
+    """
     given = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
-    known = {*DENSE_FAMILIES[given["model_type"]].defaults, "rope_scaling", "rope_parameters", ORIGINAL_CONTEXT}
+    model_type = given["model_type"]
+    known = {*DENSE_FAMILIES[model_type].defaults, "rope_scaling", "rope_parameters", ORIGINAL_CONTEXT}
     settings = {key: value for key, value in given.items() if key in known and key != "use_cache"}
-    return AutoConfig.for_model(given["model_type"], **settings, use_cache=False)
+    if model_type == "mistral" and "layer_types" in settings:
+        model_type = "ministral"
+    return AutoConfig.for_model(model_type, **settings, use_cache=False)
 
 
 def _serve_linears(layer: nn.Module, padding: Padding) -> dict[str, BlockedLinear]:

@@ -282,6 +282,12 @@ REFUSED = [
     ("llama-rope-old-llama3", "deepseek", "type 'llama3', and DeepSeek MoE has only default, linear, dynamic"),
     ("llama-rope-new-yarn", "deepseek", "type 'yarn', and DeepSeek MoE has only default, linear, dynamic"),
     ("llama-wide-heads", "deepseek", r"heads are 24 wide, .* always hidden_size / num_attention_heads = 16"),
+    ("mistral-mixed-window", "mixtral", "some layers have a sliding window and some have none, and Mixtral has one"),
+    (
+        "mistral-mixed-window",
+        "qwen2-moe",
+        "some layers have a sliding window and some have none, and Qwen2 MoE has one",
+    ),
     ("qwen2-mixed-window", "qwen2-moe", "some layers have a sliding window and some have none, and Qwen2 MoE has one"),
     ("qwen3-mixed-window", "qwen3-moe", "some layers have a sliding window and some have none, and Qwen3 MoE has one"),
     *(("llama-attention-bias", output, BIASES) for output in ("mixtral", "deepseek", "qwen2-moe")),
@@ -332,14 +338,15 @@ def test_a_dense_family_s_defaults_are_those_of_transformers(model_type):
     }
     assert ours["rope_theta"] == AutoConfig.for_model(model_type).rope_parameters["rope_theta"]
     # A class without head_dim has heads of hidden_size / num_attention_heads, unless config.json says otherwise.
-    assert ours.keys() - theirs.keys() <= {"rope_theta", "head_dim"}
+    # Mistral's has no layer_types: with them, a model is a Ministral.
+    assert ours.keys() - theirs.keys() <= {"rope_theta", "head_dim", "layer_types", "tokenizer_class"}
     assert "head_dim" in theirs or ours["head_dim"] is None
 
 
 # Understood by all classes, or by readers other than transformers 5. Attention layers read head_dim in every family.
 WRITTEN_FOR_ALL = {
     *("architectures", "model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters"),
-    *("head_dim", "sliding_window"),
+    *("head_dim", "sliding_window", "tokenizer_class"),
 }
 # Read only where there is a sliding window; they are written then.
 OF_WINDOWS = {"max_window_layers", "layer_types"}

@@ -1,10 +1,11 @@
 """The files of a merged model: shards, index, tokenizer, and a config.json that old and new readers understand."""
 
 import json
+import shutil
 
 import pytest
 from families import CASES, OUTPUTS, plain_recipe, recipes_of
-from models import GRANITE_MULTIPLIERS, RECIPES, read_tensors
+from models import GRANITE_MULTIPLIERS, RECIPES, read_tensors, use_sentencepiece
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -84,6 +85,22 @@ def test_the_tokenizer_and_what_belongs_to_it_are_copied_byte_for_byte(checkpoin
     for name in COPIED:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     text = "Ein Brötchen für den Doktor"
+    assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(source)(text)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.source in ("llama", "mistral") and case.layout == "separate"], ids=str
+)
+def test_a_tokenizer_that_names_no_class_is_read_as_the_base_s_is(case, checkpoint, merge, tmp_path):
+    """A model's type brings a class with it, and a Qwen2 MoE's reads no tokenizer of a Llama."""
+    source = shutil.copytree(checkpoint(plain_recipe(case)), tmp_path / "source")
+    use_sentencepiece(source)
+    AutoTokenizer.from_pretrained(source).save_pretrained(source)
+    settings = read_json(source / "tokenizer_config.json")
+    del settings["tokenizer_class"]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = merge(source, [source] * 2, **case.settings(source))
+    text = "Ein Brötchen  für den Doktor, isn't it?\n 123"
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(source)(text)
 
 
