@@ -3,7 +3,8 @@
     python -I -S launch.py '{"argv": [...], "out": DIR or null, "stdout": FILE, "stderr": FILE,
                              "limit_seconds": S, "disk": DIR, "keep_free_nbytes": N, "env": {...}}'
 
-prints what it measured as JSON. Time runs from the program's start until every file in `out` is on the disk.
+prints what it measured as JSON. Time runs from the program's start until every file in `out` is on the disk. Standard
+input is a pipe that nothing comes through: when it is closed, nobody waits any longer, and the program is killed.
 
 Peak memory: `ru_maxrss` is exact, but starts from what this process had when it spawned the program; below that, the
 `VmHWM` that the program was last seen with is what there is. Bytes come from `/proc/PID/io`, which can be read until a
@@ -19,6 +20,7 @@ import time
 
 LOOK_SECONDS = 0.05
 CHECK_DISK_EVERY = 10
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 def field(path: str, name: str) -> int:
@@ -49,25 +51,29 @@ def free_nbytes(directory: str) -> int:
 
 
 def watch(pid: int, limit_seconds: float, disk: str, keep_free_nbytes: int) -> tuple[int, str]:
-    """Wait until the process ends. Returns the last peak seen, in bytes, and why it was stopped, if it was."""
+    """Wait until the process ends, or kill it. Returns the last peak seen, in bytes, and why it was killed, if so."""
     status = f"/proc/{pid}/status"
     deadline = time.monotonic() + limit_seconds
-    fd = os.pidfd_open(pid)
-    ended = select.poll()
-    ended.register(fd, select.POLLIN)
+    ended = os.pidfd_open(pid)
+    events = select.poll()
+    events.register(ended, select.POLLIN)
+    events.register(sys.stdin, 0)  # for nothing but that it is closed, which needs no asking for
     peak, looks, stopped = 0, 0, ""
-    while not ended.poll(LOOK_SECONDS * 1000):
+    while not stopped:
+        happened = [fd for fd, _ in events.poll(LOOK_SECONDS * 1000)]
+        if ended in happened:
+            break
         peak = max(peak, field(status, "VmHWM") * 1024)
         looks += 1
-        if time.monotonic() > deadline:
+        if happened:
+            stopped = "interrupted"
+        elif time.monotonic() > deadline:
             stopped = f"stopped after {limit_seconds:g} s"
         elif looks % CHECK_DISK_EVERY == 0 and free_nbytes(disk) < keep_free_nbytes:
             stopped = f"stopped: less than {keep_free_nbytes / 1e9:.0f} GB were left on the disk"
-        if stopped:
-            os.kill(pid, signal.SIGKILL)
-            ended.poll()
-            break
-    os.close(fd)
+    if stopped:
+        os.kill(pid, signal.SIGKILL)
+    os.close(ended)
     return peak, stopped
 
 
@@ -79,18 +85,17 @@ def main() -> None:
         (os.POSIX_SPAWN_OPEN, 1, job["stdout"], flags, 0o644),
         (os.POSIX_SPAWN_OPEN, 2, job["stderr"], flags, 0o644),
     ]
+    for number in INTERRUPTIONS:
+        signal.signal(number, signal.SIG_IGN)  # they are for who waits, and who waits closes the pipe
+    environment = {**os.environ, **job["env"]}
     started = time.monotonic()
-    pid = os.posix_spawn(job["argv"][0], job["argv"], {**os.environ, **job["env"]}, file_actions=redirect)
-    try:
-        seen_peak, stopped = watch(pid, job["limit_seconds"], job["disk"], job["keep_free_nbytes"])
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        raise
-    program_seconds = time.monotonic() - started
+    pid = os.posix_spawn(job["argv"][0], job["argv"], environment, file_actions=redirect, setsigdef=INTERRUPTIONS)
+    seen_peak, stopped = watch(pid, job["limit_seconds"], job["disk"], job["keep_free_nbytes"])
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    program_seconds = time.monotonic() - started
     io = {name: field(f"/proc/{pid}/io", name) for name in ("read_bytes", "write_bytes", "rchar", "wchar")}
     _, status, usage = os.wait4(pid, 0)
-    if job["out"] is not None and os.access(job["out"], os.F_OK):
+    if not stopped and job["out"] is not None and os.access(job["out"], os.F_OK):
         make_durable(job["out"])
     seconds = time.monotonic() - started
     own_peak = field("/proc/self/status", "VmHWM") * 1024

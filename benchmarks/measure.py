@@ -47,10 +47,7 @@ def measure(argv: Sequence[str], out: Path | None, log: Path, limits: Limits) ->
         "env": ENVIRONMENT,
     }
     load = os.getloadavg()[0]
-    launched = subprocess.run(
-        [sys.executable, "-I", "-S", str(LAUNCH), json.dumps(job)], stdout=subprocess.PIPE, check=True
-    )
-    measured: dict[str, Any] = json.loads(launched.stdout)
+    measured: dict[str, Any] = json.loads(_launched([sys.executable, "-I", "-S", str(LAUNCH), json.dumps(job)]))
     status, stopped = measured.pop("status"), measured.pop("stopped")
     return Measurement(
         **measured,
@@ -58,6 +55,19 @@ def measure(argv: Sequence[str], out: Path | None, log: Path, limits: Limits) ->
         error=_error(status, stopped, stderr),
         printed=_printed_json(stdout),
     )
+
+
+def _launched(argv: Sequence[str]) -> bytes:
+    """What the launcher prints. It and its program have ended on return, also where this is interrupted."""
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+        try:
+            printed = launcher.stdout.read()
+        finally:
+            launcher.stdin.close()
+            status = launcher.wait()
+    if status:
+        raise subprocess.CalledProcessError(status, argv)
+    return printed
 
 
 def _error(status: int, stopped: str, stderr: Path) -> str | None:

@@ -1,9 +1,11 @@
 """What is measured is what the program did: its memory, its bytes, its time to the disk, how it ended."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from benchmarks.machine import file_system
 from benchmarks.measure import Limits, measure
 from benchmarks.results import Measurement
 
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
@@ -88,6 +91,44 @@ def test_a_program_is_stopped_when_its_time_is_over(run) -> None:
 
 def test_a_program_is_stopped_before_the_disk_is_full(run) -> None:
     assert "were left on the disk" in (run("/bin/sleep", "60", keep_free_nbytes=1 << 60).error or "")
+
+
+@pytest.fixture
+def measuring(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A process that measures a program of 60 seconds, and the program's place in /proc."""
+    code = f"""
+from pathlib import Path
+from benchmarks.measure import Limits, measure
+limits = Limits(Path.cwd(), keep_free_nbytes=0)
+measure(["/bin/sh", "-c", "echo $$; exec sleep 60"], None, Path({str(tmp_path / "log")!r}), limits)
+"""
+    log = tmp_path / "log.out"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+        program = Path("/proc") / log.read_text().strip()
+        yield process, program
+    if program.exists():
+        os.kill(int(program.name), signal.SIGKILL)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_program_has_ended_when_its_measurement_is_interrupted(measuring: tuple[subprocess.Popen, Path]) -> None:
+    process, program = measuring
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert not program.exists()
+
+
+def test_a_program_ends_with_the_process_that_measures_it(measuring: tuple[subprocess.Popen, Path]) -> None:
+    process, program = measuring
+    process.kill()
+    wait_until(lambda: not program.exists())
 
 
 def test_what_is_evicted_comes_from_the_disk_and_what_is_warm_does_not(run, on_disk: Path) -> None:
