@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from benchmarks.runner import Settings, run_cases
 
 DEFAULT_DIRECTORY = Path(".bench")
 LOG_WIDTH = 160
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def command(
@@ -46,6 +48,7 @@ def command(
     cases = _chosen(only or [], large=large)
     if smoke:
         cases, rounds = [case.tiny() for case in cases if case.smoke], 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     directory.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     with tempfile.TemporaryDirectory(prefix="moeplan-bench-", dir=directory) as work:
@@ -60,7 +63,8 @@ def command(
     ]
     if failures:
         console.print("failed:", *failures, sep="\n  ", style="red", soft_wrap=True, markup=False)
-        raise typer.Exit(1)
+    if failures or measured.interrupted:
+        raise typer.Exit(INTERRUPTED if measured.interrupted else 1)
 
 
 def _chosen(only: list[str], *, large: bool) -> list[Case]:
@@ -80,21 +84,24 @@ def _measured(cases: list[Case], settings: Settings, console: Console, *, tiny: 
     def say(message: str) -> None:
         console.print(f"{time.monotonic() - started:6.0f} s  {message}", style="dim", highlight=False, soft_wrap=True)
 
-    if not tiny:
-        # No program is to be the first that is read from the disk. Hidden gates have each import all it ever does.
-        hidden = next(case for case in CASES if case.name == "hidden")
-        list(run_cases([hidden.tiny()], replace(settings, rounds=1), say))
     results: list[CaseResult] = []
+    interrupted = False
     try:
+        if not tiny:
+            # No program is to be the first that is read from the disk. Hidden gates have each import all it ever does.
+            hidden = next(case for case in CASES if case.name == "hidden")
+            list(run_cases([hidden.tiny()], replace(settings, rounds=1), say))
         for result in run_cases(cases, settings, say):
             results.append(result)
     except KeyboardInterrupt:
+        interrupted = True
         say("interrupted; the report has the cases that were finished")
     return Report(
         started=now,
         seconds=time.monotonic() - started,
         rounds=settings.rounds,
         tiny=tiny,
+        interrupted=interrupted,
         machine=machine(settings.directory, load_before),
         cases=tuple(results),
     )

@@ -39,6 +39,8 @@ def facts(report: Report) -> list[str]:
     ]
     if report.tiny:
         lines.append("The models are tiny: this shows that everything runs, and nothing else. No target is judged.")
+    if report.interrupted:
+        lines.append("The run was interrupted: cases that were not finished by then are missing here.")
     return lines
 
 

@@ -100,12 +100,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run of the suite."""
+    """One run of the suite. `interrupted`: `cases` are those that were finished before."""
 
     started: str
     seconds: float
     rounds: int
     tiny: bool
+    interrupted: bool
     machine: Machine
     cases: tuple[CaseResult, ...]
 

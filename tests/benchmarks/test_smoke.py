@@ -1,4 +1,4 @@
-"""The whole suite on tiny models: everything runs, and what cannot is named in the report."""
+"""The whole suite on tiny models: everything runs, and what cannot, or did not, is named in the report."""
 
 import json
 import subprocess
@@ -18,6 +18,7 @@ def test_everything_runs_on_tiny_models_and_what_is_left_out_is_named(tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
 
     report = json.loads((out / "report.json").read_text())
+    assert report["interrupted"] is False
     assert [case["name"] for case in report["cases"]] == [case.name for case in CASES if case.smoke and not case.large]
     for case in report["cases"]:
         for result in case["results"]:
@@ -38,3 +39,19 @@ def test_everything_runs_on_tiny_models_and_what_is_left_out_is_named(tmp_path: 
     assert drawn == set() or find_spec("matplotlib") is not None
     assert all(f"![{name}]({name})" in text for name in drawn)
     assert drawn or "no plots, because matplotlib is missing" in done.stdout
+
+
+def test_a_run_that_is_terminated_removes_its_files_and_reports_what_was_finished(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "report"
+    command = [sys.executable, "-m", "benchmarks", "--smoke", "--dir", work, "--out", out]
+    command += ["--only", "growth", "--only", "plan-70b-128"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        next(line for line in running.stdout if "moeplan --plan" in line)
+        running.terminate()
+        running.communicate()
+    assert running.returncode == 130
+    assert list(work.iterdir()) == []
+    report = json.loads((out / "report.json").read_text())
+    assert report["interrupted"] is True
+    assert [case["name"] for case in report["cases"]] == ["growth-7b-8"]
+    assert "The run was interrupted" in (out / "report.md").read_text()

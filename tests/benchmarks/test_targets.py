@@ -19,7 +19,7 @@ def result(contender: Contender, *seconds: float, peak_mib: int = 300, **more: o
 
 def report(*results: Result, case: str = "random", tiny: bool = False) -> Report:
     measured = CaseResult(case, case, "", read_nbytes=1000, output_nbytes=1000, results=results)
-    return Report("now", 1.0, 3, tiny, Machine("", 1, 1, "", "", 0.0, 0.0), (measured,))
+    return Report("now", 1.0, 3, tiny, False, Machine("", 1, 1, "", "", 0.0, 0.0), (measured,))
 
 
 def row(measured: Report, words: str) -> TargetRow:
