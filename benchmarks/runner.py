@@ -43,24 +43,25 @@ def run_cases(cases: list[Case], settings: Settings, say: Say) -> Iterator[CaseR
         made: Models | None = None
         sources: tuple[Path, ...] = ()
         for case in cases:
-            if (reason := _no_room(case, settings)) is not None:
+            if case.models != made or case.volume is not None:
+                stack.close()
+                made = None
+            there = 0 if made is None else made.disk_nbytes
+            if (reason := _no_room(case.disk_nbytes - there, settings)) is not None:
                 yield _skipped(case, reason)
                 continue
             if case.volume is not None:
-                stack.close()
-                made = None
                 yield _on_volume(case, case.volume, settings, say)
                 continue
-            if case.models != made:
-                stack.close()
+            if made is None:
                 say(f"{case.name}: making models")
                 sources = stack.enter_context(_models(case.models, settings.directory))
                 made = case.models
             yield _run(case, sources, settings.directory, settings, say)
 
 
-def _no_room(case: Case, settings: Settings) -> str | None:
-    needed = case.disk_nbytes + KEEP_FREE_NBYTES
+def _no_room(further_nbytes: int, settings: Settings) -> str | None:
+    needed = further_nbytes + KEEP_FREE_NBYTES
     free = shutil.disk_usage(settings.directory).free
     if needed <= free:
         return None

@@ -1,0 +1,50 @@
+"""A case is skipped where the disk has no room for what it adds, and for no other reason."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import runner
+from benchmarks.cases import CASES
+from benchmarks.models import Models
+from benchmarks.programs import Programs
+
+ORDINARY = [case for case in CASES if not case.large]
+
+
+@pytest.fixture
+def skipped(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], dict[str, list[str | None]]]:
+    """`skipped(free_nbytes)`: why which cases are skipped on a disk with so much room. None is really run."""
+    taken = 0
+
+    @contextmanager
+    def models(made: Models, directory: Path) -> Iterator[tuple[Path, ...]]:
+        nonlocal taken
+        taken += made.disk_nbytes
+        yield ()
+        taken -= made.disk_nbytes
+
+    def on_disk(free_nbytes: float) -> dict[str, list[str | None]]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_nbytes - taken))
+        settings = runner.Settings(Path(), 1, Programs(Path(), Path()), warm_code=False)
+        results = runner.run_cases(ORDINARY, settings, lambda _: None)
+        return {case.name: [result.skipped for result in case.results] for case in results if case.results}
+
+    monkeypatch.setattr(runner, "_models", models)
+    for name in ("_run", "_on_volume"):
+        monkeypatch.setattr(runner, name, lambda case, *_: runner._case_result(case, ()))
+    return on_disk
+
+
+def test_the_room_that_the_documentation_names_is_enough(skipped) -> None:
+    assert skipped(40e9) == {}
+
+
+def test_a_case_without_room_is_skipped_and_says_how_much_it_needs(skipped) -> None:
+    small = skipped(5e9)
+    assert list(small) == [case.name for case in ORDINARY if not case.models.sparse]
+    assert small["growth-7b-8"] == ["needs 19 GB of disk, and 5 GB are free"]
