@@ -69,7 +69,7 @@ def _no_room(further_nbytes: int, settings: Settings) -> str | None:
 
 
 def _skipped(case: Case, reason: str) -> CaseResult:
-    return _case_result(case, (Result(contender.name, skipped=reason) for contender in case.contenders))
+    return _case_result(case, (Result(contender.name, skipped=reason) for contender in dict.fromkeys(case.contenders)))
 
 
 def _case_result(case: Case, results: Iterable[Result]) -> CaseResult:

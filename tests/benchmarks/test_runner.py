@@ -48,3 +48,7 @@ def test_a_case_without_room_is_skipped_and_says_how_much_it_needs(skipped) -> N
     small = skipped(5e9)
     assert list(small) == [case.name for case in ORDINARY if not case.models.sparse]
     assert small["growth-7b-8"] == ["needs 19 GB of disk, and 5 GB are free"]
+
+
+def test_a_contender_that_takes_several_turns_is_skipped_once(skipped) -> None:
+    assert len(skipped(5e9)["checks"]) == 2
