@@ -58,5 +58,5 @@ def _note(run: Measurement) -> str:
     if "plan" in printed and not run.output_nbytes:
         said.append(f"{printed['plan']['output']['tensors']:,} tensors")
     if run.volume_growth_nbytes is not None:
-        said.append(f"adds {run.volume_growth_nbytes / 1e9:.2f} GB")
+        said.append(f"adds {run.volume_growth_nbytes / 1e9:z.2f} GB")
     return "; ".join(said)
