@@ -92,7 +92,9 @@ class Case:
 
 
 CLOWN_CAR = Models(LLAMA_1B, 4)
-MEMORY_CAPS = ("368MiB", CAP, "1GiB")
+MEMORY_CAPS = ("104MiB", "120MiB", CAP)
+"""100 MiB is the least that 4 × 1.1B can be merged in; from 131 MiB on, a cap leaves as many buffers as none does."""
+
 PLANNED_EXPERTS = (2, 8, 32, 128)
 PLANNING_TURNS = 3
 """Turns a round: they are short, and how the curve bends is a difference of differences."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.cases import PLANNED_EXPERTS, growth_name
+from benchmarks.cases import MEMORY_CAPS, PLANNED_EXPERTS, growth_name
 from benchmarks.contenders import (
     CAP,
     COPY_CAPPED,
@@ -122,6 +122,11 @@ _TARGETS: tuple[_Target, ...] = (
     _Target(4, f"--max-memory {CAP}, 1.1B: peak RSS ≤ 384 MiB", partial(peak, "memory", COPY_CAPPED, 384 * MIB)),
     _Target(
         4, f"--max-memory {CAP}, 1.1B: bytes as without a cap", partial(same_bytes, "memory", COPY_CAPPED, moeplan())
+    ),
+    _Target(
+        4,
+        f"--max-memory {MEMORY_CAPS[0]}, 1.1B: bytes as without a cap",
+        partial(same_bytes, "memory", moeplan("--max-memory", MEMORY_CAPS[0]), moeplan()),
     ),
     _Target(
         4,

@@ -1,13 +1,18 @@
 """The models that benchmarks are run on are real checkpoints, and distinct ones."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, MEMORY_CAPS
 from benchmarks.models import Models, make_models
+from benchmarks.programs import Task
 from benchmarks.shapes import LLAMA_1B, LLAMA_7B
 
 
@@ -35,6 +40,17 @@ def test_sparse_models_have_true_headers_and_take_no_space(tmp_path: Path) -> No
     assert len(files) == 3
     assert sum(file.stat().st_size for file in files) > models.model_nbytes
     assert sum(file.stat().st_blocks * 512 for file in files) < 1 << 20
+
+
+def test_each_memory_cap_leaves_fewer_buffers_than_the_one_above(tmp_path: Path) -> None:
+    memory = next(case for case in CASES if case.name == "memory")
+    sources = make_models(replace(memory.models, sparse=True), tmp_path / "sources")
+    config = Task(memory, tuple(sources), tmp_path).config("random")
+    command = [sys.executable, "-m", "moeplan", config, tmp_path / "out", "--plan", "--json", "--quiet", "--max-memory"]
+    planning = [subprocess.Popen([*command, cap], stdout=subprocess.PIPE) for cap in MEMORY_CAPS]
+    plans = [json.loads(process.communicate()[0])["plan"] for process in planning]
+    buffers = [plan["memory"]["buffers_nbytes"] for plan in plans]
+    assert buffers == sorted(set(buffers))
 
 
 def test_what_a_case_reads_and_writes_is_known_beforehand(tmp_path: Path) -> None:

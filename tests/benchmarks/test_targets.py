@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.cases import MEMORY_CAPS
 from benchmarks.contenders import CP, MATMUL, READ_BASE, WRITE_FLOOR, Contender, mergekit, moeplan
 from benchmarks.results import CaseResult, Machine, Report, Result, not_run, ratios
 from benchmarks.targets import TargetRow, target_rows
@@ -80,8 +81,9 @@ def test_reading_once_is_what_the_engine_counts_and_what_the_kernel_saw(counted:
     assert row(report(run, case="upcycling"), "upcycling").holds is holds
 
 
-def test_outputs_of_other_bytes_are_said_to_be_so() -> None:
-    capped = moeplan("--max-memory", "384MiB")
+@pytest.mark.parametrize("cap", ["384MiB", MEMORY_CAPS[0]])
+def test_outputs_of_other_bytes_are_said_to_be_so(cap: str) -> None:
+    capped = moeplan("--max-memory", cap)
     measured = report(result(moeplan(), 1.0, digest="a"), result(capped, 1.0, digest="b"), case="memory")
-    verdict = row(measured, "1.1B: bytes as without a cap")
+    verdict = row(measured, f"{cap}, 1.1B: bytes as without a cap")
     assert (verdict.holds, verdict.measured) == (False, "NOT equal")
