@@ -70,10 +70,11 @@ def _over_memory_caps(report: Report) -> Figure | None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     caps = [cap for cap, _ in capped]
+    names = [f"{cap:.0f}" for cap in caps]  # as names they stand as far apart as each other, whatever they are
     for axes, quantity, label in ((left, _seconds, "seconds"), (right, _peak_mib, "peak RSS, MiB")):
-        _line(axes, caps, [result.spread(quantity) for _, result in capped], "moeplan")
-        axes.set(xlabel="cap, MiB", ylabel=label, xticks=caps)
-    right.plot(caps, caps, linestyle=":", color=OTHERS, label="the cap")
+        _line(axes, names, [result.spread(quantity) for _, result in capped], "moeplan")
+        axes.set(xlabel="cap, MiB", ylabel=label)
+    right.plot(names, caps, linestyle=":", color=OTHERS, label="the cap")
     right.legend()
     _from_zero(left, right)
     return figure
@@ -119,7 +120,7 @@ def _over_tensors(report: Report) -> Figure | None:
     return figure
 
 
-def _line(axes: Axes, x: Sequence[float], y: Sequence[Spread], name: str) -> None:
+def _line(axes: Axes, x: Sequence[float] | Sequence[str], y: Sequence[Spread], name: str) -> None:
     axes.errorbar(x, [over.median for over in y], yerr=_error_bars(y), marker="o", capsize=3, label=name)
 
 
