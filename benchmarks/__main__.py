@@ -54,7 +54,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix="moeplan-bench-", dir=directory) as work:
         settings = Settings(Path(work).resolve(), rounds, programs, warm_code=not smoke)
         measured = _measured(cases, settings, console, tiny=smoke)
-    publish(measured, out, console, views=report, plots="benchmarks.plots")
+        publish(measured, out, console, views=report, plots="benchmarks.plots")
     failures = [
         f"{case.name}, {result.name}: {result.failure}"
         for case in measured.cases
@@ -95,7 +95,6 @@ def _measured(cases: list[Case], settings: Settings, console: Console, *, tiny: 
             results.append(result)
     except KeyboardInterrupt:
         interrupted = True
-        say("interrupted; the report has the cases that were finished")
     return Report(
         started=now,
         seconds=time.monotonic() - started,

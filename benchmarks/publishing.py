@@ -18,12 +18,12 @@ def publish(measured: Any, out: Path, console: Console, *, views: ModuleType, pl
     `draw`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    drawn: list[str] = []
-    if find_spec("matplotlib") is not None:
-        drawn = import_module(plots).draw(measured, out)
-    else:
+    (out / "report.json").write_text(views.to_json(measured), encoding="utf-8")
+    drawable = find_spec("matplotlib") is not None
+    drawn: list[str] = import_module(plots).draw(measured, out) if drawable else []
+    (out / "report.md").write_text(views.to_markdown(measured, drawn), encoding="utf-8")
+    # Printing is last, since who reads may be gone: Ctrl-C ends a `tee`, too.
+    if not drawable:
         console.print("no plots, because matplotlib is missing: pip install '.[bench]'", markup=False)
     console.print(views.to_terminal(measured))
-    (out / "report.json").write_text(views.to_json(measured), encoding="utf-8")
-    (out / "report.md").write_text(views.to_markdown(measured, drawn), encoding="utf-8")
     console.print(f"\n{', '.join(['report.md', 'report.json', *drawn])}: in {out}", soft_wrap=True)
