@@ -72,8 +72,9 @@ def _chosen(only: list[str], *, large: bool) -> list[Case]:
     if unknown:
         known = ", ".join(case.name for case in CASES)
         raise typer.BadParameter(f"there is no case {unknown[0]}; there are {known}", param_hint="--only")
-    chosen = [case for case in CASES if not only or case.name in only or case.group in only]
-    return [case for case in chosen if large or not case.large]
+    if not only:
+        return [case for case in CASES if large or not case.large]
+    return [case for case in CASES if case.name in only or case.group in only]
 
 
 def _measured(cases: list[Case], settings: Settings, console: Console, *, tiny: bool) -> Report:

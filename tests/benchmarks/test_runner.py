@@ -1,4 +1,4 @@
-"""A case is skipped where the disk has no room for what it adds, and for no other reason."""
+"""The cases that are asked for are run; one is skipped where the disk has no room for what it adds."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import runner
+from benchmarks.__main__ import _chosen
 from benchmarks.cases import CASES
 from benchmarks.models import Models
 from benchmarks.programs import Programs
@@ -52,3 +53,9 @@ def test_a_case_without_room_is_skipped_and_says_how_much_it_needs(skipped) -> N
 
 def test_a_contender_that_takes_several_turns_is_skipped_once(skipped) -> None:
     assert len(skipped(5e9)["checks"]) == 2
+
+
+def test_a_large_case_is_run_where_it_is_named() -> None:
+    assert [case.name for case in _chosen(["ridge", "random"], large=False)] == ["random", "ridge-7b-4"]
+    assert _chosen([], large=False) == ORDINARY
+    assert _chosen([], large=True) == list(CASES)
