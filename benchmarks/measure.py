@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Measurement
+from benchmarks.results import Measurement, not_run
 
 LAUNCH = Path(__file__).with_name("launch.py")
 
@@ -47,7 +47,10 @@ def measure(argv: Sequence[str], out: Path | None, log: Path, limits: Limits) ->
         "env": ENVIRONMENT,
     }
     load = os.getloadavg()[0]
-    measured: dict[str, Any] = json.loads(_launched([sys.executable, "-I", "-S", str(LAUNCH), json.dumps(job)]))
+    failed, launched = _launch(job, stderr)
+    if failed:
+        return not_run(_error(failed, "", stderr))
+    measured: dict[str, Any] = json.loads(launched)
     status, stopped = measured.pop("status"), measured.pop("stopped")
     return Measurement(
         **measured,
@@ -57,17 +60,19 @@ def measure(argv: Sequence[str], out: Path | None, log: Path, limits: Limits) ->
     )
 
 
-def _launched(argv: Sequence[str]) -> bytes:
-    """What the launcher prints. It and its program have ended on return, also where this is interrupted."""
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+def _launch(job: dict[str, Any], stderr: Path) -> tuple[int, bytes]:
+    """The launcher's exit status and what it prints. It and its program have ended then, also on an interruption."""
+    argv = [sys.executable, "-I", "-S", str(LAUNCH), json.dumps(job)]
+    with (
+        open(stderr, "ab") as said,
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said) as launcher,
+    ):
         try:
             printed = launcher.stdout.read()
         finally:
             launcher.stdin.close()
             status = launcher.wait()
-    if status:
-        raise subprocess.CalledProcessError(status, argv)
-    return printed
+    return status, printed
 
 
 def _error(status: int, stopped: str, stderr: Path) -> str | None:

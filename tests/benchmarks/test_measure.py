@@ -83,6 +83,12 @@ def test_what_a_failing_program_said_is_kept(run) -> None:
     assert "/no/such/place" in error
 
 
+def test_a_program_that_cannot_be_started_has_failed(run) -> None:
+    error = run("/no/such/program").error
+    assert error is not None
+    assert error.endswith("No such file or directory: '/no/such/program'")
+
+
 def test_a_program_is_stopped_when_its_time_is_over(run) -> None:
     measured = run("/bin/sleep", "60", seconds=0.2)
     assert measured.error == "stopped after 0.2 s"
