@@ -34,7 +34,7 @@ from moeplan.output import (
 from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
 from moeplan.record import identity, record
 from moeplan.routing import RouterFacts
-from moeplan.staging import Identity, check_unfinished, staged
+from moeplan.staging import Identity, check_unfinished, finish_publication, staged
 from moeplan.untrusted_json import show
 from planner.layout import index_json
 
@@ -70,6 +70,7 @@ def merge(
 
     started = time.monotonic()
     options = options or Options()
+    finish_publication(Path(out), overwrite=options.overwrite)
     hub = hub_of(out, options)
     try:
         merge_plan = plan_with(hub, config, out, options)
@@ -85,7 +86,7 @@ def merge(
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
         known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", "plan")}
-        check_unfinished(Path(out), known, restart=options.restart)
+        check_unfinished(Path(out), known, restart=options.restart, overwrite=options.overwrite)
         fetch(merge_plan, Path(out), on_progress)
         merge_plan = _with_sources_here(merge_plan, out)
     directory = Path(out)

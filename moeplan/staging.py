@@ -100,11 +100,23 @@ def commits_of_unfinished(directory: Path) -> dict[str, str]:
     return {name: commit for name, commit in commits.items() if isinstance(commit, str) and COMMIT.fullmatch(commit)}
 
 
-def check_unfinished(directory: Path, identity: Identity, *, restart: bool = False) -> None:
-    """Raises OutputError where an unfinished merge of something else is in `directory`, as far as `identity` goes."""
-    before = None if restart else read_identity(directory / PARTIAL)
-    if before is not None and {kind: before.get(kind) for kind in identity} != identity:
-        raise _of_something_else(directory, {kind: before.get(kind, {}) for kind in identity}, identity)
+def check_unfinished(directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False) -> None:
+    """Raises OutputError where a merge of something else, as far as `identity` goes, is in the way in `directory`."""
+    before = read_identity(directory / PARTIAL)
+    known = None if before is None else {kind: before.get(kind, {}) for kind in identity}
+    _goes_on(directory, known, identity, restart=restart, overwrite=overwrite)
+
+
+def finish_publication(directory: Path, *, overwrite: bool = False) -> None:
+    """Move the rest of a finished model to its place in `directory`, where its merge was stopped while it did that.
+
+    What was merged, and what is to be merged now, does not matter. The journal stays, so the same merge is done at
+    once. Raises OutputError where another merge is writing there, and what moving raises.
+    """
+    if read_publishing(directory / PARTIAL):
+        with ExitStack() as cleanup:
+            _lock(directory, cleanup)
+            _finish_publication(directory, overwrite)
 
 
 @contextmanager
@@ -112,9 +124,10 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
     """Where to write the model for `directory`. On success its files appear there.
 
     What is written must be on the disk by then. Goes on with an unfinished merge of the same `identity`; `restart` has
-    that thrown away. On an error what is finished is kept, and the error gets a note that says so, but for a
-    HopelessError. Raises OutputError where another merge is writing to `directory`, or another one was left unfinished
-    there, RunError where it cannot be made.
+    that thrown away. One that was stopped while it moved the finished model to its place is finished before, whatever
+    it is of. On an error what is finished is kept, and the error gets a note that says so, but for a HopelessError.
+    Raises OutputError where another merge is writing to `directory`, or another one was left unfinished there, RunError
+    where it cannot be made.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     partial = directory / PARTIAL
@@ -124,7 +137,9 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _lock(directory, cleanup)
-            _check_same(directory, identity, restart)
+            _finish_publication(directory, overwrite)
+            if not _goes_on(directory, read_identity(partial), identity, restart=restart, overwrite=overwrite):
+                shutil.rmtree(partial, ignore_errors=True)
             (partial / MODEL).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{directory}: cannot be made: {error.strerror}") from error
@@ -147,19 +162,39 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
         _clear_away(partial)
 
 
-def _check_same(directory: Path, identity: Identity, restart: bool) -> None:
-    """Clear away what cannot be gone on with. Raises OutputError for an unfinished merge of something else."""
+def _finish_publication(directory: Path, overwrite: bool) -> None:
     partial = directory / PARTIAL
-    before = read_identity(partial)
-    if restart or before is None:
-        if read_publishing(partial):
+    identity = read_identity(partial)
+    if identity is None or not read_publishing(partial):
+        return
+    journal = Journal(partial, identity)
+    try:
+        if journal.finished.publishing is not None:  # after a restart of the machine it may not count
+            _publish(directory, journal, overwrite=overwrite)
+            _clear_work(partial)
+    except BaseException as error:
+        error.add_note(GOES_ON)
+        raise
+    finally:
+        journal.close()
+
+
+def _goes_on(
+    directory: Path, before: Mapping[str, Any] | None, now: Identity, *, restart: bool, overwrite: bool
+) -> bool:
+    """Whether the merge in `directory`, which was `before`, is gone on with. Raises OutputError where it is in the
+    way."""
+    if before == now and not restart:
+        return True
+    if read_publishing(directory / PARTIAL):  # its model is in its place: see `finish_publication`
+        if not overwrite:
             raise OutputError(
-                f"{directory}: a finished model was being moved here when its merge was stopped; run that command "
-                "again, without --restart, or give another directory"
+                f"{directory}: holds a finished model, whose merge was stopped when it moved it here; give another "
+                "directory, or --overwrite to replace the model"
             )
-        shutil.rmtree(partial, ignore_errors=True)
-    elif before != identity:
-        raise _of_something_else(directory, before, identity)
+    elif before is not None and not restart:
+        raise _of_something_else(directory, before, now)
+    return False
 
 
 def _of_something_else(directory: Path, before: Mapping[str, Any], now: Identity) -> OutputError:
@@ -202,9 +237,14 @@ def _lock(directory: Path, cleanup: ExitStack) -> None:
 
 def _clear_away(partial: Path) -> None:
     """Remove what a finished merge leaves, its journal last: who is stopped here can give the same command again."""
+    _clear_work(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_work(partial: Path) -> None:
+    """Remove everything but the journal."""
     for left in (MODEL, REPLACED, RESULTS):
         shutil.rmtree(partial / left, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -219,6 +259,7 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
     """
     model, replaced = directory / PARTIAL / MODEL, directory / PARTIAL / REPLACED
     try:
+        model.mkdir(exist_ok=True)  # who was stopped while he cleared away has none
         sync(model)
         if journal.finished.publishing is None:
             names = [entry.name for entry in model.iterdir()]

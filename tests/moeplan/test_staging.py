@@ -11,12 +11,13 @@ from commands import snapshot
 from executor.errors import HopelessError, RunError
 from executor.journal import Journal
 from moeplan.output import OutputError
-from moeplan.staging import PARTIAL, Stage, check_output, staged
+from moeplan.staging import PARTIAL, Stage, check_output, check_unfinished, finish_publication, staged
 from planner.plan import FileSink
 
 MODEL = ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json")
 INDEX = "model.safetensors.index.json"
 SAME = {"config": {"experts": 2}, "option": {"--random-seed": 0}}
+OTHER = {**SAME, "config": {"experts": 3}}
 
 
 def write_model(stage: Stage, text: str = "") -> None:
@@ -399,3 +400,60 @@ def test_a_process_that_dies_while_it_moves_files_leaves_a_finish_that_can_be_do
         assert {path.name for path in out.iterdir()} == {*MODEL, INDEX}
         assert {path.read_text() for path in out.iterdir()} == {"new"}
     assert not status
+
+
+def stop_in_the_middle_of_the_finish(out: Path) -> None:
+    """Leaves half of a new model in the place of an old one, which had a file more."""
+    put_old_model(out)
+    (out / "pytorch_model.bin").write_text("old")
+    if os.fork() == 0:
+        left, rename = 8, os.rename
+
+        def dying(source: Path, target: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os._exit(1)
+            rename(source, target)
+
+        with staged(out, SAME, overwrite=True) as stage:
+            write_model(stage, "new")
+            finish_something(stage)
+            os.rename = dying
+        os._exit(0)
+    assert os.wait()[1] != 0
+    assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize(("now", "restart"), [(OTHER, False), (OTHER, True), (SAME, True)])
+def test_a_finish_that_was_stopped_is_done_whatever_is_to_be_merged_and_its_model_stands_in_the_way_of_that(
+    tmp_path, now, restart
+):
+    stop_in_the_middle_of_the_finish(tmp_path)
+    message = "holds a finished model, whose merge was stopped when it moved it here; give another directory, or --over"
+    with pytest.raises(OutputError, match=message), staged(tmp_path, now, restart=restart):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX, PARTIAL}
+    assert {(tmp_path / name).read_text() for name in (*MODEL, INDEX)} == {"new"}
+    assert [path.name for path in (tmp_path / PARTIAL).iterdir()] == ["journal"]
+    with staged(tmp_path, now, restart=restart, overwrite=True) as stage:
+        assert stage.journal.is_empty
+        write_model(stage, "newer")
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX}
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"newer"}
+
+
+def test_a_finish_that_was_stopped_is_done_before_anything_is_planned(tmp_path):
+    finish_publication(tmp_path / "nowhere")
+    stop_in_the_middle_of_the_finish(tmp_path)
+    for _ in range(2):  # since it can be stopped, too
+        finish_publication(tmp_path)
+        assert {(tmp_path / name).read_text() for name in (*MODEL, INDEX)} == {"new"}
+    for overwrite in (False, True):
+        check_unfinished(tmp_path, {"config": SAME["config"]}, overwrite=overwrite)
+    check_unfinished(tmp_path, {"config": OTHER["config"]}, overwrite=True)
+    with pytest.raises(OutputError, match="holds a finished model"):
+        check_unfinished(tmp_path, {"config": OTHER["config"]})
+    with staged(tmp_path, SAME) as stage:
+        assert stage.is_complete
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX}
