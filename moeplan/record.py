@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,9 @@ MAX_HEADER_NBYTES = 16 << 20
 
 BEGINNING_NBYTES = 64 << 10
 """How much of a file without a header, such as a `.bin`, stands for it."""
+
+SAMPLE_PAGES, PAGE_NBYTES = 9, 4096
+"""What is read of a source's weights to tell it from another one of its size, time and header."""
 
 CHECKSUM = "sum modulo 2^64 of XXH3-64 of blocks of 16384 elements, the first of `head`, seeded with the block's number"
 
@@ -110,17 +115,22 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _source(source: Source) -> dict[str, Any]:
-    """Size, time of the last change in nanoseconds, and a digest of the header of a source; of a remote one, its ETag.
+    """Size, time of the last change in nanoseconds, and digests of the header and of a sample of the weights of a
+    source; of a remote one, its ETag.
 
-    The digest is None of a file that is gone: the run will say so.
+    The digests are None of a file that is gone: the run will say so.
     """
     if isinstance(source, RemoteFile):
         return {"nbytes": source.nbytes, "etag": source.etag}
-    try:
-        digest = header_sha256(Path(source.path))
-    except OSError:
-        digest = None
-    return {"nbytes": source.nbytes, "mtime_ns": source.mtime_ns, "header_sha256": digest}
+    of_header = of_sample = None
+    with suppress(OSError):
+        of_header, of_sample = header_sha256(Path(source.path)), sample_sha256(Path(source.path))
+    return {
+        "nbytes": source.nbytes,
+        "mtime_ns": source.mtime_ns,
+        "header_sha256": of_header,
+        "sample_sha256": of_sample,
+    }
 
 
 def _texts(merge_plan: MergePlan) -> list[str]:
@@ -153,6 +163,17 @@ def header_sha256(path: Path) -> str:
     length, text = header(path)
     digest = hashlib.sha256(length)
     digest.update(text)
+    return digest.hexdigest()
+
+
+def sample_sha256(path: Path) -> str:
+    """The SHA-256 of a few pages of a file, from behind its header to its end. Raises OSError."""
+    begin, digest = sum(map(len, header(path))), hashlib.sha256()
+    with open(path, "rb") as file:
+        last = max(begin, os.fstat(file.fileno()).st_size - PAGE_NBYTES)
+        for number in range(SAMPLE_PAGES):
+            file.seek(begin + (last - begin) * number // (SAMPLE_PAGES - 1))
+            digest.update(file.read(PAGE_NBYTES))
     return digest.hexdigest()
 
 

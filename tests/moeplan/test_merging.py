@@ -314,6 +314,20 @@ def test_text_that_changed_tells_an_unfinished_merge_from_another(models, config
     assert nbytes == [{str(text): 19}, {str(text): 35}, {}]
 
 
+@pytest.mark.parametrize("part", [0, 0.5, 1])
+def test_a_source_of_the_same_size_time_and_header_is_told_from_another_by_its_weights(models, configure, part):
+    config, options = configure(models[0], list(models))
+    file = models[1] / "model.safetensors"
+    status, data = file.stat(), bytearray(file.read_bytes())
+    before = record.identity(api.plan(config, options=options))["source"]
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin + int((len(data) - begin - 1) * part)] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    now = record.identity(api.plan(config, options=options))["source"]
+    assert [path for path in now if now[path] != before[path]] == [str(file)]
+
+
 def test_the_device_that_is_used_tells_an_unfinished_merge_from_another(models, configure):
     experts = [{"source_model": str(path), "positive_prompts": [path.name]} for path in models]
     config, options = configure(models[0], experts, gate_mode="hidden", device="auto")
