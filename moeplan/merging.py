@@ -91,7 +91,13 @@ def merge(
         merge_plan = _with_sources_here(merge_plan, out)
     directory = Path(out)
     made_from = identity(merge_plan)
-    with staged(directory, made_from, restart=options.restart, overwrite=options.overwrite) as stage:
+    with staged(
+        directory,
+        made_from,
+        restart=options.restart,
+        overwrite=options.overwrite,
+        config_text=config.source_text,
+    ) as stage:
         if stage.is_complete:
             result, facts = finished(merge_plan.plan), None
         else:

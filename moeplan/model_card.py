@@ -53,6 +53,10 @@ _LINES = {
 }
 
 
+_MERGED = "merged with moeplan"
+"""What every card of moeplan's says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Licence:
     """What a source's card says that its licence is, by the Hub's keys: `license: other` has a name and a link."""
@@ -147,6 +151,11 @@ def metadata(merged: Sequence[Source]) -> dict[str, Any]:
     return data
 
 
+def is_own_card(text: str) -> bool:
+    """Whether a card says what those that moeplan writes say, edited or not."""
+    return any(line.startswith("A ") and f" model, {_MERGED} " in line for line in text.splitlines())
+
+
 def model_card(plan: MergePlan) -> str:
     """The text of the card of what `plan` merges, in Markdown."""
     config, family = plan.config, plan.family.name
@@ -154,7 +163,7 @@ def model_card(plan: MergePlan) -> str:
     lines = [
         f"# {family} of {len(config.experts)} experts",
         "",
-        f"A {family} model, merged with moeplan {version('moeplan')} from the models below: attention, norms and",
+        f"A {family} model, {_MERGED} {version('moeplan')} from the models below: attention, norms and",
         f"embeddings are {backbone}, and each expert is the MLPs of one model. Of the "
         f"{len(config.experts)} experts, {config.experts_per_token}",
         f"work{'s' * (config.experts_per_token == 1)} on a token.",

@@ -13,7 +13,7 @@ from typing import Any
 
 from executor.errors import RunError
 from executor.files import copy_file, sync, write_file
-from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
+from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.untrusted_json import show
 
@@ -46,9 +46,6 @@ TEMPLATE = re.compile(rf"{TEMPLATES}/[\w.-]+\.jinja")
 CODE = re.compile(r"tokenization_\w+\.py")
 """Code that belongs to a tokenizer: copied, and never run."""
 
-WEIGHTS_FILES = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model(-.*)?\.bin(\.index\.json)?")
-"""What loaders may take for a model's weights. A GGUF that somebody made of the model is a model of its own."""
-
 MAX_TOKENIZER_CONFIG_NBYTES = 8 << 20
 MAX_TOKENIZER_NBYTES = 256 << 20
 MAX_TOKENIZER_FILES = 256
@@ -62,15 +59,6 @@ class OutputError(UserError):
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model on the Hub, by its path there, is one that `tokenizer_files` would take."""
     return name in TOKENIZER_FILES or any(pattern.fullmatch(name) for pattern in (TEMPLATE, CODE))
-
-
-def is_of_a_model(name: str) -> bool:
-    """Whether a file of this name in a model's directory belongs to the model."""
-    return (
-        name in (CONFIG, TEMPLATES, RECORD, CONFIG_COPY)
-        or is_tokenizer_file(name)
-        or WEIGHTS_FILES.fullmatch(name) is not None
-    )
 
 
 def existing(directory: Path) -> Path:

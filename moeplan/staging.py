@@ -29,7 +29,8 @@ from executor.errors import HopelessError, RunError
 from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
 from moeplan.checkpoint import CONFIG, INDEX
-from moeplan.output import OutputError, is_of_a_model
+from moeplan.output import OutputError
+from moeplan.replacing import replaced_by
 
 PARTIAL = ".moeplan-partial"
 MODEL = "model"
@@ -120,8 +121,11 @@ def finish_publication(directory: Path, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def staged(directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False) -> Iterator[Stage]:
-    """Where to write the model for `directory`. On success its files appear there.
+def staged(
+    directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False, config_text: str = ""
+) -> Iterator[Stage]:
+    """Where to write the model for `directory`, merged as the YAML `config_text` says. On success its files appear
+    there.
 
     What is written must be on the disk by then. Goes on with an unfinished merge of the same `identity`; `restart` has
     that thrown away. One that was stopped while it moved the finished model to its place is finished before, whatever
@@ -148,7 +152,10 @@ def staged(directory: Path, identity: Identity, *, restart: bool = False, overwr
         try:
             journal = Journal(partial, identity)
             cleanup.callback(journal.close)
-            yield Stage(partial / MODEL, journal)
+            stage = Stage(partial / MODEL, journal)
+            yield stage
+            if not stage.is_complete:
+                _begin_publication(directory, journal, overwrite, config_text)
             _publish(directory, journal, overwrite=overwrite)
             journal.close()  # a network's file system keeps a directory in which a file is open
         except BaseException as error:
@@ -252,6 +259,23 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
+def _begin_publication(directory: Path, journal: Journal, overwrite: bool, config_text: str) -> None:
+    """Put the finished files on the disk, and into the journal which they are, and what they take the place of.
+
+    Raises RunError, and OutputError where something is in the way.
+    """
+    model = directory / PARTIAL / MODEL
+    try:
+        sync(model)
+        names = [entry.name for entry in model.iterdir()]
+        taken = [name for name in sorted(names) if os.path.lexists(directory / name)]
+        if taken and not overwrite:
+            raise _has_appeared(directory / taken[0])
+        journal.begin_publishing(names, replaced_by(names, directory, config_text) if overwrite else [])
+    except OSError as error:
+        raise _not_moved(directory, error) from error
+
+
 def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
     """Move the finished files to their place, and what they replace out of it.
 
@@ -260,10 +284,6 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
     model, replaced = directory / PARTIAL / MODEL, directory / PARTIAL / REPLACED
     try:
         model.mkdir(exist_ok=True)  # who was stopped while he cleared away has none
-        sync(model)
-        if journal.finished.publishing is None:
-            names = [entry.name for entry in model.iterdir()]
-            journal.begin_publishing(names, _to_replace(directory, names, overwrite))
         new = sorted(journal.finished.publishing or (), key=_lateness)
         # One that is not in `model/` any more is in its place already.
         left = [name for name in new if (model / name).exists()]
@@ -279,16 +299,11 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
         replaced.mkdir(exist_ok=True)
         _move(directory, moves)
     except OSError as error:
-        raise RunError(f"{directory}: the finished files could not be moved here: {error.strerror}") from error
+        raise _not_moved(directory, error) from error
 
 
-def _to_replace(directory: Path, names: Sequence[str], overwrite: bool) -> list[str]:
-    """What a model of these files takes the place of: the model that is there, if it may be overwritten."""
-    there = [entry.name for entry in directory.iterdir() if entry.name != PARTIAL]
-    taken = sorted({*there} & {*names})
-    if taken and not overwrite:
-        raise _has_appeared(directory / taken[0])
-    return [name for name in there if name in names or is_of_a_model(name)] if overwrite else []
+def _not_moved(directory: Path, error: OSError) -> RunError:
+    return RunError(f"{directory}: the finished files could not be moved here: {error.strerror}")
 
 
 def _has_appeared(path: Path) -> OutputError:

@@ -10,7 +10,6 @@ from executor.errors import RunError
 from moeplan.errors import MoeplanWarning
 from moeplan.output import (
     free_nbytes,
-    is_of_a_model,
     tokenizer_files,
     write_beside,
 )
@@ -29,15 +28,6 @@ def test_what_stands_beside_the_weights_is_written_and_copied(tmp_path):
         "additional_chat_templates": None,
         "additional_chat_templates/tools.jinja": b"additional_chat_templates/tools.jinja",
     }
-
-
-def test_weights_that_a_loader_might_take_for_the_model_belong_to_it_and_a_gguf_made_of_it_does_not():
-    of_a_model = ["model.safetensors", "model-1-of-2.safetensors", "model.safetensors.index.json"]
-    of_a_model += ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json"]
-    of_a_model += ["config.json", "tokenizer.json", "moeplan.json"]
-    assert [name for name in of_a_model if not is_of_a_model(name)] == []
-    others = ("model.gguf", "training_args.bin", "optimizer.bin", "README.md", "notes.txt")
-    assert [name for name in others if is_of_a_model(name)] == []
 
 
 def test_a_file_that_cannot_be_copied_fails_the_run(tmp_path):

@@ -1,0 +1,55 @@
+"""What a merged model takes the place of: the model that is there, and what moeplan wrote about that."""
+
+import os
+
+import pytest
+from commands import moeplan, write_config
+
+from moeplan.replacing import is_of_a_model, replaced_by
+
+
+def test_weights_that_a_loader_might_take_for_the_model_belong_to_it_and_a_gguf_made_of_it_does_not():
+    of_a_model = ["model.safetensors", "model-1-of-2.safetensors", "model.safetensors.index.json"]
+    of_a_model += ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json"]
+    of_a_model += ["config.json", "tokenizer.json", "moeplan.json"]
+    assert [name for name in of_a_model if not is_of_a_model(name)] == []
+    others = ("model.gguf", "training_args.bin", "optimizer.bin", "README.md", "notes.txt")
+    assert [name for name in others if is_of_a_model(name)] == []
+
+
+@pytest.fixture
+def old_model(checkpoint, tmp_path):
+    """A merged model with a card, and the YAML file of another one, in `tmp_path`."""
+    base, other = checkpoint("llama-plain"), checkpoint("llama-plain", 1)
+    assert moeplan(write_config(tmp_path / "old.yml", base, [base, other]), tmp_path / "out").status == 0
+    write_config(tmp_path / "new.yml", base, [other, base])
+    return tmp_path / "out"
+
+
+def test_without_a_card_of_its_own_a_model_leaves_none_that_moeplan_wrote_for_another(old_model, tmp_path):
+    card = old_model / "README.md"
+    card.write_text(card.read_text() + "\nA line of mine.\n")
+    assert moeplan(tmp_path / "new.yml", old_model, "--overwrite", "--no-write-model-card").status == 0
+    assert not card.exists()
+    assert not (old_model / "moeplan_config.yml").exists()
+
+
+def test_a_card_that_moeplan_did_not_write_stays_where_there_is_no_new_one(old_model, tmp_path):
+    (old_model / "README.md").write_text("A model of mine, which moeplan merged.\n")
+    assert moeplan(tmp_path / "new.yml", old_model, "--overwrite", "--no-write-model-card").status == 0
+    assert (old_model / "README.md").read_text() == "A model of mine, which moeplan merged.\n"
+    assert moeplan(tmp_path / "new.yml", old_model, "--overwrite").status == 0
+    assert "merged with moeplan" in (old_model / "README.md").read_text()
+
+
+def test_the_yaml_file_that_is_merged_is_not_lost_where_it_is_the_old_model_s(old_model):
+    config = old_model / "moeplan_config.yml"
+    text = config.read_text()
+    assert moeplan(config, old_model, "--overwrite", "--no-write-model-card", "--random-seed", "1").status == 0
+    assert config.read_text() == text
+
+
+def test_a_card_or_a_yaml_file_that_cannot_be_read_as_one_is_not_waited_for(tmp_path):
+    for name in ("README.md", "moeplan_config.yml"):
+        os.mkfifo(tmp_path / name)
+    assert replaced_by([], tmp_path, "base_model: a") == ["moeplan_config.yml"]
