@@ -28,6 +28,7 @@ from typing import Any
 from executor.errors import HopelessError, RunError
 from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
+from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG, INDEX
 from moeplan.output import OutputError
 from moeplan.replacing import replaced_by
@@ -84,6 +85,11 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
         raise OutputError(
             f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one, or --overwrite to "
             "replace the model in it"
+        )
+    if ADAPTER_CONFIG in held:
+        raise OutputError(
+            f"{directory}: holds an adapter ({ADAPTER_CONFIG}), which transformers would put on the merged model; give "
+            "another directory, or move the adapter away"
         )
 
 

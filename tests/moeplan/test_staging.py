@@ -55,6 +55,12 @@ def test_a_directory_that_holds_something_is_refused_with_what_it_holds(tmp_path
     check_output(tmp_path, overwrite=True)
 
 
+def test_an_adapter_s_directory_is_refused_since_the_adapter_would_be_put_on_the_merged_model(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(OutputError, match=r"holds an adapter \(adapter_config\.json\), .*or move the adapter away$"):
+        check_output(tmp_path, overwrite=True)
+
+
 def test_a_link_to_what_is_not_there_is_refused_with_where_it_leads(tmp_path):
     (tmp_path / "out").symlink_to("unmounted/disk")
     for overwrite in (False, True):
