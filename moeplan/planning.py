@@ -22,7 +22,8 @@ from moeplan.model_card import Source, sources_of, warn_of_licences
 from moeplan.model_config import model_config
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
-from moeplan.output import OutputError, existing, on_one_disk, tokenizer_files
+from moeplan.output import CARD, CONFIG_COPY, OutputError, existing, on_one_disk, tokenizer_files
+from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
 from planner.expr import DType, RemoteFile
 from planner.plan import Plan
@@ -106,6 +107,13 @@ class MergePlan:
         if out is not None:
             nbytes = max(0, nbytes - unfinished_nbytes(out))
         return nbytes + (self.download_nbytes if beside else 0)
+
+    def replaced_files(self, out: Path | None) -> list[str]:
+        """The names of what the finished model takes the place of in `out`."""
+        if out is None or not self.options.overwrite or not out.is_dir():
+            return []
+        beside = [CARD, CONFIG_COPY] if self.options.write_model_card else []
+        return replaced_by(beside, out, self.config.source_text)
 
     @property
     def memory_nbytes(self) -> int:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from moeplan.verification import Verification
 
 
+_LINE = 72
+"""What there is room for beside a word, in 80 columns."""
+
+
 def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
     """The plan for machines. All sizes are bytes."""
     plan, config = merge_plan.plan, merge_plan.config
@@ -51,6 +55,7 @@ def plan_data(merge_plan: MergePlan, out: Path | None) -> dict[str, Any]:
                 {"file": shard.filename, "nbytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards
             ],
             "copied_files": [*(file.name for file in merge_plan.copied), *merge_plan.missing],
+            "replaced_files": merge_plan.replaced_files(out),
         },
         "router": {
             "gate_mode": config.gate_mode,
@@ -211,7 +216,7 @@ def printable(text: str) -> str:
 
 
 def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """What else there is to say: a word, and lines of at most 72 characters."""
+    """What else there is to say: a word, and lines of at most `_LINE` characters."""
     output, memory, disk = data["output"], data["memory"], data["disk"]
     again = data["read"]["more_than_once_nbytes"]
     return [
@@ -224,6 +229,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
                 f"{decimal(output['nbytes'])}: {count(output['tensors'], 'tensor')} in "
                 f"{count(len(output['shards']), 'file')}, {len(output['copied_files'])} more copied from the base",
                 *_choice(data["architecture"], data["would_fit_too"]),
+                *_replaced(output["replaced_files"]),
             ],
         ),
         ("read", [decimal(data["read"]["nbytes"]) + (f", {decimal(again)} of it more than once" if again else "")]),
@@ -257,6 +263,18 @@ def _choice(chosen: str, others: list[str]) -> list[str]:
         f"({' and '.join(others)} would fit, too: `architecture:` chooses;",
         f"without it, the first in mergekit's order: {chosen})",
     ]
+
+
+def _replaced(names: list[str]) -> list[str]:
+    """What `--overwrite` takes away, in one line."""
+    if not names:
+        return []
+    for shown in range(min(len(names), _LINE // 2), 0, -1):
+        more = f" and {len(names) - shown:,} more" if shown < len(names) else ""
+        line = f"replaces {', '.join(map(printable, names[:shown]))}{more}"
+        if len(line) <= _LINE:
+            return [line]
+    return [f"replaces {count(len(names), 'file')}"]
 
 
 def _shared_text(shared: dict[str, int]) -> str:

@@ -1,10 +1,12 @@
 """What a merged model takes the place of: the model that is there, and what moeplan wrote about that."""
 
+import json
 import os
 
 import pytest
 from commands import moeplan, write_config
 
+from moeplan import report
 from moeplan.replacing import is_of_a_model, replaced_by
 
 
@@ -53,3 +55,38 @@ def test_a_card_or_a_yaml_file_that_cannot_be_read_as_one_is_not_waited_for(tmp_
     for name in ("README.md", "moeplan_config.yml"):
         os.mkfifo(tmp_path / name)
     assert replaced_by([], tmp_path, "base_model: a") == ["moeplan_config.yml"]
+
+
+@pytest.mark.parametrize("option", ["--write-model-card", "--no-write-model-card"])
+def test_the_plan_names_what_a_merge_takes_away(old_model, tmp_path, option):
+    for name in ("model.gguf", "pytorch_model.bin", "tokenization_old.py"):
+        (old_model / name).touch()
+    before = {file.name: file.stat().st_ino for file in old_model.iterdir()}
+    arguments = (tmp_path / "new.yml", old_model, "--overwrite", option)
+    planned = moeplan(*arguments, "--plan")
+    names = json.loads(moeplan(*arguments, "--json").stdout)["plan"]["output"]["replaced_files"]
+    after = {file.name: file.stat().st_ino for file in old_model.iterdir()}
+    assert names == sorted(name for name in before if after.get(name) != before[name])
+    line = next(line.strip() for line in planned.stdout.splitlines() if "replaces" in line)
+    assert line.startswith("replaces README.md, chat_template.jinja, config.json and ")
+    assert line.endswith(f" and {len(names) - line.count(',') - 1} more")
+
+
+def test_without_a_model_to_replace_the_plan_says_nothing_of_it(old_model, tmp_path):
+    for arguments in ([tmp_path / "empty", "--overwrite"], ["--overwrite"], [tmp_path / "empty"]):
+        planned = moeplan(tmp_path / "new.yml", *arguments, "--plan")
+        assert planned.status == 0
+        assert "replaces" not in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (["a", "b\x1b[2J"], "replaces a, b\\x1b[2J"),
+        (["x" * 40, "y" * 30], f"replaces {'x' * 40} and 1 more"),
+        (["x" * 80, "y"], "replaces 2 files"),
+        ([f"{n:07}" for n in range(2000)], "replaces 0000000, 0000001, 0000002, 0000003, 0000004 and 1,995 more"),
+    ],
+)
+def test_what_is_replaced_is_one_line_of_the_plan_however_much_it_is(names, line):
+    assert report._replaced(names) == [line]
