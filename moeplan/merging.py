@@ -34,7 +34,7 @@ from moeplan.output import (
 from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
 from moeplan.record import identity, record
 from moeplan.routing import RouterFacts
-from moeplan.staging import Identity, check_unfinished, finish_publication, staged
+from moeplan.staging import PLAN, Identity, check_unfinished, finish_publication, staged
 from moeplan.untrusted_json import show
 from planner.layout import index_json
 
@@ -85,7 +85,7 @@ def merge(
         merge_plan = _with_packages_loaded(merge_plan, out)
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
-        known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", "plan")}
+        known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", PLAN)}
         check_unfinished(Path(out), known, restart=options.restart, overwrite=options.overwrite)
         fetch(merge_plan, Path(out), on_progress)
         merge_plan = _with_sources_here(merge_plan, out)

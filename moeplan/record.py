@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from executor.manifest import Segment, manifest
 from executor.reader import name_of
+from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
 from moeplan.config import PROMPTLESS
+from moeplan.fetching import FAST_TOKENIZER
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
+from moeplan.output import TOKENIZER_FILES
 from moeplan.safetensors_header import LENGTH_NBYTES
-from moeplan.staging import COMMITS
+from moeplan.staging import COMMITS, PLAN
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
 
@@ -59,10 +62,13 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
         "option": {flag(name): value for name, value in values.items()} | ({"--stream": True} if streamed else {}),
         "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
         "text in": {file: _text(Path(file)) for file in _texts(merge_plan)},
-        "settings in": {str(base.path / CONFIG): base.config_sha256},
+        "file": {
+            str(base.path / CONFIG): {"sha256": base.config_sha256},
+            **{str(file): {"sha256": file_sha256(file)} for file in _deciding_files(merge_plan)},
+        },
         COMMITS: merge_plan.hub.commits,
         "version of": {package: version(package) for package in packages},
-        "plan": {"fingerprint": merge_plan.plan.fingerprint},
+        PLAN: {"fingerprint": merge_plan.plan.fingerprint},
     }
 
 
@@ -131,6 +137,17 @@ def _source(source: Source) -> dict[str, Any]:
         "header_sha256": of_header,
         "sample_sha256": of_sample,
     }
+
+
+def _deciding_files(merge_plan: MergePlan) -> list[Path]:
+    """The small files, beside the base's config, that the plan follows from and that are there."""
+    adapters = [model.adapter for _, model in merge_plan.sources.named() if model.adapter is not None]
+    files = [adapter.path / ADAPTER_CONFIG for adapter in adapters]
+    if merge_plan.config.gate_mode not in PROMPTLESS:
+        base = merge_plan.sources.base.checkpoint.path
+        is_fast = (base / FAST_TOKENIZER[0]).exists()
+        files += [base / name for name in (FAST_TOKENIZER if is_fast else TOKENIZER_FILES)]
+    return [file for file in files if file.is_file()]
 
 
 def _texts(merge_plan: MergePlan) -> list[str]:

@@ -45,6 +45,19 @@ GOES_ON = "what is finished is kept: run the same command again to go on"
 COMMITS = "commit of"
 """The part of an identity that has the commits of models on the Hub."""
 
+PLAN = "plan"
+"""The part that follows from the others."""
+
+FACTS = {
+    "nbytes": "size",
+    "mtime_ns": "time",
+    "header_sha256": "header",
+    "sample_sha256": "weights",
+    "sha256": "content",
+    "etag": "ETag",
+}
+"""What an identity has of files, in words."""
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Identity = Mapping[str, Mapping[str, Any]]
@@ -219,16 +232,28 @@ def _of_something_else(directory: Path, before: Mapping[str, Any], now: Identity
 
 def _difference(before: Mapping[str, Any], now: Identity) -> str:
     """What changed, in words."""
-    changes = []
-    for kind in sorted({*before, *now}):
+    changes: list[str] = []
+    for kind in sorted({*before, *now}, key=lambda kind: (kind == PLAN, kind)):
+        if kind == PLAN and changes:  # it follows from the rest
+            break
         old, new = before.get(kind, {}), now.get(kind, {})
         changes += [
-            f"{kind} {name} was {_shown(old.get(name))} and is {_shown(new.get(name))}"
+            _change(f"{kind} {name}", old.get(name), new.get(name))
             for name in sorted({*old, *new})
             if old.get(name) != new.get(name)
         ]
     listed = changes[:3] + ([f"and {len(changes) - 3} more"] if len(changes) > 3 else [])
     return "; ".join(listed)
+
+
+def _change(what: str, old: Any, new: Any) -> str:
+    facts = [fact for fact in (old, new) if isinstance(fact, dict)]
+    if len(facts) == 2:
+        changed = [word for key, word in FACTS.items() if old.get(key) != new.get(key)]
+        return f"{what} was changed ({', '.join(changed)})"
+    if facts:
+        return f"{what} is {'gone' if new is None else 'new'}"
+    return f"{what} was {_shown(old)} and is {_shown(new)}"
 
 
 def _shown(value: Any) -> str:

@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from commands import MAIN, moeplan, outcome, snapshot, sparse_llama, start, write_config
 from make_models import save_tokenizer
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import moeplan as api
 from moeplan import merging
@@ -271,7 +273,31 @@ def test_a_merge_is_not_gone_on_with_when_the_base_s_config_has_changed(checkpoi
         assert moeplan(config, out).status == 1
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "rope_theta": 123.0, "rope_parameters": None}))
-    assert f"settings in {base}/config.json was" in moeplan(config, out).error
+    assert f": file {base}/config.json was changed (content). Undo" in moeplan(config, out).error
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer.json", "special_tokens_map.json"])
+def test_a_changed_file_that_the_plan_follows_from_is_named_where_a_merge_is_not_gone_on_with(
+    checkpoint, tmp_path, monkeypatch, name
+):
+    base, out = shutil.copytree(checkpoint("llama-plain"), tmp_path / "base"), tmp_path / "out"
+    up, shapes = "base_model.model.model.layers.0.mlp.up_proj.", {"lora_A": (4, 64), "lora_B": (96, 4)}
+    (tmp_path / "lora").mkdir()
+    save_file(
+        {f"{up}{x}.weight": torch.ones(shape) for x, shape in shapes.items()},
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    config = write_config(tmp_path / "config.yml", base, [base, f"{base}+{tmp_path}/lora"], gate_mode="cheap_embed")
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "model_card", lambda _: 1 / 0)
+        assert moeplan(config, out).status == 1
+    file = next(tmp_path.glob(f"*/{name}"))
+    text = file.read_text()
+    file.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 9') + "\n")
+    assert f": file {file} was changed (content). Undo" in moeplan(config, out).error
+    file.write_text(text)
+    assert moeplan(config, out).status == 0
 
 
 def test_a_model_that_takes_the_place_of_another_is_found_with_none_of_its_chat_templates(checkpoint, config, tmp_path):

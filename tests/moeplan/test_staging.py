@@ -247,6 +247,9 @@ def test_what_is_finished_is_kept_gone_on_with_and_then_gone(tmp_path):
         ({**SAME, "config": {"experts": 3}}, "config experts was 2 and is 3"),
         ({**SAME, "config": {}}, "config experts was 2 and is absent"),
         ({**SAME, "source": {"a": 1, "b": 2, "c": 3}, "config": {"x": 1}}, "; and 2 more"),
+        ({**SAME, "plan": {"fingerprint": "1"}}, ", of something else: plan fingerprint was absent and is 1. Undo"),
+        ({**OTHER, "plan": {"fingerprint": "1"}}, ", of something else: config experts was 2 and is 3. Undo"),
+        ({**SAME, "file": {"a": {"sha256": "1"}}}, "file a is new."),
     ],
 )
 def test_an_unfinished_merge_of_something_else_is_refused_with_what_changed(tmp_path, now, difference):
@@ -261,6 +264,27 @@ def test_an_unfinished_merge_of_something_else_is_refused_with_what_changed(tmp_
     with staged(tmp_path, now, restart=True) as stage:
         assert stage.journal.is_empty
         assert snapshot(stage.directory) == {}
+
+
+@pytest.mark.parametrize(
+    ("now", "difference"),
+    [
+        ({"nbytes": 10, "mtime_ns": 2, "header_sha256": "0"}, "source a was changed (time). Undo"),
+        ({"nbytes": 11, "mtime_ns": 2, "header_sha256": "1"}, "source a was changed (size, time, header). Undo"),
+        (None, "source a is gone. Undo"),
+    ],
+)
+def test_a_source_that_was_changed_is_named_with_what_of_it(tmp_path, now, difference):
+    def begin(source: object) -> None:
+        with staged(tmp_path, {"source": {"a": source}}) as stage:
+            finish_something(stage)
+            raise RunError("the disk is full")
+
+    with pytest.raises(RunError):
+        begin({"nbytes": 10, "mtime_ns": 1, "header_sha256": "0"})
+    with pytest.raises(OutputError) as raised:
+        begin(now)
+    assert difference in str(raised.value)
 
 
 def test_what_is_finished_is_kept_where_the_journal_cannot_be_opened(tmp_path, monkeypatch):
