@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moeplan.checkpoint import (
     MAX_CONFIG_NBYTES,
@@ -28,7 +29,9 @@ from moeplan.checkpoint import (
     open_weights,
     read_json,
 )
+from moeplan.errors import MoeplanWarning
 from moeplan.untrusted_json import show
+from moeplan.wording import count
 from planner.expr import Expr, Read, add_low_rank
 
 CONFIG = "adapter_config.json"
@@ -57,6 +60,9 @@ _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """The ways to begin training after which the base's weights are what they were. The others take from them what they put
 into the adapter, so the adapter belongs on a base that is not stored anywhere."""
 
+T = TypeVar("T", int, str)
+
+_LAYER = re.compile(r"\.(\d+)\.")
 _MAX_SCALE = 1e15
 _MAX_PATTERNS = 1024
 _MAX_EXPRESSIONS = 16
@@ -149,23 +155,120 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
             _check_shape(file, key, read, weights[weight].shape)
             replaced[weight] = read
         else:
+            ignoring = config.targets.ignoring(_module(weight))
+            if ignoring is not None:
+                raise CheckpointError(
+                    f"{file}: {show(key)} is of a module that `{ignoring}` of {CONFIG} leaves out, so peft would "
+                    f"ignore it; mend {CONFIG}, or {MERGE_ADAPTER}"
+                )
             factors.setdefault(weight, {})[suffix] = read
     added = {weight: _delta(file, config, weight, pair, weights[weight]) for weight, pair in factors.items()}
     twice = added.keys() & replaced.keys()
     if twice:
         raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
+    _check_complete(file, config.targets, [name for name in weights if ".mlp." in name], added.keys(), replaced.keys())
     return Adapter(path, place.label, added, replaced, left_out)
+
+
+def _check_complete(
+    file: Path, targets: _Targets, matrices: Iterable[str], added: Collection[str], replaced: Collection[str]
+) -> None:
+    """Refuse a file without a module that was saved whole, as peft does; warn of one without factors."""
+    missing = []
+    for weight in matrices:
+        if targets.saves(_module(weight)):
+            if weight not in replaced:
+                raise CheckpointError(
+                    f"{file}: there is no {_PREFIX}{weight}, and `modules_to_save` of {CONFIG} names it; is the file "
+                    "complete?"
+                )
+        elif targets.names(_module(weight)) and weight not in added and weight not in replaced:
+            missing.append(weight)
+    if missing:
+        warnings.warn(
+            f"{file}: there are no factors for {count(len(missing), 'module')} that `target_modules` of "
+            f"{CONFIG} names, {_module(missing[0])} for one: what is missing stays as the model has it",
+            MoeplanWarning,
+            stacklevel=2,
+        )
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Which modules `adapter_config.json` says that the adapter is on, and which were saved whole.
+
+    Modules are named by their last parts, as peft has it. None: it does not say, or by an expression.
+    """
+
+    targets: frozenset[str] | None
+    excluded: frozenset[str]
+    layers: frozenset[int] | None
+    saved: frozenset[str]
+
+    def ignoring(self, module: str) -> str | None:
+        """The setting for which peft ignores factors of `module`; None where there is none."""
+        endings = _endings(module)
+        if not self.excluded.isdisjoint(endings):
+            return "exclude_modules"
+        if self.targets is None or module in self.targets:
+            return None
+        if self.targets.isdisjoint(endings):
+            return "target_modules"
+        layer = _LAYER.search(module)
+        is_of_another = self.layers is not None and (layer is None or int(layer[1]) not in self.layers)
+        return "layers_to_transform" if is_of_another else None
+
+    def names(self, module: str) -> bool:
+        """Whether `module` is one that must have factors."""
+        return self.targets is not None and self.ignoring(module) is None
+
+    def saves(self, module: str) -> bool:
+        """Whether `module`, or one that it is in, was saved whole."""
+        parts = module.split(".")
+        return any(not self.saved.isdisjoint(_endings(".".join(parts[: n + 1]))) for n in range(len(parts)))
+
+
+def _endings(module: str) -> list[str]:
+    """`a.b.c` → `a.b.c`, `b.c`, `c`"""
+    parts = module.split(".")
+    return [".".join(parts[n:]) for n in range(len(parts))]
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")
+
+
+def _read_targets(config: Mapping[str, Any]) -> _Targets:
+    """As peft understands it (peft/tuners/tuners_utils.py, `check_target_module_exists`), where that takes no matching
+    of expressions, which are a stranger's, and no knowledge of `target_parameters`."""
+    layers = config.get("layers_to_transform")
+    numbers = [layers] if type(layers) is int else layers
+    plain = config.get("layers_pattern") in (None, [], "", "layers", ["layers"])
+    return _Targets(
+        targets=None if config.get("target_parameters") else _items(config.get("target_modules"), str),
+        excluded=_items(config.get("exclude_modules"), str) or frozenset(),
+        layers=(_items(numbers, int) or None) if plain else None,
+        saved=_items(config.get("modules_to_save"), str) or frozenset(),
+    )
+
+
+def _items(value: Any, kind: type[T]) -> frozenset[T] | None:
+    """A list of `kind`, as a set; None for anything else."""
+    is_list = isinstance(value, list) and all(type(item) is kind for item in value)
+    return frozenset(value) if is_list else None
 
 
 @dataclass(frozen=True)
 class _Config:
-    """What `adapter_config.json` says of scales and ranks; values by pattern come before the general one."""
+    """What `adapter_config.json` says of scales and ranks, where values by pattern come before the general one, and of
+    the modules that they are for."""
 
     rank: int
     alpha: float
     rank_pattern: list[tuple[re.Pattern[str], int]]
     alpha_pattern: list[tuple[re.Pattern[str], float]]
     rank_stabilized: bool
+    targets: _Targets
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """The rank of a module, such as `model.layers.0.mlp.up_proj`, and its scale."""
@@ -205,6 +308,7 @@ def _read_config(path: Path) -> _Config:
             (p, _alpha(file, "alpha_pattern", value)) for p, value in _patterns(file, config, "alpha_pattern")
         ],
         rank_stabilized=config.get("use_rslora") is True,
+        targets=_read_targets(config),
     )
 
 
@@ -247,7 +351,7 @@ def _patterns(file: Path, config: Mapping[str, Any], key: str) -> list[tuple[re.
 
 
 def _delta(file: Path, config: _Config, name: str, factors: Mapping[str, Read], weight: Read) -> LowRankDelta:
-    module = name.removesuffix(".weight")
+    module = _module(name)
     for suffix in (_A, _B):
         if suffix not in factors:
             raise CheckpointError(f"{file}: there is no {_PREFIX}{module}{suffix}, and its other half is there")

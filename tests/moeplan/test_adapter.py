@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from safetensors.torch import save_file
 from moeplan.adapter import BIN_WEIGHTS, CONFIG, WEIGHTS
 from moeplan.architectures import as_dense_model
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
+from moeplan.errors import MoeplanWarning
 from planner.expr import DType, Read
 
 UP = "base_model.model.model.layers.0.mlp.up_proj."
@@ -207,6 +210,63 @@ def test_an_adapter_for_another_model_or_with_more_than_products_is_refused(
     message = refusal(write_adapter(tmp_path / "lora", shapes))
     assert message.startswith(f"lora/{WEIGHTS}: ")
     assert reason.replace("\\\\", "\\") in message
+
+
+UP_IN_0 = "model.layers.0.mlp.up_proj"
+
+# settings, what the message says; None: it is taken, without a word
+TARGETS: list[tuple[dict[str, Any], str | None]] = [
+    ({"target_modules": ["up_proj", "q_proj"], "layers_to_transform": [0]}, None),
+    ({"target_modules": ["0.mlp.up_proj"], "layers_to_transform": 0, "layers_pattern": []}, None),
+    ({"target_modules": [UP_IN_0], "layers_to_transform": [1], "exclude_modules": ["p_proj"]}, None),
+    ({"target_modules": r".*\.(gate|up)_proj", "layers_to_transform": [1]}, None),
+    ({"target_modules": "all-linear", "exclude_modules": "up_proj"}, None),
+    ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}, None),
+    ({"target_modules": ["0.mlp.up_proj"], "layers_to_transform": [1], "layers_pattern": "blocks"}, None),
+    ({"target_modules": [1], "modules_to_save": "mlp", "exclude_modules": None, "layers_to_transform": "x"}, None),
+    ({"target_modules": ["q_proj", "p_proj"]}, "`target_modules` of"),
+    ({"target_modules": []}, "`target_modules` of"),
+    ({"target_modules": ["up_proj"], "layers_to_transform": [1, 2]}, "`layers_to_transform` of"),
+    ({"target_modules": ["up_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, "`layers_to_transform` of"),
+    ({"target_modules": ["up_proj"], "exclude_modules": ["mlp.up_proj"]}, "`exclude_modules` of"),
+]
+
+
+@pytest.mark.parametrize(("config", "reason"), TARGETS)
+def test_factors_of_a_module_that_the_config_leaves_out_are_refused_since_peft_ignores_them(
+    model: DenseModel, tmp_path: Path, refusal: Callable[..., str], config: dict[str, Any], reason: str | None
+) -> None:
+    path = write_adapter(tmp_path / "lora", **config)
+    if reason is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapter = model.with_adapter(path).adapter
+        assert adapter is not None
+        assert len(adapter.added) == 1
+    else:
+        message = refusal(path)
+        assert message.startswith(f"lora/{WEIGHTS}: '{UP}lora_A.weight' is of a module that {reason} {CONFIG} leaves")
+        assert message.endswith(MERGE_ADAPTER)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "mlp", "layers.1.mlp", "model.layers.0.mlp.gate_proj"])
+def test_a_module_that_is_said_to_be_saved_whole_and_is_not_there_is_refused(
+    tmp_path: Path, refusal: Callable[..., str], name: str
+) -> None:
+    shapes = {key: shape for key, shape in TENSORS.items() if ".mlp." not in key}
+    message = refusal(write_adapter(tmp_path / "lora", shapes, modules_to_save=["lm_head", name]))
+    assert message.startswith(f"lora/{WEIGHTS}: there is no base_model.model.model.layers.")
+    assert message.endswith(f"_proj.weight, and `modules_to_save` of {CONFIG} names it; is the file complete?")
+
+
+def test_a_module_that_the_config_names_without_factors_is_a_warning(model: DenseModel, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "lora", target_modules=["up_proj", "down_proj", "k_proj"])
+    message = (
+        f"{WEIGHTS}: there are no factors for 2 modules that `target_modules` of {CONFIG} names, "
+        "model.layers.0.mlp.down_proj for one: what is missing stays as the model has it"
+    )
+    with pytest.warns(MoeplanWarning, match=re.escape(message)):
+        model.with_adapter(path)
 
 
 def test_what_is_no_adapter_s_directory_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
