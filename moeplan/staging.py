@@ -64,6 +64,10 @@ Identity = Mapping[str, Mapping[str, Any]]
 """What makes a merge that merge: its config, sources, options ..., each a mapping from names to what they are."""
 
 
+class _GoneError(RunError):
+    """A finished file is gone: to go on is of no use."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A merge under way: `directory` is where its files go, `journal` what is finished of it."""
@@ -183,7 +187,7 @@ def staged(
             if isinstance(error, HopelessError) or (journal.is_empty if journal is not None else not is_begun):
                 shutil.rmtree(partial, ignore_errors=True)
             else:
-                error.add_note(GOES_ON)
+                _say_that_it_goes_on(error)
             raise
         _clear_away(partial)
 
@@ -199,10 +203,15 @@ def _finish_publication(directory: Path, overwrite: bool) -> None:
             _publish(directory, journal, overwrite=overwrite)
             _clear_work(partial)
     except BaseException as error:
-        error.add_note(GOES_ON)
+        _say_that_it_goes_on(error)
         raise
     finally:
         journal.close()
+
+
+def _say_that_it_goes_on(error: BaseException) -> None:
+    if not isinstance(error, _GoneError):
+        error.add_note(GOES_ON)
 
 
 def _goes_on(
@@ -324,7 +333,9 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
         old = [name for name in (*journal.finished.replacing, *appeared) if name not in new or name in left]
         gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
         if gone:
-            raise RunError(f"{model / gone[0]}: is gone, though it was finished; remove {model.parent} and merge again")
+            raise _GoneError(
+                f"{model / gone[0]}: is gone, though it was finished; remove {model.parent} and merge again"
+            )
         moves = [(directory / name, replaced / name) for name in sorted(old, key=_lateness, reverse=True)]
         moves += [(model / name, directory / name) for name in new]
         replaced.mkdir(exist_ok=True)
