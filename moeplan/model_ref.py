@@ -13,6 +13,11 @@ class ModelRef:
     model: str
     adapter: str | None = None
 
+    @property
+    def is_of_several_adapters(self) -> bool:
+        """Whether what should be an adapter is none that is here, and looks like more than one."""
+        return self.adapter is not None and "+" in self.adapter.partition("@")[0] and not os.path.lexists(self.adapter)
+
     def __str__(self) -> str:
         return self.model if self.adapter is None else f"{self.model}+{self.adapter}"
 

@@ -78,6 +78,11 @@ def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
         if reference not in opened:
             if reference.adapter is None:
                 opened[reference] = architectures.as_dense_model(open_checkpoint(hub.place(reference.model)))
+            elif reference.is_of_several_adapters:
+                raise CheckpointError(
+                    f"{reference.adapter}: no such directory; if these are several adapters, one is all that a model "
+                    f"can have on it: {MERGE_ADAPTER}"
+                )
             else:
                 adapter = hub.place(reference.adapter, ADAPTER_CONFIG)
                 opened[reference] = open_once(ModelRef(reference.model)).with_adapter(adapter)

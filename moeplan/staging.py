@@ -97,7 +97,10 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
         return
     except OSError as error:
         raise OutputError(f"{directory}: cannot be an output directory: {error.strerror}") from error
-    held -= set(read_publishing(directory / PARTIAL))
+    partial = directory / PARTIAL
+    if os.path.lexists(partial) and not partial.is_dir():
+        raise OutputError(f"{partial}: is no directory, and an unfinished merge would be there; move it away")
+    held -= set(read_publishing(partial))
     if held and not overwrite:
         raise OutputError(
             f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one, or --overwrite to "

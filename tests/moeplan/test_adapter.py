@@ -332,6 +332,17 @@ def test_a_base_with_an_adapter_is_refused_with_what_to_do(tmp_path: Path) -> No
     assert f"only experts can have an adapter on them; {MERGE}" in outcome.error
 
 
+def test_two_adapters_on_a_model_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    base = sparse_llama(tmp_path / "base")
+    first, second = (write_adapter(tmp_path / name) for name in ("first", "second"))
+    outcome = moeplan(write_config(tmp_path / "config.yml", base, [base, f"{base}+{first}+{second}"]), "--plan")
+    assert outcome.status == 2
+    assert outcome.error == (
+        f"{tmp_path}/config.yml:1: experts[1].source_model: {first}+{second}: no such directory; if these are several "
+        f"adapters, one is all that a model can have on it: {MERGE_ADAPTER}"
+    )
+
+
 def test_a_refused_adapter_is_named_with_its_line(tmp_path: Path) -> None:
     base, lora = sparse_llama(tmp_path / "base"), write_adapter(tmp_path / "lora", use_dora=True)
     outcome = moeplan(write_config(tmp_path / "config.yml", base, [base, f"{base}+{lora}"]), tmp_path / "out")

@@ -75,6 +75,13 @@ def test_what_is_no_directory_is_refused(tmp_path):
             check_output(path)
 
 
+def test_what_is_in_the_place_of_an_unfinished_merge_is_named(tmp_path):
+    (tmp_path / PARTIAL).touch()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=rf"/{PARTIAL}: is no directory, .*; move it away$"):
+            check_output(tmp_path, overwrite=overwrite)
+
+
 def test_what_no_journal_accounts_for_is_neither_in_the_way_nor_kept(tmp_path):
     (tmp_path / PARTIAL / "deeper").mkdir(parents=True)
     (tmp_path / PARTIAL / "deeper" / "model.safetensors").touch()
