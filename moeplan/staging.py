@@ -147,6 +147,22 @@ def finish_publication(directory: Path, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
+def at_rest(directory: Path) -> Iterator[None]:
+    """Within, no merge moves files into `directory`. Raises OutputError where one is writing there, or was stopped
+    while it moved a model to its place."""
+    with ExitStack() as cleanup:
+        with suppress(OSError):  # what cannot be opened is for the reader to say
+            _lock(directory, cleanup, to_read=True)
+        partial = directory / PARTIAL
+        if any((partial / MODEL / name).exists() for name in read_publishing(partial)):
+            raise OutputError(
+                f"{directory}: an unfinished merge is there, which was stopped when it moved its model to its place: "
+                "run its command again"
+            )
+        yield
+
+
+@contextmanager
 def staged(
     directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False, config_text: str = ""
 ) -> Iterator[Stage]:
@@ -273,14 +289,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _lock(directory: Path, cleanup: ExitStack) -> None:
+def _lock(directory: Path, cleanup: ExitStack, *, to_read: bool = False) -> None:
     """Keep other merges out of `directory` until `cleanup`, or until this process ends, however it does."""
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     cleanup.callback(os.close, fd)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if to_read else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError(f"{directory}: another merge is writing there; give another directory") from None
+        busy = (
+            "a merge is writing there; wait until it is done"
+            if to_read
+            else "another merge is writing there, or `moeplan verify` reads what is there; give another directory"
+        )
+        raise OutputError(f"{directory}: {busy}") from None
     except OSError:
         return  # a file system without locks, as some network mounts are
 

@@ -18,6 +18,7 @@ from moeplan.errors import UserError
 from moeplan.output import RECORD
 from moeplan.record import FORMAT, file_sha256, header, header_sha256
 from moeplan.safetensors_header import parse_header
+from moeplan.staging import at_rest
 from moeplan.untrusted_json import JSONError, parse_object, show
 
 MAX_RECORD_NBYTES = 64 << 20
@@ -46,9 +47,15 @@ def verify(
     """Check every file and every tensor of the model in `directory`.
 
     `on_start` is told how many bytes there are to read, `on_progress` how many were read. Raises RecordError where
-    there is nothing to check it by.
+    there is nothing to check it by, and OutputError where a merge is moving another model there.
     """
-    directory = Path(directory)
+    with at_rest(Path(directory)):
+        return _verify(Path(directory), on_start, on_progress)
+
+
+def _verify(
+    directory: Path, on_start: Callable[[int], None] | None, on_progress: Callable[[int], None] | None
+) -> Verification:
     record = _read_record(directory)
     found = Verification()
     try:

@@ -1,5 +1,6 @@
 """`moeplan verify`: an intact model passes, and whatever was changed in it is named."""
 
+import fcntl
 import json
 import os
 import random
@@ -10,8 +11,12 @@ import pytest
 from commands import moeplan, snapshot, sparse_llama, write_config
 from safetensors import safe_open
 
+from executor.journal import Journal
 from moeplan.checkpoint import open_checkpoint
+from moeplan.output import OutputError
 from moeplan.record import header, header_sha256
+from moeplan.staging import MODEL, PARTIAL, finish_publication, staged
+from moeplan.verification import verify
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +221,51 @@ def test_a_record_that_leaves_out_a_shard_is_told_to_be_damaged(model):
     finally:
         (model / "moeplan.json").write_bytes(before)
     assert (result.status, result.error) == (2, f"{model}/moeplan.json: is not what moeplan writes")
+
+
+def test_a_model_is_not_verified_while_a_merge_writes_there_nor_does_a_merge_begin_while_it_is(model):
+    def verify_while_merging() -> None:
+        with staged(model, {}, overwrite=True):
+            outcome = moeplan("verify", model)
+            assert (outcome.status, outcome.error) == (2, f"{model}: a merge is writing there; wait until it is done")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_while_merging()
+
+    def begin(_: int) -> None:
+        assert moeplan("verify", model).status == 0
+        with staged(model, {}, overwrite=True):
+            pass
+
+    with pytest.raises(OutputError, match=r"another merge is writing there, or `moeplan verify` reads what is there"):
+        verify(model, begin)
+    assert moeplan("verify", model).status == 0
+
+
+def test_half_of_a_model_that_was_being_moved_to_its_place_is_not_said_to_be_wrong(model, tmp_path):
+    out = shutil.copytree(model, tmp_path / "out")
+    (out / PARTIAL / MODEL).mkdir(parents=True)
+    journal = Journal(out / PARTIAL, {"config": {}})
+    journal.begin_publishing([file.name for file in model.iterdir()], [])
+    journal.close()
+    assert moeplan("verify", out).status == 0  # all is in its place already
+    (out / "config.json").rename(out / PARTIAL / MODEL / "config.json")
+    outcome = moeplan("verify", out)
+    assert outcome.status == 2
+    assert outcome.error.startswith(f"{out}: an unfinished merge is there, which was stopped when it moved its model")
+    finish_publication(out)
+    assert moeplan("verify", out).status == 0
+
+
+def test_a_directory_that_cannot_be_locked_is_verified_all_the_same(model, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (model / "nowhere").stat())
+    assert moeplan("verify", model).status == 0
+
+
+def test_what_is_no_directory_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "out")
+    assert moeplan("verify", tmp_path / "out").status == 2
 
 
 def test_a_record_that_is_no_regular_file_is_not_waited_for(tmp_path):
