@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 import threading
@@ -33,13 +34,16 @@ def main() -> None:
 
 def _open_standard_streams() -> None:
     """Have all three, though who started the process may have closed some: the next files that are opened would get
-    their numbers, and what libraries say there."""
+    their numbers, and what libraries say there. What standard output has no character for is a question mark there,
+    which keeps columns as wide as they are."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _leave(status: int | str | None) -> None:

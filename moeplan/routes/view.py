@@ -39,6 +39,7 @@ MAX_TEXTS = 16
 
 NUMBER_WIDTH = 4
 SHADES = " ░▒▓█"
+ASCII_SHADES = " .:*#"
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Viridis (Smith and van der Walt, 2015): even steps of lightness, for every kind of sight. Cells have a colour of
 text, too, so they read the same on a light and a dark terminal."""
@@ -68,6 +69,7 @@ class HeatMap:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title, style="bold")
         colours = console.color_system is not None and not console.no_color
+        shades = None if colours else ASCII_SHADES if options.ascii_only else SHADES
         cells, label = self._cell_width(), self._label_width()
         columns = max(1, (self.room - label) // cells)
         largest = float(np.nanmax(self.shares)) if np.isfinite(self.shares).any() else 0.0
@@ -78,9 +80,9 @@ class HeatMap:
             for row, name in enumerate(self.rows):
                 line = Text(f"{name:<{label}}", no_wrap=True)
                 for column in range(start, stop):
-                    line.append_text(self._cell(row, column, cells, most, colours))
+                    line.append_text(self._cell(row, column, cells, most, shades))
                 yield line
-        yield self._legend(most, label, colours, is_cut=largest > most)
+        yield self._legend(most, label, shades, is_cut=largest > most)
 
     def _label_width(self) -> int:
         return max(map(len, self.rows)) + 1
@@ -91,7 +93,8 @@ class HeatMap:
         wide = NUMBER_WIDTH + bool(self.marked)
         return wide if room >= wide else 2 if room >= 2 else 1
 
-    def _cell(self, row: int, column: int, cells: int, most: float, colours: bool) -> Text:
+    def _cell(self, row: int, column: int, cells: int, most: float, shades: str | None) -> Text:
+        """A cell of a colour, or, where there are `shades`, of one of these or a number."""
         share = float(self.shares[row, column])
         text = " " * cells
         if share != share:
@@ -99,18 +102,18 @@ class HeatMap:
         if cells >= NUMBER_WIDTH:
             number = f"[{100 * share:.0f}]" if (row, column) in self.marked else f"{100 * share:.0f} "
             text = f"{number:>{cells}}"
-        elif not colours:
-            text = _shade(share, most) * cells
-        return Text(text, style=_style(share, most) if colours else "")
+        elif shades:
+            text = _shade(share, most, shades) * cells
+        return Text(text, style="" if shades else _style(share, most))
 
-    def _legend(self, most: float, label: int, colours: bool, *, is_cut: bool) -> Text:
+    def _legend(self, most: float, label: int, shades: str | None, *, is_cut: bool) -> Text:
         """What the darkest and the brightest cell mean."""
         if self._cell_width() >= NUMBER_WIDTH:
             return Text(" " * label + "per cent", style="dim")
         line = Text(" " * label + "0 % ", style="dim")
         for step in range(9):
             share = most * step / 8
-            line.append(" " if colours else _shade(share, most), style=_style(share, most) if colours else "")
+            line.append(_shade(share, most, shades or " "), style="" if shades else _style(share, most))
         return line.append(f" {percent(most)}{' or more' * is_cut}")
 
 
@@ -282,8 +285,8 @@ def _ticks(start: int, stop: int, cells: int, room: int) -> str:
     return line
 
 
-def _shade(share: float, most: float) -> str:
-    return SHADES[round((len(SHADES) - 1) * _part(share, most))]
+def _shade(share: float, most: float, shades: str) -> str:
+    return shades[round((len(shades) - 1) * _part(share, most))]
 
 
 def _style(share: float, most: float) -> Style:

@@ -50,6 +50,20 @@ def test_a_merge_needs_no_standard_streams(config, tmp_path, closed):
     assert moeplan("verify", tmp_path / "out").status == 0
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_character_that_standard_output_has_none_of_ends_no_merge(checkpoint, tmp_path, options):
+    model = shutil.copytree(checkpoint("llama-plain"), tmp_path / "mö dels")
+    config = write_config(tmp_path / "config.yml", model, [model, checkpoint("llama-plain", 1)])
+    result = outcome(
+        start(config, tmp_path / "öut", *options, env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"})
+    )
+    assert (result.status, result.stderr.count("bug")) == (0, 0)
+    if options:
+        assert json.loads(result.stdout)["result"]["path"] == str(tmp_path / "öut")
+    else:
+        assert f"\ndone    {tmp_path}/?ut\n" in result.stdout
+
+
 def test_a_merge_of_local_models_needs_no_cache_of_the_hub(config, tmp_path):
     (tmp_path / "file").touch()
     assert moeplan(config, "--plan", "--transformers-cache", tmp_path / "file" / ("x" * 300)).status == 0

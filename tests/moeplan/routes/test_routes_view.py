@@ -107,6 +107,13 @@ def test_a_terminal_that_is_to_show_no_colours_gets_shades() -> None:
     assert re.search(r"[░▒▓█]{3}", printed(example(64, 4, preference=6.0), colours=True, no_color=True))
 
 
+def test_where_shades_cannot_be_written_other_characters_stand_for_them() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    Console(file=file, width=WIDTH).print(routes_view(example(64, 4, preference=6.0).to_data(), WIDTH))
+    file.seek(0)
+    assert re.search(r"\n0 +[ .:*#]{60,}\n", file.read())
+
+
 def test_what_there_is_one_of_is_not_said_in_the_plural() -> None:
     assert "1 expert, 1 per token, 1 layer, gate_mode" in printed(example(1, 1, 1))
     assert "200 tokens in 1 text, 200 of them held out" in printed(example(1, 1, 1))
