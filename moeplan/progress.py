@@ -13,29 +13,36 @@ if TYPE_CHECKING:
 
 
 LINE_SECONDS = 10.0
+NARROW = 70
+"""In fewer columns the bar is short, and without the rate."""
 ROUTERS = "routers"
+ROUTING = "routing"
+"""What `moeplan routes` does. It is measured by no bytes."""
 
 
 class ProgressBar:
-    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal."""
+    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal; of routing, the share."""
 
     def __init__(self, console: Console, total_nbytes: int) -> None:
         from rich import progress  # here, because a plan alone has no use for it
 
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description:8}"),
-            progress.BarColumn(bar_width=24),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-        )
+        is_narrow = console.width < NARROW
+        bar = progress.BarColumn(bar_width=8 if is_narrow else 24)
+        self._always = (progress.TextColumn("{task.description:8}"), bar)
+        self._share = progress.TaskProgressColumn()
+        self._nbytes = progress.DownloadColumn()
+        self._pace = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn(compact=True))[is_narrow:]
+        self._bar = progress.Progress(*self._always, console=console, transient=True)
         self._task = self._bar.add_task("loading", total=total_nbytes)
         self._bar.start()
 
     def show(self, state: Progress) -> None:
-        self._bar.update(self._task, completed=state.written_nbytes, description=_doing(state))
+        doing = _doing(state)
+        if doing == ROUTING:
+            self._bar.columns = (*self._always, self._share)
+        else:
+            self._bar.columns = (*self._always, self._nbytes, *(self._pace if doing != ROUTERS else ()))
+        self._bar.update(self._task, completed=state.written_nbytes, description=doing)
 
     def stop(self) -> None:
         self._bar.stop()
@@ -62,15 +69,17 @@ class ProgressLines:
         if now - self._last < LINE_SECONDS:
             return
         self._last, self._said = now, True
-        seconds, nbytes = now - self._first[0], state.written_nbytes - self._first[1]
-        rate = nbytes / seconds if seconds else 0.0
-        # How long routers take is not told by bytes.
-        is_known = rate and _doing(state) != ROUTERS
-        left = f", {_duration((self._total - state.written_nbytes) / rate)} left" if is_known else ""
-        self._console.print(
-            f"{_doing(state)}: {100 * state.written_nbytes // self._total}%, {decimal(state.written_nbytes)} of "
-            f"{decimal(self._total)}, {decimal(int(rate))}/s{left}"
-        )
+        doing = _doing(state)
+        said = [f"{doing}: {100 * state.written_nbytes // self._total}%"]
+        if doing != ROUTING:
+            said.append(f"{decimal(state.written_nbytes)} of {decimal(self._total)}")
+        if doing not in (ROUTING, ROUTERS):  # how long these take is not told by bytes
+            seconds, nbytes = now - self._first[0], state.written_nbytes - self._first[1]
+            rate = nbytes / seconds if seconds else 0.0
+            said.append(f"{decimal(int(rate))}/s")
+            if rate:
+                said.append(f"{_duration((self._total - state.written_nbytes) / rate)} left")
+        self._console.print(", ".join(said))
 
     def stop(self) -> None:
         """Nothing to clean up."""
@@ -83,7 +92,7 @@ def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLi
 
 def _doing(state: Progress) -> str:
     """What runs now, in a word. The executor names kernels, and those make routers."""
-    known = ("syncing", "verifying", "fetching", "routing")
+    known = ("syncing", "verifying", "fetching", ROUTING)
     return "copying" if not state.doing else state.doing if state.doing in known else ROUTERS
 
 

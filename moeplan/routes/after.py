@@ -23,6 +23,7 @@ from moeplan.memory import MIB, limit_nbytes
 from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
 from moeplan.output import CONFIG_COPY
+from moeplan.progress import ROUTING
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from moeplan.untrusted_json import show
 from planner.expr import Read
@@ -46,7 +47,7 @@ def routes_after(
 ) -> Routes:
     """Where the tokens of the prompts that the model in `directory` was merged by, and of `files`, go.
 
-    `on_start` is told how many bytes of tokens there are, `on_progress` how many were evaluated. Raises UserError for
+    `on_start` is told how many tokens there are, `on_progress` how many were evaluated. Raises UserError for
     what is no such model, where it does not fit memory, and for options that are about evaluating a base.
     """
     _check_options(options)
@@ -205,7 +206,7 @@ def _layers(
     from executor.engine import Progress
 
     if on_start is not None:
-        on_start(4 * sum(map(len, prompts.tokens)))
+        on_start(sum(map(len, prompts.tokens)))
     torch.set_num_threads(threads)
     model = _loaded(checkpoint)
     layers = model.model.layers
@@ -221,9 +222,9 @@ def _layers(
     with torch.inference_mode():
         for tokens in prompts.tokens:
             model.model(torch.tensor([tokens]), use_cache=False)
-            done += 4 * len(tokens)
+            done += len(tokens)
             if on_progress is not None:
-                on_progress(Progress(done, done, "routing"))
+                on_progress(Progress(done, done, ROUTING))
     for of_layer, router in zip(scores, rows, strict=True):
         yield Layer(np.concatenate([of_layer[prompt] for prompt in order]), router.numpy())
 

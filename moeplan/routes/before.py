@@ -19,6 +19,7 @@ from moeplan.hub import Hub
 from moeplan.memory import compile_within, memory_cap, runtime_is_known
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import Options
+from moeplan.progress import ROUTING
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from planner.graph import TensorGraph
 
@@ -41,7 +42,7 @@ def routes_before(
 ) -> Routes:
     """Where the tokens of the config's prompts, and of `files`, would go in what `config`, named `subject`, merges.
 
-    `on_start` is told how many bytes will be written, `on_progress` what happens. Raises UserError for what cannot be
+    `on_start` is told how many bytes will be written, `on_progress` how many were. Raises UserError for what cannot be
     planned, RunError where the run fails.
     """
     from executor.engine import run  # here, because it takes numpy, which other commands do without
@@ -63,12 +64,13 @@ def routes_before(
     plan = compile_within(memory_cap(options.max_memory, modules), graph, SHARD_NBYTES, options.threads)
     if on_start is not None:
         on_start(plan.written_nbytes)
+    routing = None if on_progress is None else lambda state: on_progress(replace(state, doing=ROUTING))
     with TemporaryDirectory(prefix="moeplan-routes-") as directory, device.within_budget():
         run(
             plan,
             Path(directory),
             kernels(mode),
-            on_progress,
+            routing,
             headers=hub.headers,
             threads=options.threads,
             imports=modules,

@@ -1,5 +1,6 @@
 """What is seen of a merge under way."""
 
+import re
 from io import StringIO
 
 import pytest
@@ -41,7 +42,7 @@ def test_lines_come_now_and_then_with_bytes_rate_and_time_left(clock):
         lines.show(Progress(0, 2 * GB * seconds, "" if seconds else "decoder_layer"))
         clock.now += 1
     assert stream.getvalue().splitlines() == [
-        "routers: 0%, 0 bytes of 100.0 GB, 0 bytes/s",
+        "routers: 0%, 0 bytes of 100.0 GB",
         "copying: 20%, 20.0 GB of 100.0 GB, 2.0 GB/s, 40 s left",
         "copying: 40%, 40.0 GB of 100.0 GB, 2.0 GB/s, 30 s left",
         "copying: 60%, 60.0 GB of 100.0 GB, 2.0 GB/s, 20 s left",
@@ -55,7 +56,15 @@ def test_how_long_routers_take_is_not_told_by_bytes(clock):
     lines.show(Progress(0, 0, ""))
     clock.now += 20
     lines.show(Progress(0, 80 * GB, "ridge"))
-    assert stream.getvalue() == "routers: 80%, 80.0 GB of 100.0 GB, 4.0 GB/s\n"
+    assert stream.getvalue() == "routers: 80%, 80.0 GB of 100.0 GB\n"
+
+
+def test_routing_is_told_by_its_share_alone(clock):
+    on, stream = console(width=200)
+    lines = ProgressLines(on, 1000)
+    clock.now += 20
+    lines.show(Progress(0, 371, "routing"))
+    assert stream.getvalue() == "routing: 37%\n"
 
 
 def test_a_merge_of_a_few_seconds_says_nothing_on_the_way(clock):
@@ -85,14 +94,25 @@ def test_durations_are_rounded_to_what_one_wants_to_know(seconds, text):
     assert progress._duration(seconds) == text
 
 
-@pytest.mark.parametrize("doing", ["", "decoder_layer", "syncing"])
-def test_a_bar_fits_80_columns(doing):
-    on, stream = console(force_terminal=True, width=80, color_system=None)
+def last_of_bar(doing: str, width: int) -> str:
+    """What a bar shows last of 465 GB of 932, of which 123 came first."""
+    on, stream = console(force_terminal=True, width=width, color_system=None)
     bar = ProgressBar(on, 932 * GB)
     bar.show(Progress(0, 123 * GB, doing))
     bar.show(Progress(0, 465 * GB, doing))
     bar.stop()
-    shown = [line for line in stream.getvalue().replace("\r", "\n").split("\n") if " GB" in line]
-    assert shown
-    assert "465.0/932.0 GB" in shown[-1]
-    assert max(map(len, shown)) <= 80
+    shown = re.split(r"[\r\n]+|\x1b\[[0-9;?]*[A-Za-z]", stream.getvalue())
+    assert max(map(len, shown)) <= width
+    return next(line for line in reversed(shown) if line.strip())
+
+
+@pytest.mark.parametrize("doing", ["", "decoder_layer", "syncing"])
+@pytest.mark.parametrize("width", [40, 70, 80])
+def test_a_bar_fits_a_line(doing, width):
+    assert "465.0/932.0 GB" in last_of_bar(doing, width)
+
+
+def test_a_bar_says_how_long_it_takes_where_that_is_told_by_bytes():
+    assert re.search(r"932.0 GB +\S+ .B/s +\S+$", last_of_bar("", 80))
+    assert last_of_bar("decoder_layer", 80).endswith("465.0/932.0 GB")
+    assert re.fullmatch(r"routing +[━╸╺]+ +50%", last_of_bar("routing", 80))

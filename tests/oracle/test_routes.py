@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +307,19 @@ def test_the_command_prints_a_report_and_writes_a_page_and_json(checkpoint, conf
     data = json.loads(as_json.stdout)["routes"]
     assert len(data["layers"]) == 3
     assert data["subject"] == str(tmp_path / "0.yml")
+
+
+def test_progress_is_of_routing_alone_and_ends_with_all_of_it(checkpoint, configure, merge):
+    source = checkpoint("llama-plain")
+    config, options = config_of(configure, source, gate_mode="hidden")
+    out = merge(source, [{"source_model": source, "positive_prompts": each} for each in PROMPTS], gate_mode="hidden")
+    for route in (partial(routes_before, config, "config.yml", options), partial(routes_after, out, Options())):
+        started, states = [], []
+        found = route((), started.append, states.append)
+        assert {state.doing for state in states} == {"routing"}
+        assert [states[-1].written_nbytes] == started
+    tokens = sum(text.tokens for text in found.texts)
+    assert tokens < started[0] < 2 * tokens, "of a finished model these are tokens, BOS included"
 
 
 def test_nothing_is_said_twice_and_nothing_by_others(checkpoint, configure, tmp_path):
