@@ -225,6 +225,8 @@ def _tables(data: dict[str, Any], width: int) -> Iterator[RenderableType]:
         for row in rows:
             table.add_row(*(row[column] for column in part), style="bold" if row[0] == "all" else "")
         yield table
+    if len(layers) > 1:
+        yield Text("all: means over layers, but the largest cosine and condition", style="dim")
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:

@@ -124,6 +124,12 @@ def test_many_layers_are_shown_as_means_of_neighbours() -> None:
     assert sum(line.startswith("77–79 ") for line in lines) == 2
 
 
+def test_what_the_last_row_has_means_of_is_said() -> None:
+    said = "\nall: means over layers, but the largest cosine and condition\n"
+    assert said in printed(example(4, 4))
+    assert said not in printed(example(4, 1))
+
+
 def test_the_expert_that_a_text_belongs_to_is_marked() -> None:
     text = printed(example(3, 4, more_texts=[Text("notes.txt", None, 90, True)]))
     [line] = [line for line in text.splitlines() if line.startswith("models/1 ")]
