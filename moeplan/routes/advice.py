@@ -157,10 +157,14 @@ def _weights(data: dict[str, Any]) -> Iterator[str]:
             "gate_mode"
         )
     elif weight < 1 / k + FLAT * (1 - 1 / k):
+        remedy = (
+            "give more text for each expert, or, where `ridge:` is large, lower it"
+            if data["gate_mode"] == "ridge"
+            else "choose gate_mode ridge, which fits the scale of its routers"
+        )
         yield (
             f"routers are so flat that the first of {k} experts has {percent(weight)} of the weight "
-            f"({percent(1 / k)} is equal): experts are averaged rather than chosen; choose a gate_mode that fits the "
-            "scale of its routers"
+            f"({percent(1 / k)} is equal): experts are averaged rather than chosen; {remedy}"
         )
 
 

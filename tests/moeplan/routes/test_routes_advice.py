@@ -154,6 +154,15 @@ def test_routers_whose_weights_mean_nothing_are_named(factor: float, word: str) 
     assert said(scores=lambda scores: scores * np.float32(factor), k=1) == []
 
 
+def test_who_has_flat_routers_of_ridge_is_not_sent_to_ridge() -> None:
+    def remedy(gate_mode: str) -> str:
+        [line] = said(scores=lambda scores: scores * np.float32(0.001), gate_mode=gate_mode)
+        return line.partition("rather than chosen; ")[2]
+
+    assert remedy("hidden") == "choose gate_mode ridge, which fits the scale of its routers"
+    assert remedy("ridge") == "give more text for each expert, or, where `ridge:` is large, lower it"
+
+
 def test_text_that_the_routers_were_made_from_is_named() -> None:
     texts = texts_of(EXPERTS)
     assert said(texts=[replace(texts[0], held_out=False), *texts[1:]])[0].startswith(
