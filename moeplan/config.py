@@ -19,14 +19,14 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
-    StrictInt,
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
 
 from moeplan.errors import MoeplanWarning
 from moeplan.yaml_file import ConfigError, KeyPath, Places, Value, dotted, read_document
@@ -53,6 +53,7 @@ _DTYPE_NICKNAMES = {
 }
 
 _MAX_LISTED = 20
+_WHOLE = ("experts_per_token", "gate_tokens", "positive_samples")
 
 _MAX_NAME = 4096
 _MAX_GATE_TOKENS = 1 << 20
@@ -91,14 +92,27 @@ def _family_name(text: str) -> str:
     return text
 
 
+def _refuse_true(expected: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Numbers are read as mergekit's pydantic reads them, in quotes, too, and 2.0 as 2. Only true is no 1."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticKnownError(expected)
+        return value
+
+    return BeforeValidator(check)
+
+
+Whole = Annotated[int, _refuse_true("int_type")]
+Real = Annotated[float, Field(allow_inf_nan=False), _refuse_true("float_type")]
 Text = Annotated[str, Field(strict=True), AfterValidator(_encodable)]
 ModelReference = Annotated[Text, AfterValidator(_model_reference)]
 FileName = Annotated[Text, AfterValidator(_file_name)]
 FamilyName = Annotated[Text, AfterValidator(_family_name)]
-NoiseScale = Annotated[float, Field(strict=True, ge=0, le=_FLOAT32_MAX, allow_inf_nan=False)]
-NumSamples = Annotated[int, Field(strict=True, ge=0, le=_MAX_SAMPLES)]
-Ridge = Annotated[float, Field(strict=True, ge=_LEAST_RIDGE, le=1e6, allow_inf_nan=False)]
-ResidualScale = Annotated[float, Field(strict=True, ge=-_FLOAT32_MAX, le=_FLOAT32_MAX, allow_inf_nan=False)]
+NoiseScale = Annotated[Real, Field(ge=0, le=_FLOAT32_MAX)]
+NumSamples = Annotated[Whole, Field(ge=0, le=_MAX_SAMPLES)]
+Ridge = Annotated[Real, Field(ge=_LEAST_RIDGE, le=1e6)]
+ResidualScale = Annotated[Real, Field(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
 
 
 class Expert(BaseModel):
@@ -146,9 +160,9 @@ class MergeConfig(BaseModel):
     shared_experts: tuple[Expert, ...] = ()
     gate_mode: GateMode = "hidden"
     ridge: Ridge = 0.1
-    gate_tokens: StrictInt = 4096
+    gate_tokens: Whole = 4096
     dtype: DTypeName | None = None
-    experts_per_token: StrictInt = 2
+    experts_per_token: Whole = 2
     architecture: FamilyName | None = None
     backbone: Backbone = "base"
 
@@ -351,9 +365,11 @@ def _explain(error: ErrorDetails, values: Mapping[KeyPath, Value]) -> tuple[KeyP
             return path, f"must be a list, not {value.kind}: begin each entry with a dash, on a line of its own"
         case "model_type":
             return path, f"must be a mapping, not {value.kind}: write `source_model:` before the path of the model"
-        case "int_type":
+        case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float":
             return path, f"must be a whole number such as 2, not {value}"
-        case "float_type":
+        case "finite_number" if path[-1] in _WHOLE:
+            return path, f"must be a whole number such as 2, not {value}"
+        case "float_type" | "float_parsing":
             return path, f"must be a number such as 0.1, not {value}"
         case "greater_than_equal" | "less_than_equal" if path[-1] == "positive_samples":
             return path, f"must be a whole number from 0 to {_MAX_SAMPLES:,}, not {value}"

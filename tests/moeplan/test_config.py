@@ -126,6 +126,14 @@ def test_numbers_may_have_an_exponent_without_a_point(spelling: str) -> None:
     assert load(CLOWN_CAR + f"    noise_scale: {spelling}\n").experts[1].noise_scale == 0.001
 
 
+def test_numbers_may_stand_in_quotes_and_whole_ones_have_a_point_as_mergekit_reads_them() -> None:
+    text = CLOWN_CAR + "    noise_scale: '0.1'\n    residual_scale: \"1e-3\"\nexperts_per_token: {}\n"
+    for typed in ("'2'", "2.0", "'2.0'"):
+        config = load(text.format(typed))
+        assert config.experts_per_token == 2
+        assert (config.experts[1].noise_scale, config.experts[1].residual_scale) == (0.1, 0.001)
+
+
 def test_a_config_is_frozen_hashable_and_survives_pickling() -> None:
     config = load(CLOWN_CAR)
     with pytest.raises(ValidationError, match="frozen"):
@@ -447,7 +455,7 @@ def test_an_expert_that_is_no_mapping_is_refused(typed: str, kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("typed", ['"0.5"', "true", "a lot", "[1]"])
+@pytest.mark.parametrize("typed", ['"half"', "true", "a lot", "[1]"])
 @pytest.mark.parametrize("key", ["noise_scale", "residual_scale"])
 def test_a_scale_that_is_no_number_is_refused(key: str, typed: str) -> None:
     shown = "a list" if typed == "[1]" else typed
@@ -456,7 +464,7 @@ def test_a_scale_that_is_no_number_is_refused(key: str, typed: str) -> None:
     )
 
 
-@pytest.mark.parametrize("typed", [".inf", "-.inf", ".nan", "1e39", "-1e39", "1e400"])
+@pytest.mark.parametrize("typed", [".inf", "-.inf", ".nan", '"inf"', '"nan"', "1e39", "-1e39", "1e400"])
 @pytest.mark.parametrize("key", ["noise_scale", "residual_scale"])
 def test_a_scale_that_is_not_finite_is_refused(key: str, typed: str) -> None:
     least = "0" if key == "noise_scale" else "-3.4e38"
@@ -472,7 +480,10 @@ def test_negative_noise_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize(("typed", "shown"), [("2.0", "2.0"), ("'2'", '"2"'), ("true", "true"), ("two", "two")])
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [("2.5", "2.5"), ("'2.5'", '"2.5"'), ("true", "true"), ("two", "two"), (".nan", ".nan"), ("-.inf", "-.inf")],
+)
 def test_experts_per_token_that_is_no_whole_number_is_refused(typed: str, shown: str) -> None:
     assert refusal(CLOWN_CAR + f"experts_per_token: {typed}\n") == (
         f"config.yml:9: experts_per_token: must be a whole number such as 2, not {shown}"
@@ -799,7 +810,7 @@ def test_a_config_built_in_python_obeys_the_same_rules(changes: dict[str, Any], 
         {"positive_prompts": (42,)},
         {"negative_prompts": (None,)},
         {"noise_scale": True},
-        {"noise_scale": "0.5"},
+        {"noise_scale": "half"},
         {"noise_scale": -1.0},
         {"residual_scale": float("nan")},
         {"residual_scale": float("inf")},
