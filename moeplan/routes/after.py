@@ -25,6 +25,7 @@ from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbyte
 from moeplan.output import CONFIG_COPY
 from moeplan.progress import ROUTING
 from moeplan.routes.statistics import Layer, Routes, Text, routes
+from moeplan.staging import PARTIAL
 from moeplan.untrusted_json import show
 from planner.expr import Read
 
@@ -51,6 +52,8 @@ def routes_after(
     what is no such model, where it does not fit memory, and for options that are about evaluating a base.
     """
     _check_options(options)
+    if (directory / PARTIAL).exists() and not (directory / CONFIG).exists():
+        raise UserError(f"{directory}: an unfinished merge is there; run its command again, which goes on with it")
     checkpoint = open_checkpoint(directory)
     family = _family(checkpoint)
     _check_memory(checkpoint, options)

@@ -26,6 +26,7 @@ from moeplan.errors import MoeplanWarning, UserError
 from moeplan.routes import statistics
 from moeplan.routes.after import routes_after
 from moeplan.routes.before import routes_before
+from moeplan.staging import PARTIAL
 
 PROMPTS = [
     ["Where does it hurt?", "Say ah", "Since when?", "Listen to the doctor."],
@@ -336,6 +337,8 @@ def test_nothing_is_said_twice_and_nothing_by_others(checkpoint, configure, tmp_
 def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp_path):
     source = checkpoint("llama-plain")
     configure(source, [source, source])  # random, no prompts
+    unfinished = tmp_path / "unfinished"
+    (unfinished / PARTIAL).mkdir(parents=True)
     for args, message in (
         (
             [tmp_path / "0.yml"],
@@ -344,6 +347,7 @@ def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp
         ([tmp_path / "0.yml", "--text", tmp_path / "none"], "none: cannot be read: No such file or directory"),
         ([source], "model_type is 'llama', which is no model that moeplan makes"),
         ([tmp_path / "none.yml"], "none.yml: no such file"),
+        ([unfinished], "unfinished: an unfinished merge is there; run its command again, which goes on with it"),
         ([tmp_path / "0.yml", "--html", tmp_path / "none" / "page.html"], "there is no directory"),
         ([tmp_path / "0.yml", "--html", tmp_path], "is a directory; name a file"),
     ):
