@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -62,8 +63,10 @@ class Teller:
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data
         if not self._as_json and not self._quiet:
-            with writing_to_stdout():
+            with self._report.capture() as shown:
                 self._report.print(view(data))
+            with writing_to_stdout():
+                self._report.file.write(re.sub(r" +$", "", shown.get(), flags=re.MULTILINE))
 
     def warn_of_too_little_space(self) -> None:
         message = report.space_warning(self._data["plan"])

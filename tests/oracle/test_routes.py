@@ -303,6 +303,7 @@ def test_the_command_prints_a_report_and_writes_a_page_and_json(checkpoint, conf
     shown = cli(tmp_path / "0.yml", "--html", tmp_path / "report.html")
     assert shown.returncode == 0, shown.stderr
     assert "layer" in shown.stdout
+    assert " \n" not in shown.stdout
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
     as_json = cli(tmp_path / "0.yml", "--json", "--quiet")
     data = json.loads(as_json.stdout)["routes"]
