@@ -120,9 +120,9 @@ def verification_view(data: dict[str, Any]) -> RenderableType:
     what = f"{count(data['tensors'], 'tensor')}, {decimal(data['read_nbytes'])}"
     wrong, unknown = len(data["wrong"]), len(data["unknown"])
     if not wrong and not unknown:
-        return _fact("intact", [printable(data["path"]), f"{what}: everything is as it was written"])
+        return fact("intact", [printable(data["path"]), f"{what}: everything is as it was written"])
     found = [f"{wrong:,} not as written"] * bool(wrong) + [f"{unknown:,} that cannot be checked"] * bool(unknown)
-    return _fact("wrong" if wrong else "unknown", [printable(data["path"]), f"{what}: {', '.join(found)}"])
+    return fact("wrong" if wrong else "unknown", [printable(data["path"]), f"{what}: {', '.join(found)}"])
 
 
 def plan_view(data: dict[str, Any], *, with_files: bool = False) -> RenderableType:
@@ -144,7 +144,7 @@ def plan_view(data: dict[str, Any], *, with_files: bool = False) -> RenderableTy
         files += [(f"{name} (from the base)", "", "") for name in data["output"]["copied_files"]]
         parts += [Text(), _table(("output file", "tensors>", "size>"), files)]
     parts.append(Text())
-    parts += [_fact(name, lines) for name, lines in _facts(data)]
+    parts += [fact(name, lines) for name, lines in _facts(data)]
     return Group(*parts)
 
 
@@ -164,7 +164,7 @@ def result_view(data: dict[str, Any], routable: Path) -> RenderableType:
     by_path = sorted(data["nbytes_by_path"].items(), key=lambda item: -item[1])
     ways = ", ".join(f"{decimal(nbytes)} {name}" for name, nbytes in by_path)
     rate = data["written_nbytes"] / max(data["seconds"], 1e-9)
-    done = _fact(
+    done = fact(
         "done",
         [
             printable(data["path"]),
@@ -176,7 +176,7 @@ def result_view(data: dict[str, Any], routable: Path) -> RenderableType:
     return (
         done
         if routers is None or routers["closest_experts"] is None
-        else Group(done, _fact("routers", _said(routers, routable)))
+        else Group(done, fact("routers", _said(routers, routable)))
     )
 
 
@@ -192,9 +192,13 @@ def _said(routers: dict[str, Any], routable: Path) -> list[str]:
     ]
 
 
-def _fact(name: str, lines: Sequence[str]) -> Text:
-    """`name`, bold, before `lines`, which stand one below the other."""
-    return Text.assemble((f"{name:8}", "bold"), f"\n{'':8}".join(lines))
+def fact(name: str, lines: Sequence[str]) -> Table:
+    """`name`, bold, before `lines`, which stand one below the other, and go on there where they are too long."""
+    table = Table.grid()
+    table.add_column(width=8, style="bold")
+    table.add_column(overflow="fold")
+    table.add_row(name, Text("\n".join(lines)))
+    return table
 
 
 def space_warning(data: dict[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from moeplan.report import printable
+from moeplan.report import fact, printable
 from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
 from moeplan.wording import count
 
@@ -148,9 +148,7 @@ def _facts(data: dict[str, Any]) -> RenderableType:
                 f"{percent(overall['agreement_topk'])} have it among their {k} (chance: {percent(k / num_experts)})"
             )
         lines.append(("agree", said))
-    return Group(
-        *(Text.assemble((f"{name:8}", "bold"), f"\n{'':8}".join(said), overflow="fold") for name, said in lines)
-    )
+    return Group(*(fact(name, said) for name, said in lines))
 
 
 def _heat_maps(data: dict[str, Any], width: int) -> Iterator[RenderableType]:

@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from commands import MAIN, moeplan, outcome, snapshot, sparse_llama, start, write_config
 from make_models import save_tokenizer
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import moeplan as api
 from moeplan import merging
+from moeplan.report import plan_view
 from moeplan.staging import MODEL, PARTIAL
 
 
@@ -394,6 +397,16 @@ def test_v_lists_the_output_s_files(config):
     names = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("model-")]
     assert names == [f"model-{number:05}-of-{len(names):05}.safetensors" for number in range(1, len(names) + 1)]
     assert len(names) > 1
+
+
+def test_in_a_narrow_terminal_lines_go_on_where_they_began(config):
+    data = json.loads(moeplan(config, "--plan", "--json").stdout)["plan"]
+    console = Console(file=StringIO(), width=40)
+    console.print(plan_view(data))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    first = lines.index("output  Mixtral of 2 experts, 2 per")
+    assert lines[first + 1] == "        token, in float32"
+    assert all(re.match(r"[a-z]{4,7} +\S|        \S", line) for line in lines[first:])
 
 
 def test_json_is_all_that_is_on_standard_output(checkpoint, tmp_path):
