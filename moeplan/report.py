@@ -138,19 +138,19 @@ def plan_view(data: dict[str, Any], *, with_files: bool = False) -> RenderableTy
             (*row, decimal(source["remote_nbytes"]) if source["remote_nbytes"] else "")
             for row, source in zip(rows, data["sources"], strict=True)
         ]
-    parts: list[RenderableType] = [_table(columns, rows)]
+    parts: list[RenderableType] = [plain_table(columns, rows)]
     if with_files:
         files = [(shard["file"], str(shard["tensors"]), decimal(shard["nbytes"])) for shard in data["output"]["shards"]]
         files += [(f"{name} (from the base)", "", "") for name in data["output"]["copied_files"]]
-        parts += [Text(), _table(("output file", "tensors>", "size>"), files)]
+        parts += [Text(), plain_table(("output file", "tensors>", "size>"), files)]
     parts.append(Text())
     parts += [fact(name, lines) for name, lines in _facts(data)]
     return Group(*parts)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without lines. A column whose name ends in `>` is for numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], gap: int = 2) -> Table:
+    """A table without lines, with a `gap` between columns. One whose name ends in `>` is for numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
     for column in columns:
         is_number = column.endswith(">")
         table.add_column(column.rstrip(">"), justify="right" if is_number else "left", overflow="fold")

@@ -18,7 +18,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from moeplan.report import fact, printable
+from moeplan.report import fact, plain_table, printable
 from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
 from moeplan.wording import count
 
@@ -185,13 +185,12 @@ def _confusion(data: dict[str, Any], width: int) -> RenderableType:
             if data["texts"][index]["expert"] is not None
         )
         return HeatMap(title, np.array([shares[index] for index in shown], dtype=float), names, marked, room=width)
-    table = _numbers_table(("text", "its expert>", "most of it goes to"), gap=2)
-    table.columns[-1].no_wrap = False
+    rows = []
     for name, index in zip(names, shown, strict=True):
         expert = data["texts"][index]["expert"]
         own = "" if expert is None else f"{expert}: {percent(shares[index][expert])}"
-        table.add_row(shortened(name, min(28, max(MIN_NAME, width // 2 - 12))), own, best(shares[index]))
-    return Group(Text(title, style="bold"), table)
+        rows.append((shortened(name, min(28, max(MIN_NAME, width // 2 - 12))), own, best(shares[index])))
+    return Group(Text(title, style="bold"), plain_table(("text", "its expert>", "most of it goes to"), rows))
 
 
 def _shown_texts(data: dict[str, Any]) -> list[int]:
@@ -219,9 +218,9 @@ def _tables(data: dict[str, Any], width: int) -> Iterator[RenderableType]:
         rows.append(["all", *layer_cells(data, layers), *[""] * any_degenerate])
     for number, part in enumerate(_parts([[column.rstrip(">") for column in columns], *rows], width)):
         yield from [Text()] * bool(number)
-        table = _numbers_table([columns[column] for column in part])
-        for row in rows:
-            table.add_row(*(row[column] for column in part), style="bold" if row[0] == "all" else "")
+        table = plain_table([columns[column] for column in part], [[row[c] for c in part] for row in rows], gap=1)
+        if len(layers) > 1:
+            table.rows[-1].style = "bold"
         yield table
     if len(layers) > 1:
         yield Text("all: means over layers, but the largest cosine and condition", style="dim")
@@ -245,14 +244,6 @@ def _advice(data: dict[str, Any]) -> RenderableType:
     for sentence in data["advice"] or ["nothing: no problem was found"]:
         sentences.add_row("-", printable(sentence))
     return Group(Text("advice", style="bold"), sentences)
-
-
-def _numbers_table(columns: Sequence[str], gap: int = 1) -> Table:
-    """A table without lines. A column whose name ends in `>` is for numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
-    for column in columns:
-        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
-    return table
 
 
 def _groups(layers: int) -> list[range]:
