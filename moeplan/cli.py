@@ -87,7 +87,7 @@ def _device(name: str | None, cuda: bool) -> str:
 def _refuse_a_late_word(config: Path) -> None:
     """Raises UserError for the word of another command where CONFIG is looked for: one that stands behind an option."""
     if str(config) in OTHER_COMMANDS and not config.exists():
-        raise UserError(f"{config}: no such file; as a command the word comes first: moeplan {config} OUT --quiet")
+        raise UserError(f"{config}: no such file; as a command the word comes first: moeplan {config} OUT")
 
 
 @app.command(cls=GroupedHelp, no_args_is_help=True)

@@ -108,7 +108,7 @@ def test_wrong_usage_is_status_2(args, message):
 def test_a_command_s_word_behind_an_option_is_told_where_it_belongs(config, tmp_path, monkeypatch, word):
     monkeypatch.chdir(tmp_path)
     result = moeplan("--quiet", word, "out")
-    message = f"error: {word}: no such file; as a command the word comes first: moeplan {word} OUT --quiet\n"
+    message = f"error: {word}: no such file; as a command the word comes first: moeplan {word} OUT\n"
     assert (result.status, result.stderr) == (2, message)
     config.rename(word)
     assert moeplan("--quiet", word, "out").status == 0
