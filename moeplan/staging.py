@@ -102,10 +102,8 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{partial}: is no directory, and an unfinished merge would be there; move it away")
     held -= set(read_publishing(partial))
     if held and not overwrite:
-        raise OutputError(
-            f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one, or --overwrite to "
-            "replace the model in it"
-        )
+        instead = ", or --overwrite to replace the model in it" if CONFIG in held else ""
+        raise OutputError(f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one{instead}")
     if ADAPTER_CONFIG in held:
         raise OutputError(
             f"{directory}: holds an adapter ({ADAPTER_CONFIG}), which transformers would put on the merged model; give "

@@ -49,8 +49,11 @@ def test_a_new_and_an_empty_directory_may_be_written_to(tmp_path):
 
 def test_a_directory_that_holds_something_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").touch()
-    message = r"the directory is not empty \(notes\.txt\); give a new or an empty one, or --overwrite to replace"
-    with pytest.raises(OutputError, match=message):
+    message = r"the directory is not empty \({}\); give a new or an empty one{}$"
+    with pytest.raises(OutputError, match=message.format(r"notes\.txt", "")):
+        check_output(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(OutputError, match=message.format("config.json", ", or --overwrite to replace the model in it")):
         check_output(tmp_path)
     check_output(tmp_path, overwrite=True)
 
