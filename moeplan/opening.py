@@ -64,6 +64,8 @@ def open_models(config: MergeConfig, options: Options, hub: Hub, *, reads_text: 
     families = architectures.choose(config, [model for _, model in sources.named()])
     lowering.check_fit(config, families[0], sources)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
+    if reads_text:
+        _warn_of_empty_prompts(config)
     if snapshot is not None and reads_text:
         with _naming(config, "base_model"):
             fetch_tokenizer(snapshot, with_code=options.trust_remote_code)
@@ -114,6 +116,26 @@ def _open_sources(config: MergeConfig, hub: Hub) -> Sources:
             model(e.source_model, "shared_experts", i, "source_model") for i, e in enumerate(config.shared_experts)
         ),
     )
+
+
+def _warn_of_empty_prompts(config: MergeConfig) -> None:
+    """Of the first of them, and of how many there are."""
+    empty = [
+        (role, number, key, position)
+        for role, experts in (("experts", config.experts), ("shared_experts", config.shared_experts))
+        for number, expert in enumerate(experts)
+        for key in ("positive_prompts", "negative_prompts")
+        for position, text in enumerate(getattr(expert, key))
+        if not text
+    ]
+    if empty:
+        rest = len(empty) - 1
+        more = f" ({rest:,} more {'is' if rest == 1 else 'are'} empty, too)" if rest else ""
+        warnings.warn(
+            f"{config.where(*empty[0])}: an empty prompt tells nothing: write text, or remove it{more}",
+            MoeplanWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

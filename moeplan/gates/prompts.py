@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import EMBEDDING, DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
 from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.special_tokens import MAX_NBYTES, special_tokens
@@ -153,8 +151,6 @@ def tokenize(request: GateRequest) -> Prompts:
         text: tokens[len(start) :] if tokens[: len(start)] == start else tokens
         for text, tokens in zip(distinct, encoded, strict=True)
     }
-    if "" in ids:
-        warnings.warn("an empty prompt is the BOS token alone, which tells nothing", MoeplanWarning, stacklevel=2)
     context = base.settings["max_position_embeddings"] - len(start)
 
     def cut(drawn: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -272,10 +272,14 @@ def test_a_prompt_without_any_token_is_refused(models, refused):
 
 
 @pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
-def test_an_empty_prompt_is_warned_about(models, tmp_path, mode):
-    experts = [models[0], {"source_model": models[1], "positive_prompts": ["", "a prompt"]}]
+def test_an_empty_prompt_is_warned_about_with_its_place(models, tmp_path, mode):
+    experts = [models[0], {"source_model": models[1], "positive_prompts": ["a prompt", ""], "negative_prompts": [""]}]
     config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode=mode)
-    assert warned(moeplan(config, "--plan")) == ["an empty prompt is the BOS token alone, which tells nothing"]
+    assert warned(moeplan(config, "--plan")) == [
+        f"{config}:1: experts[1].positive_prompts[1]: an empty prompt tells nothing: write text, or remove it "
+        "(1 more is empty, too)"
+    ]
+    assert warned(moeplan(write_config(config, models[0], experts, gate_mode="random"), "--plan")) == []
 
 
 @pytest.mark.parametrize("option", ["--load-in-8bit", "--load-in-4bit"])

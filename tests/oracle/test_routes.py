@@ -328,7 +328,9 @@ def test_nothing_is_said_twice_and_nothing_by_others(checkpoint, configure, tmp_
     source = checkpoint("llama-plain")
     config_of(configure, source, [["", "Where does it hurt?"], ["x = 1", "return x"]], gate_mode="hidden")
     before = cli(tmp_path / "0.yml", "--json", "--quiet")
-    assert json.loads(before.stdout)["warnings"] == ["an empty prompt is the BOS token alone, which tells nothing"]
+    assert json.loads(before.stdout)["warnings"] == [
+        f"{tmp_path}/0.yml:1: experts[0].positive_prompts[0]: an empty prompt tells nothing: write text, or remove it"
+    ]
     useless = "--i-understand-this-is-not-useful-without-training"
     assert moeplan(tmp_path / "0.yml", tmp_path / "out", useless).status == 0
     after = cli(tmp_path / "out", "--json", "--quiet")
