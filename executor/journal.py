@@ -6,6 +6,9 @@ machine goes down; so now and then, when everything written so far is on the dis
 of the machine only what stands before the last such line counts. Nor does the system keep it for a disk that was
 unplugged: so what stands behind that line is unsure, and counts when it has been read again.
 
+Who goes on writes the journal anew: chunks that are sure and lie side by side become one line. So what is in memory of
+a journal is a few lines for each stream, and those of the seconds that are unsure, however long it was.
+
 The journal knows nothing of what the plan is for. Its first line holds the `identity` that the caller gives: who finds
 a journal with another identity must not go on with it.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -54,26 +57,43 @@ class Chunk:
         sinks = frozenset(FileSink(*sink) for sink in record["sinks"])
         return Chunk(FileSink(*record["content"]), first, numel, record["checksum"], sinks)
 
+    def record(self) -> dict[str, Any]:
+        """The line that is about it."""
+        return {
+            "content": [self.content.shard, self.content.offset],
+            "elements": [self.first, self.numel],
+            "checksum": self.checksum,
+            "sinks": sorted([sink.shard, sink.offset] for sink in self.sinks),
+        }
+
 
 @dataclass
 class StreamRecord:
     """What is finished of one stream: `checksum` is the sum of `numel` elements'.
 
-    `intervals`, ascending, are what earlier runs wrote, and `sinks` the places that have all of that.
+    `intervals`, ascending, with something left out between them, are what earlier runs wrote, and `sinks` the places
+    that have all of that.
     """
 
     checksum: int = 0
     numel: int = 0
     intervals: list[Interval] = field(default_factory=list)
-    sinks: set[FileSink] = field(default_factory=set)
+    sinks: frozenset[FileSink] = frozenset()
 
     def count(self, numel: int, checksum: int) -> None:
         self.checksum = (self.checksum + checksum) % MODULUS
         self.numel += numel
 
-    def extend(self, first: int, numel: int, sinks: set[FileSink]) -> None:
+    def extend(self, first: int, numel: int, sinks: frozenset[FileSink]) -> None:
         self.sinks = self.sinks & sinks if self.intervals else sinks
-        bisect.insort(self.intervals, (first, first + numel))
+        begin, end = first, first + numel
+        at = bisect.bisect(self.intervals, (begin, end))
+        if at < len(self.intervals) and self.intervals[at][0] == end:
+            _, end = self.intervals.pop(at)
+        if at > 0 and self.intervals[at - 1][1] == begin:
+            at -= 1
+            begin, _ = self.intervals.pop(at)
+        self.intervals.insert(at, (begin, end))
 
 
 @dataclass
@@ -109,7 +129,19 @@ class Finished:
     def add_chunk(self, chunk: Chunk) -> None:
         stream = self.streams[chunk.content]
         stream.count(chunk.numel, chunk.checksum)
-        stream.extend(chunk.first, chunk.numel, set(chunk.sinks))
+        stream.extend(chunk.first, chunk.numel, chunk.sinks)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Lines of a journal that say the same, and as few as can be."""
+        for content, stream in self.streams.items():
+            checksum = stream.checksum
+            for first, end in stream.intervals:
+                yield Chunk(content, first, end - first, checksum, stream.sinks).record()
+                checksum = 0  # only their sum is known
+        for key, checksum in self.results.items():
+            yield {"result": key, "checksum": checksum}
+        if self.publishing is not None:
+            yield {"publishing": self.publishing, "replacing": self.replacing}
 
 
 class Journal:
@@ -132,18 +164,13 @@ class Journal:
         self.unsure: list[Chunk] = []
         if directory is None:
             return
-        lines, safe = _trusted(directory)
-        for number, line in enumerate(lines):
-            if number >= safe and "content" in line:
-                self.unsure.append(Chunk.of(line))
-                continue
-            self.finished.add(line)
-            if "forgotten" in line:
-                self.unsure = [chunk for chunk in self.unsure if chunk.content != FileSink(*line["forgotten"])]
-        self._drop_damaged_results(directory)
-        self._unsynced.update(self.finished.results)
+        self.finished, rest = _trusted(directory)
         with _failing(directory / NAME):
-            self._fd = self._rewritten(directory, identity or {}, lines, safe)
+            self._fd = self._rewritten(directory, identity or {}, rest)
+            for record in rest:
+                self._add_again(record)
+            self._drop_damaged_results(directory)
+            self._unsynced.update(self.finished.results)
             # Those that an earlier run had no time to remove.
             left = {path.name for path in (directory / RESULTS).glob("*")} - self.finished.results.keys()
             self._dropped = dict.fromkeys(left, self._position)
@@ -184,6 +211,15 @@ class Journal:
             self._forget(content)
         return []
 
+    def _add_again(self, record: Mapping[str, Any]) -> None:
+        """Take over a line that was never safe: but for chunks, which are unsure."""
+        if "content" in record:
+            self.unsure.append(Chunk.of(record))
+            return
+        self.finished.add(record)
+        if "forgotten" in record:
+            self.unsure = [chunk for chunk in self.unsure if chunk.content != FileSink(*record["forgotten"])]
+
     def forget(self) -> None:
         """Nothing that was finished is what it should be."""
         for key in list(self.finished.results):
@@ -208,14 +244,7 @@ class Journal:
         """Elements `first` to `first + numel` of the stream known as `content` are written to all of `sinks`."""
         with self._lock:
             self.finished.streams[content].count(numel, checksum)
-            self._append(
-                {
-                    "content": [content.shard, content.offset],
-                    "elements": [first, numel],
-                    "checksum": checksum,
-                    "sinks": [[sink.shard, sink.offset] for sink in sinks],
-                }
-            )
+            self._append(Chunk(content, first, numel, checksum, frozenset(sinks)).record())
 
     def mark_safe(self, position: int) -> None:
         """What the journal says up to `position` is on the disk, but for saved results, which are put there now."""
@@ -330,14 +359,15 @@ class Journal:
             with _failing(self._directory / NAME):
                 os.fsync(self._fd)
 
-    def _rewritten(self, directory: Path, identity: Mapping[str, Any], lines: list[dict[str, Any]], safe: int) -> int:
-        """Write the journal anew, without what does not count; returns its file, which takes the old one's place."""
+    def _rewritten(self, directory: Path, identity: Mapping[str, Any], rest: Iterable[Mapping[str, Any]]) -> int:
+        """Write the journal anew: what is finished for certain, and the `rest`. Returns its file, which takes the old
+        one's place."""
         new = directory / f"{NAME}.new"
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             text = _line({"identity": identity, "machine": _machine_start()})
-            text += b"".join(map(_line, lines[:safe]))
-            text += _line({"safe": len(text)}) + b"".join(map(_line, lines[safe:]))
+            text += b"".join(map(_line, self.finished.records()))
+            text += _line({"safe": len(text)}) + b"".join(map(_line, rest))
             write_all(fd, text, 0)
             os.fsync(fd)
             new.rename(directory / NAME)
@@ -368,49 +398,45 @@ def read_identity(directory: Path) -> dict[str, Any] | None:
 
 def read_publishing(directory: Path) -> list[str]:
     """The names of the finished model that was being moved to its place when its run ended."""
-    finished = Finished()
+    names: list[str] = []
     for record, _ in _records(directory):
-        finished.add(record)
-    return finished.publishing or []
+        names = record.get("publishing", names)
+    return names
 
 
-def _trusted(directory: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that count, and how many of them, from the first on, are on the disk for certain."""
-    lines: list[dict[str, Any]] = []
-    ends: list[int] = []
-    safe = 0
+def _trusted(directory: Path) -> tuple[Finished, list[dict[str, Any]]]:
+    """What is finished and on the disk for certain, and the lines that count beside that."""
+    certain = Finished()
+    rest: deque[tuple[dict[str, Any], int]] = deque()
     machine = ""
     for record, end in _records(directory):
         if "identity" in record:
             machine = str(record.get("machine"))
         elif "safe" in record:
-            safe = sum(each <= record["safe"] for each in ends)
+            while rest and rest[0][1] <= record["safe"]:
+                certain.add(rest.popleft()[0])
         elif "lost" in record:
-            del lines[safe:], ends[safe:]
+            rest.clear()
         else:
-            lines.append(record)
-            ends.append(end)
+            rest.append((record, end))
     if not machine or machine != _machine_start():
-        del lines[safe:]
-    return lines, safe
+        rest.clear()
+    return certain, [record for record, _ in rest]
 
 
 def _records(directory: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each line's record with the position where the line ends, up to the first line that is none."""
-    try:
-        text = (directory / NAME).read_bytes()
-    except OSError:
-        return
-    begin = 0
-    while (end := text.find(b"\n", begin) + 1) > 0:
-        try:
-            record = json.loads(text[begin:end])
-        except ValueError:
-            return
-        if not isinstance(record, dict):
-            return
-        yield record, end
-        begin = end
+    end = 0
+    with suppress(OSError), open(directory / NAME, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith(b"\n") or not isinstance(record, dict):
+                return
+            end += len(line)
+            yield record, end
 
 
 def _machine_start() -> str:

@@ -1,6 +1,8 @@
 """What a journal keeps, and when it is on the disk."""
 
 import os
+import random
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -132,4 +134,55 @@ def test_what_is_noted_after_a_failure_to_sync_does_not_count_either(tmp_path: P
     kept.distrust()
     kept.add_chunk(FileSink(0, 8), 0, 4, 1, [FileSink(0, 8)])
     kept.close()
+    assert Journal(tmp_path, {}).is_empty
+
+
+def test_chunks_that_lie_side_by_side_are_one_line_when_they_are_gone_on_with(tmp_path: Path) -> None:
+    content, sinks = FileSink(0, 8), [FileSink(0, 8), FileSink(1, 8)]
+    chunks = [number for number in range(100) if number != 40]
+    random.Random(0).shuffle(chunks)
+    kept = Journal(tmp_path, {})
+    for number in chunks:
+        kept.add_chunk(content, 10 * number, 10, number, sinks)
+    kept.save_result("result", memoryview(bytes(100)))
+    kept.mark_safe(kept.position)
+    kept.add_chunk(content, 5000, 10, 1, sinks)
+    kept.close()
+    for _ in range(2):
+        again = Journal(tmp_path, {})
+        again.close()
+        assert again.written(content, sinks) == [(0, 400), (410, 1000)]
+        assert (again.finished.streams[content].numel, again.finished.streams[content].checksum) == (990, sum(chunks))
+        assert list(again.finished.results) == ["result"]
+        assert [chunk.first for chunk in again.unsure] == [5000]
+        # The identity, two runs of chunks, the result, that they are safe, and the chunk that is not.
+        assert (tmp_path / journal.NAME).read_bytes().count(b"\n") == 6
+
+
+def test_the_memory_that_a_journal_takes_does_not_grow_with_the_chunks_that_are_safe(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    for number in range(5000):
+        kept.add_chunk(FileSink(0, 8), 10 * number, 10, 1, [FileSink(0, 8)])
+        if number % 100 == 99:
+            kept.mark_safe(kept.position)
+    kept.close()
+    tracemalloc.start()
+    again = Journal(tmp_path, {})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    again.close()
+    assert again.written(FileSink(0, 8), [FileSink(0, 8)]) == [(0, 50_000)]
+    assert peak < 1 << 20
+
+
+def test_a_sync_that_was_under_way_when_all_was_forgotten_has_nothing_count_again_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Journal(tmp_path, {})
+    kept.add_chunk(FileSink(0, 8), 0, 4, 1, [FileSink(0, 8)])
+    before = kept.position
+    kept.forget()
+    kept.mark_safe(before)
+    kept.close()
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
     assert Journal(tmp_path, {}).is_empty
