@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 
@@ -93,7 +95,9 @@ def wrong(
         paths = _paths(ranges)
         allow_open_files(2 * len(paths))
         files = {path: opened.enter_context(closing(LocalFile(str(path)))) for path in paths}
-        for _ in workers.map(lambda chunk: check(*chunk), _chunks(ranges, chunk_nbytes)):
+        under_way = (workers.submit(check, *chunk) for chunk in _chunks(ranges, chunk_nbytes))
+        for chunk in _begun_before(under_way, 2 * num_workers):
+            chunk.result()
             if on_progress is not None:
                 on_progress(done)
     return [
@@ -101,6 +105,14 @@ def wrong(
         for index, of in enumerate(ranges)
         if index in differing or (of.source is None and sums[index] != of.checksum)
     ]
+
+
+def _begun_before(work: Iterator[Future[None]], count: int) -> Iterator[Future[None]]:
+    """`work`, of which the next `count` are begun before each is given: no more, since a model has very many."""
+    begun = deque(islice(work, count))
+    while begun:
+        yield begun.popleft()
+        begun.extend(islice(work, 1))
 
 
 def _paths(ranges: Sequence[Range]) -> list[Path]:

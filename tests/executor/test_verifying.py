@@ -2,15 +2,17 @@
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from executor import verifying
 from executor.checksums import checksum
 from executor.errors import RunError
 from executor.verifying import Range, wrong
 from executor.writer import ShardWriter
+from planner.expr import BLOCK
 from planner.layout import Shard
 
 
@@ -30,6 +32,33 @@ def test_a_model_of_more_shards_than_files_may_be_open_is_verified(tmp_path: Pat
         (tmp_path / str(number)).write_bytes(data)
         ranges.append(Range(tmp_path / str(number), 0, 32, 2, 0, checksum(memoryview(data), 2, 0, 0)))
     assert wrong(ranges) == []
+
+
+def test_no_more_chunks_are_under_way_than_workers_can_take_soon_however_large_a_model_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numel, begun, ahead = 500 * BLOCK, 0, 0
+    data = memoryview(bytes(numel))
+    (tmp_path / "model").write_bytes(data)
+    chunks, read = verifying._chunks, list[int]()
+
+    def counting(ranges: Sequence[Range], chunk_nbytes: int) -> Iterator[tuple[int, int, int]]:
+        nonlocal begun
+        for chunk in chunks(ranges, chunk_nbytes):
+            begun += 1
+            yield chunk
+
+    monkeypatch.setattr(verifying, "_chunks", counting)
+    ranges = [Range(tmp_path / "model", 0, numel, 1, 0, checksum(data, 1, 0, 0))]
+
+    def noting(nbytes: int) -> None:
+        nonlocal ahead
+        read.append(nbytes)
+        ahead = max(ahead, begun - len(read))
+
+    assert wrong(ranges, noting, num_workers=3, chunk_nbytes=BLOCK) == []
+    assert (begun, read[-1], len(read)) == (500, numel, 500)
+    assert ahead < 6
 
 
 def test_a_shard_that_is_cut_while_it_is_read_back_is_an_error(tmp_path: Path) -> None:
