@@ -37,6 +37,7 @@ from executor.memory import give_back_what_is_freed, peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.resuming import Work, confirm, remaining
 from executor.routing import Alias, Piece, route
+from executor.settings import Shared
 from executor.torch_threads import TorchThreads
 from executor.writer import ShardWriter
 from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan, Step, StreamStep
@@ -106,7 +107,7 @@ def run(
     torch_threads = TorchThreads(plan, threads, imports)
     tensors = WholeTensors(plan.buffer_nbytes, plan.tensors_nbytes)
     with (
-        _switching_every(SWITCH_SECONDS),
+        _switching_often,
         closing(SourceReader(plan.sources, headers)) as reader,
         closing(_shards(directory, plan, journal)) as writer,
         ThreadPoolExecutor(1) as syncer,
@@ -166,10 +167,11 @@ def _check_unchanged(reader: SourceReader, journal: Journal) -> None:
         raise
 
 
+@Shared
 @contextmanager
-def _switching_every(seconds: float) -> Iterator[None]:
+def _switching_often() -> Iterator[None]:
     before = sys.getswitchinterval()
-    sys.setswitchinterval(seconds)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield
     finally:

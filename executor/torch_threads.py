@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from ctypes import CDLL, c_void_p
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread, local
 
+from executor.settings import Shared
 from planner.plan import KernelStep, Plan, Step
 
 
@@ -36,20 +37,15 @@ class TorchThreads:
     def _load(self) -> None:
         # Threads that wait for each other's part of a sum are not to keep a core from those that copy.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        gc.disable()  # importing makes a great many objects and no garbage; looking for it took a fifth of the time
-        try:
-            with suppress(Exception):  # what cannot be imported says so where it is used
-                first, *others = self._imports
-                try:
-                    open_library()
-                    import_module(first)
-                finally:
-                    self._loaded.set()
-                for module in others:
-                    import_module(module)
-        finally:
-            gc.freeze()  # nor is it to be looked for there ever after, beginning now
-            gc.enable()
+        with _not_collecting, suppress(Exception):  # what cannot be imported says so where it is used
+            first, *others = self._imports
+            try:
+                open_library()
+                import_module(first)
+            finally:
+                self._loaded.set()
+            for module in others:
+                import_module(module)
 
     def use_all(self) -> None:
         """Called in a thread that runs kernels."""
@@ -67,6 +63,22 @@ class TorchThreads:
 
             torch.set_num_threads(1)
             self._worker.prepared = True
+
+
+@Shared
+@contextmanager
+def _not_collecting() -> Iterator[None]:
+    """Importing makes a great many objects and no garbage: looking for it took a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if gc.get_freeze_count() == 0:  # nor is it to be looked for there from now on: all become old objects
+            gc.freeze()
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def open_library() -> None:

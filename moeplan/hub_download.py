@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
+
+from executor.settings import Shared
 
 _HALF = re.compile(r"/blobs/[0-9a-f]+\.[0-9a-f]+\.incomplete\Z")
 """What huggingface_hub downloads into. Older versions have `DIGEST.incomplete`, and go on with it."""
@@ -36,41 +38,25 @@ class SilentBar:
         pass
 
 
-class _Plainly:
-    """Within, huggingface_hub downloads over HTTP, and logs no warnings about what is tried again.
+@Shared
+@contextmanager
+def plainly() -> Iterator[None]:
+    """To be entered around each download, in whichever thread: within, huggingface_hub downloads over HTTP, and logs no
+    warnings about what is tried again.
 
-    hf_xet would take gigabytes of memory, whatever the cap. These settings are the process's: the last thread that is
-    within puts them back.
+    hf_xet would take gigabytes of memory, whatever the cap.
     """
+    from huggingface_hub import constants
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._within = 0
-        self._before = (False, logging.NOTSET)
-
-    def __enter__(self) -> None:
-        from huggingface_hub import constants
-
-        logger = logging.getLogger("huggingface_hub")
-        with self._lock:
-            if self._within == 0:
-                self._before = constants.HF_HUB_DISABLE_XET, logger.level
-            self._within += 1
-            constants.HF_HUB_DISABLE_XET = True
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *raised: object) -> None:
-        from huggingface_hub import constants
-
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                constants.HF_HUB_DISABLE_XET, level = self._before
-                logging.getLogger("huggingface_hub").setLevel(level)
-
-
-plainly = _Plainly()
-"""To be entered around each download, in whichever thread."""
+    logger = logging.getLogger("huggingface_hub")
+    before = constants.HF_HUB_DISABLE_XET, logger.level
+    constants.HF_HUB_DISABLE_XET = True
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET, level = before
+        logger.setLevel(level)
 
 
 def remove_halves() -> None:

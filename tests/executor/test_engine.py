@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -421,3 +423,31 @@ def test_a_run_that_needs_no_more_space_goes_through_on_a_full_disk(
     assert physical_nbytes(plan, tmp_path) == plan.written_nbytes
     (tmp_path / "out").mkdir()
     run(plan, tmp_path / "out", {"column_sums": column_sums})
+
+
+def test_runs_that_overlap_leave_the_interval_of_switching_threads_as_it_was(
+    tmp_path: Path, outputs: dict[str, Expr]
+) -> None:
+    plan = planned({"copy": outputs["copy"]})
+    before = sys.getswitchinterval()
+    first_is_within, second_is_within, first_is_done = Event(), Event(), Event()
+
+    def first_until_second_is_within(_: Progress) -> None:
+        first_is_within.set()
+        assert second_is_within.wait(30)
+
+    def second_until_first_is_done(_: Progress) -> None:
+        second_is_within.set()
+        assert first_is_done.wait(30)
+        assert sys.getswitchinterval() < before
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, plan, tmp_path / "first", on_progress=first_until_second_is_within)
+        assert first_is_within.wait(30)
+        second = threads.submit(run, plan, tmp_path / "second", on_progress=second_until_first_is_done)
+        first.result()
+        first_is_done.set()
+        second.result()
+    assert sys.getswitchinterval() == before

@@ -1,5 +1,6 @@
 """Getting torch ready while bytes move."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -29,6 +30,16 @@ def test_torch_s_library_is_loaded_without_an_import_which_would_stop_all_thread
     assert result.stdout.split() == ["True", "False", "3.0"]
 
 
+def load(tmp_path: Path, module: str) -> None:
+    """Load a module as a run does that uses it, in the background, and wait for that."""
+    read = source(tmp_path / "model.safetensors", {"x": torch.ones(4)})["x"]
+    plan = planned({"y": Opaque("kernel", "{}", (read,), read.dtype, read.shape)})
+    TorchThreads(plan, 1, (module,))
+    for thread in threading.enumerate():
+        if thread.name == "import torch":
+            thread.join()
+
+
 def test_what_cannot_be_loaded_in_the_background_says_so_where_it_is_used_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,10 +47,27 @@ def test_what_cannot_be_loaded_in_the_background_says_so_where_it_is_used_and_no
     monkeypatch.syspath_prepend(tmp_path)
     unhandled: list[object] = []
     monkeypatch.setattr(threading, "excepthook", unhandled.append)
-    read = source(tmp_path / "model.safetensors", {"x": torch.ones(4)})["x"]
-    plan = planned({"y": Opaque("kernel", "{}", (read,), read.dtype, read.shape)})
-    TorchThreads(plan, 1, ("broken_torch",))
-    for thread in threading.enumerate():
-        if thread.name == "import torch":
-            thread.join()
+    load(tmp_path, "broken_torch")
     assert unhandled == []
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, collects: bool) -> None:
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    if not collects:
+        gc.disable()
+    try:
+        load(tmp_path, "torch")
+        assert (gc.isenabled(), gc.get_freeze_count()) == (collects, 0)
+    finally:
+        gc.enable()
+
+
+def test_what_was_exempt_from_collection_before_loading_stays_so(tmp_path: Path) -> None:
+    gc.freeze()
+    try:
+        load(tmp_path, "torch")
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
