@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -103,3 +104,12 @@ def reflinking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         pytest.skip("cannot mount a loop device here")
     yield mount
     subprocess.run(["umount", mount], check=True)
+
+
+@pytest.fixture
+def few_open_files() -> Iterator[None]:
+    """A low limit, which may be raised again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

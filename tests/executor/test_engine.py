@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from executor import writer
 from executor.engine import Progress, run
 from executor.errors import RunError
+from executor.reader import SourceReader
 from executor.routing import physical_nbytes
 from executor.weights import Weights
 from moeplan.safetensors_header import LENGTH_NBYTES
@@ -37,7 +40,7 @@ from planner.expr import (
     stack,
 )
 from planner.graph import TensorGraph
-from planner.plan import Plan
+from planner.plan import KernelStep, Plan
 from planner.schedule import compile
 
 DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
@@ -451,3 +454,41 @@ def test_runs_that_overlap_leave_the_interval_of_switching_threads_as_it_was(
         first_is_done.set()
         second.result()
     assert sys.getswitchinterval() == before
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_read(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(outputs)
+    free = plan.written_nbytes - sum(shard.data_start for shard in plan.shards) - 1
+
+    def reserve(fd: int, offset: int, nbytes: int) -> None:
+        nonlocal free
+        free -= nbytes
+        if free < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read_nothing(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(writer, "reserve", reserve)
+    monkeypatch.setattr(SourceReader, "read_into", read_nothing)
+    with pytest.raises(RunError, match="the disk is full"):
+        run(plan, tmp_path, {"column_sums": column_sums})
+
+
+def test_more_sources_are_read_than_files_may_be_open(tmp_path: Path, few_open_files: None) -> None:
+    names = [str(number) for number in range(150)]
+    reads = {name: source(tmp_path / name, {name: torch.ones(4)})[name] for name in names}
+    plan = planned(dict(reads))
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out")
+    assert len(load(plan, tmp_path / "out")) == 150
+
+
+def test_buffers_that_take_more_than_the_plan_forecast_end_the_run(tmp_path: Path, outputs: dict[str, Expr]) -> None:
+    plan = planned(outputs)
+    kernel = next(index for index, step in enumerate(plan.steps) if isinstance(step, KernelStep))
+    memory = [nbytes - (index == kernel) for index, nbytes in enumerate(plan.memory_nbytes)]
+    with pytest.raises(AssertionError, match=rf"where the plan forecast {memory[kernel]}$"):
+        run(replace(plan, memory_nbytes=tuple(memory)), tmp_path, {"column_sums": column_sums})

@@ -137,6 +137,21 @@ def test_what_is_noted_after_a_failure_to_sync_does_not_count_either(tmp_path: P
     assert Journal(tmp_path, {}).is_empty
 
 
+def test_where_restarts_of_the_machine_cannot_be_told_only_what_is_on_the_disk_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_machine_start", lambda: "")
+    content = FileSink(0, 8)
+    kept = Journal(tmp_path, {})
+    kept.add_chunk(content, 0, 4, 1, [content])
+    kept.mark_safe(kept.position)
+    kept.add_chunk(content, 4, 4, 1, [content])
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.close()
+    assert (again.written(content, [content]), again.unsure) == ([(0, 4)], [])
+
+
 def test_chunks_that_lie_side_by_side_are_one_line_when_they_are_gone_on_with(tmp_path: Path) -> None:
     content, sinks = FileSink(0, 8), [FileSink(0, 8), FileSink(1, 8)]
     chunks = [number for number in range(100) if number != 40]

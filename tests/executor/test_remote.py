@@ -18,7 +18,7 @@ from executor.errors import RunError
 from executor.remote import RemoteReader
 from executor.routing import physical_nbytes
 from executor.weights import Weights
-from planner.expr import DType, Expr, Opaque, Read, RemoteFile, cast, mean, scale
+from planner.expr import DType, Expr, Opaque, Read, RemoteFile, SourceFile, cast, mean, scale
 from planner.plan import Plan
 from planner.schedule import block_nbytes
 
@@ -152,6 +152,17 @@ def test_a_link_that_resets_every_connection_is_slow_and_no_more(
 ) -> None:
     hub.faults.append(Fault("cdn", "model", cut_after=200_000, reset=True, times=1000))
     assert outcome(plan_of(local, file), tmp_path / "remote") == outcome(plan_of(local), tmp_path / "local")
+
+
+def test_a_server_that_fails_often_is_asked_again_as_long_as_something_comes_in_between(
+    hub: Hub, local: dict[str, Read], file: RemoteFile
+) -> None:
+    for _ in range(remote.ATTEMPTS):
+        hub.faults += [Fault("cdn", "model", status=503, times=2), Fault("cdn", "model", cut_after=100_001)]
+    read = local["large"]
+    data = RemoteReader(HEADERS).read(file, read.offset, 3_000_000)
+    assert isinstance(read.file, SourceFile)
+    assert data == Path(read.file.path).read_bytes()[read.offset : read.offset + 3_000_000]
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -270,6 +270,25 @@ def test_a_saved_result_that_was_damaged_is_computed_again(plan: Plan, tmp_path:
     assert digest(tmp_path / "place" / "model") == whole[0]
 
 
+@pytest.mark.parametrize("sharing", [(True,), (False, True), (True, True)])
+def test_what_was_written_to_one_place_to_be_shared_with_others_is_written_again_where_that_does_not_work_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharing: Sequence[bool]
+) -> None:
+    weight = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    read = source(tmp_path / "pages.safetensors", {"weight": weight})["weight"]
+    plan = planned({"weight": read, "again": read}, budget=2 << 20)
+    whole = go_on(plan, tmp_path / "whole")
+    for number, shares in enumerate(sharing, 1):
+        monkeypatch.setattr(routing, "can_reflink", lambda *_, shares=shares: shares)
+        with pytest.raises(Stop):
+            go_on(plan, tmp_path / "place", on_progress=stopping_after(number * 6_000_000))
+    monkeypatch.setattr(routing, "can_reflink", lambda *_: False)
+    result = go_on(plan, tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
+    assert result.checksums == whole.checksums
+    assert result.read_nbytes == weight.nbytes
+
+
 @pytest.mark.parametrize("place", ["first", "other"])
 def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
     plan: Plan, tmp_path: Path, whole: Any, place: str

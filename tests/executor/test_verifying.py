@@ -1,7 +1,6 @@
 """Reading back what was written: against checksums, and to copy it within the output."""
 
 import os
-import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,15 +15,6 @@ from planner.expr import BLOCK
 from planner.layout import Shard
 
 
-@pytest.fixture
-def few_open_files() -> Iterator[None]:
-    """A low limit, which may be raised again."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_a_model_of_more_shards_than_files_may_be_open_is_verified(tmp_path: Path, few_open_files: None) -> None:
     ranges = []
     for number in range(300):
@@ -32,6 +22,16 @@ def test_a_model_of_more_shards_than_files_may_be_open_is_verified(tmp_path: Pat
         (tmp_path / str(number)).write_bytes(data)
         ranges.append(Range(tmp_path / str(number), 0, 32, 2, 0, checksum(memoryview(data), 2, 0, 0)))
     assert wrong(ranges) == []
+
+
+def test_blocks_of_one_size_that_were_exchanged_are_noticed(tmp_path: Path) -> None:
+    head, *blocks = b"head", b"a" * BLOCK, b"b" * BLOCK
+    expected = checksum(memoryview(head + b"".join(blocks)), 1, 0, len(head))
+    for name, content in (("right", [head, *blocks]), ("wrong", [head, *reversed(blocks)])):
+        (tmp_path / name).write_bytes(b"".join(content))
+    numel = len(head) + 2 * BLOCK
+    ranges = [Range(tmp_path / name, 0, numel, 1, len(head), expected) for name in ("right", "wrong")]
+    assert wrong(ranges) == [1]
 
 
 def test_no_more_chunks_are_under_way_than_workers_can_take_soon_however_large_a_model_is(

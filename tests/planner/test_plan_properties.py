@@ -286,6 +286,13 @@ def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace
 
 
 @given(graphs(), budgets)
+def test_what_tensors_may_take_leaves_every_kernel_its_workspace_and_blocks(graph: TensorGraph, budget: int) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+    for step in plan.kernels:
+        assert plan.tensors_nbytes + plan.pool.nbytes + step.workspace_nbytes + step.blocks_nbytes <= plan.peak_nbytes
+
+
+@given(graphs(), budgets)
 def test_a_chunk_and_what_is_computed_from_it_fit_a_slab(graph: TensorGraph, budget: int) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
     for step in plan.steps:
