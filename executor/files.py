@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,8 @@ BLOCK_NBYTES = 1 << 20
 
 _FALLOCATE = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux's
 
+_FULLFSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS's
+
 
 def write_file(path: Path, data: bytes | memoryview, *, wait: bool = True) -> None:
     """Put `data` into the file `path`, and `wait` until it is on the disk. Raises OSError."""
@@ -19,7 +22,7 @@ def write_file(path: Path, data: bytes | memoryview, *, wait: bool = True) -> No
     try:
         write_all(fd, data, 0)
         if wait:
-            os.fsync(fd)
+            fsync(fd)
     finally:
         os.close(fd)
 
@@ -33,7 +36,7 @@ def copy_file(source: Path, path: Path) -> None:
         while block := _read(file):
             target.write(block)
         target.flush()
-        os.fsync(target.fileno())
+        fsync(target.fileno())
 
 
 def _read(file: BinaryIO) -> bytes:
@@ -68,6 +71,21 @@ def reserve(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def fsync(fd: int) -> None:
+    """Wait until an open file is on the disk. Raises OSError.
+
+    macOS's fsync(2) leaves it in the memory of the drive, and another call does not, where the file system has that.
+    """
+    if _FULLFSYNC is not None:
+        try:
+            fcntl.fcntl(fd, _FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY):
+                raise
+    os.fsync(fd)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk. Raises OSError.
 
@@ -75,7 +93,7 @@ def sync(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
             raise

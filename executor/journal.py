@@ -30,7 +30,7 @@ from xxhash import xxh3_64_intdigest
 
 from executor.checksums import MODULUS
 from executor.errors import RunError
-from executor.files import sync, write_all, write_file
+from executor.files import fsync, sync, write_all, write_file
 from planner.plan import FileSink
 
 NAME = "journal"
@@ -357,7 +357,7 @@ class Journal:
     def _sync(self) -> None:
         if self._fd is not None and self._directory is not None:
             with _failing(self._directory / NAME):
-                os.fsync(self._fd)
+                fsync(self._fd)
 
     def _rewritten(self, directory: Path, identity: Mapping[str, Any], rest: Iterable[Mapping[str, Any]]) -> int:
         """Write the journal anew: what is finished for certain, and the `rest`. Returns its file, which takes the old
@@ -369,7 +369,7 @@ class Journal:
             text += b"".join(map(_line, self.finished.records()))
             text += _line({"safe": len(text)}) + b"".join(map(_line, rest))
             write_all(fd, text, 0)
-            os.fsync(fd)
+            fsync(fd)
             new.rename(directory / NAME)
             sync(directory)
         except BaseException:

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 
 from executor.errors import RunError
-from executor.files import reserve, sync
+from executor.files import fsync, reserve, sync
 from executor.local import MIN_DIRECT_NBYTES
 from executor.shortcuts import Reflink
 from planner.layout import PAGE, Shard
@@ -99,7 +99,7 @@ class ShardWriter:
         """Wait until every shard, and its name, is on the disk."""
         for number, fd in enumerate(self._fds):
             try:
-                os.fsync(fd)
+                fsync(fd)
             except OSError as error:
                 raise self._failed(number, error) from error
         try:

@@ -2,13 +2,14 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
 from executor import files
-from executor.files import reserve, sync, write_file
+from executor.files import copy_file, reserve, sync, write_file
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF])
@@ -34,6 +35,46 @@ def test_a_directory_that_could_not_be_put_on_the_disk_is_an_error(
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         sync(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "calls"), [(0, ["full"]), (errno.ENOTSUP, ["full", "usual"]), (errno.ENOTTY, ["full", "usual"])]
+)
+def test_where_the_drive_keeps_what_it_is_given_in_memory_it_is_told_to_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: list[str]
+) -> None:
+    """As macOS has it. Not all its file systems can."""
+    called: list[str] = []
+
+    def full(fd: int, command: int) -> None:
+        assert command == 51
+        called.append("full")
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files, "_FULLFSYNC", 51)
+    monkeypatch.setattr(fcntl, "fcntl", full)
+    monkeypatch.setattr(os, "fsync", lambda fd: called.append("usual"))
+    for write in (
+        lambda: write_file(tmp_path / "file", b"data"),
+        lambda: copy_file(tmp_path / "file", tmp_path / "copy"),
+        lambda: sync(tmp_path),
+    ):
+        called.clear()
+        write()
+        assert called == calls
+
+
+def test_a_drive_that_could_not_write_what_it_was_given_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, command: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "_FULLFSYNC", 51)
+    monkeypatch.setattr(fcntl, "fcntl", full)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_file(tmp_path / "file", b"data")
 
 
 def test_space_that_is_reserved_is_there_and_space_that_is_not_is_an_error(tmp_path: Path) -> None:
