@@ -15,133 +15,23 @@ a journal with another identity must not go on with it.
 
 from __future__ import annotations
 
-import bisect
 import json
 import os
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from xxhash import xxh3_64_intdigest
-
-from executor.checksums import MODULUS
-from executor.errors import RunError
-from executor.files import fsync, sync, write_all, write_file
+from executor.errors import RunError, naming
+from executor.files import fsync, sync, write_all
+from executor.finished import Chunk, Finished, Interval
+from executor.results import Results
 from planner.plan import FileSink
 
 NAME = "journal"
 RESULTS = "results"
-
-Interval = tuple[int, int]
-"""Elements from the first number up to the second."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Elements `first` to `first + numel` of the stream known as `content`, said to be in all of `sinks`."""
-
-    content: FileSink
-    first: int
-    numel: int
-    checksum: int
-    sinks: frozenset[FileSink]
-
-    @staticmethod
-    def of(record: Mapping[str, Any]) -> Chunk:
-        """The chunk that a line of the journal is about."""
-        first, numel = record["elements"]
-        sinks = frozenset(FileSink(*sink) for sink in record["sinks"])
-        return Chunk(FileSink(*record["content"]), first, numel, record["checksum"], sinks)
-
-    def record(self) -> dict[str, Any]:
-        """The line that is about it."""
-        return {
-            "content": [self.content.shard, self.content.offset],
-            "elements": [self.first, self.numel],
-            "checksum": self.checksum,
-            "sinks": sorted([sink.shard, sink.offset] for sink in self.sinks),
-        }
-
-
-@dataclass
-class StreamRecord:
-    """What is finished of one stream: `checksum` is the sum of `numel` elements'.
-
-    `intervals`, ascending, with something left out between them, are what earlier runs wrote, and `sinks` the places
-    that have all of that.
-    """
-
-    checksum: int = 0
-    numel: int = 0
-    intervals: list[Interval] = field(default_factory=list)
-    sinks: frozenset[FileSink] = frozenset()
-
-    def count(self, numel: int, checksum: int) -> None:
-        self.checksum = (self.checksum + checksum) % MODULUS
-        self.numel += numel
-
-    def extend(self, first: int, numel: int, sinks: frozenset[FileSink]) -> None:
-        self.sinks = self.sinks & sinks if self.intervals else sinks
-        begin, end = first, first + numel
-        at = bisect.bisect(self.intervals, (begin, end))
-        if at < len(self.intervals) and self.intervals[at][0] == end:
-            _, end = self.intervals.pop(at)
-        if at > 0 and self.intervals[at - 1][1] == begin:
-            at -= 1
-            begin, _ = self.intervals.pop(at)
-        self.intervals.insert(at, (begin, end))
-
-
-@dataclass
-class Finished:
-    """What is finished of a run.
-
-    `streams` are known by the first place in the output that each goes to; `results`, the checksums of kernels'
-    saved results, by the names that the plan gives them.
-    """
-
-    streams: dict[FileSink, StreamRecord] = field(default_factory=lambda: defaultdict(StreamRecord))
-    results: dict[str, int] = field(default_factory=dict)
-    publishing: list[str] | None = None
-    """The names of a finished model that is being moved to its place, and"""
-
-    replacing: list[str] = field(default_factory=list)
-    """of what it takes the place of."""
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Take over what a line of the journal says."""
-        match record:
-            case {"content": _}:
-                self.add_chunk(Chunk.of(record))
-            case {"forgotten": content}:
-                self.streams.pop(FileSink(*content), None)
-            case {"result": key, "checksum": checksum}:
-                self.results[key] = checksum
-            case {"dropped": key}:
-                self.results.pop(key, None)
-            case {"publishing": names, "replacing": replaced}:
-                self.publishing, self.replacing = names, replaced
-
-    def add_chunk(self, chunk: Chunk) -> None:
-        stream = self.streams[chunk.content]
-        stream.count(chunk.numel, chunk.checksum)
-        stream.extend(chunk.first, chunk.numel, chunk.sinks)
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Lines of a journal that say the same, and as few as can be."""
-        for content, stream in self.streams.items():
-            checksum = stream.checksum
-            for first, end in stream.intervals:
-                yield Chunk(content, first, end - first, checksum, stream.sinks).record()
-                checksum = 0  # only their sum is known
-        for key, checksum in self.results.items():
-            yield {"result": key, "checksum": checksum}
-        if self.publishing is not None:
-            yield {"publishing": self.publishing, "replacing": self.replacing}
 
 
 class Journal:
@@ -158,22 +48,18 @@ class Journal:
         self._fd: int | None = None
         self._position = 0
         self._is_lost = False
-        self._dropped: dict[str, int] = {}  # results, and where the journal ended when it said so
-        self._unsynced: set[str] = set()  # results that may not be on the disk
+        self._results: Results | None = None
         self.finished = Finished()
         self.unsure: list[Chunk] = []
         if directory is None:
             return
+        self._results = Results(directory / RESULTS)
         self.finished, rest = _trusted(directory)
-        with _failing(directory / NAME):
+        with naming(directory / NAME):
             self._fd = self._rewritten(directory, identity or {}, rest)
-            for record in rest:
-                self._add_again(record)
-            self._drop_damaged_results(directory)
-            self._unsynced.update(self.finished.results)
-            # Those that an earlier run had no time to remove.
-            left = {path.name for path in (directory / RESULTS).glob("*")} - self.finished.results.keys()
-            self._dropped = dict.fromkeys(left, self._position)
+        for record in rest:
+            self._add_again(record)
+        self.finished.results = self._results.intact(self.finished.results, self._position)
 
     @property
     def is_empty(self) -> bool:
@@ -197,34 +83,20 @@ class Journal:
             for content in lost:
                 self._forget(content)
 
-    def written(self, content: FileSink, sinks: Iterable[FileSink]) -> list[Interval]:
-        """The elements of the stream known as `content` that earlier runs wrote to all of `sinks`.
-
-        If they wrote to fewer places, because they could share extents and this run cannot, all of it is done again.
-        """
-        if content not in self.finished.streams:
-            return []
-        stream = self.finished.streams[content]
-        if stream.sinks.issuperset(sinks):
-            return stream.intervals
-        with self._lock:
-            self._forget(content)
-        return []
-
-    def _add_again(self, record: Mapping[str, Any]) -> None:
-        """Take over a line that was never safe: but for chunks, which are unsure."""
-        if "content" in record:
-            self.unsure.append(Chunk.of(record))
-            return
-        self.finished.add(record)
-        if "forgotten" in record:
-            self.unsure = [chunk for chunk in self.unsure if chunk.content != FileSink(*record["forgotten"])]
+    def written(self, content: FileSink) -> list[Interval]:
+        """The elements of the stream known as `content` that earlier runs wrote, to all places of its record."""
+        return self.finished.streams[content].intervals if content in self.finished.streams else []
 
     def forget(self) -> None:
         """Nothing that was finished is what it should be."""
         for key in list(self.finished.results):
             self.drop_result(key)
         self.forget_streams()
+
+    def forget_stream(self, content: FileSink) -> None:
+        """What was written of a stream is to be written again."""
+        with self._lock:
+            self._forget(content)
 
     def forget_streams(self) -> None:
         """What was written is not there any more."""
@@ -248,18 +120,13 @@ class Journal:
 
     def mark_safe(self, position: int) -> None:
         """What the journal says up to `position` is on the disk, but for saved results, which are put there now."""
-        with self._lock:
-            gone = {key for key, end in self._dropped.items() if end <= position}
-            saved, self._unsynced = self._unsynced - gone, set()
-        self._sync_results(saved)
+        if self._results is None:
+            return
+        self._results.sync(position)
         with self._lock:
             self._append({"safe": position})
         self._sync()
-        with self._lock:  # since one of them may be saved again
-            for key in [key for key, end in self._dropped.items() if end <= position]:
-                del self._dropped[key]
-                with suppress(OSError):
-                    self._result(key).unlink()
+        self._results.remove(position)
 
     def distrust(self) -> None:
         """Syncing failed: nobody knows whether what was written since the last `mark_safe` is on the disk."""
@@ -268,68 +135,30 @@ class Journal:
                 self._append({"lost": True})
             self._is_lost = True  # nor does anybody know of what is under way
 
-    # ------------------------------------------------------------------------------------------------ kernels' results
-
     def save_result(self, key: str, memory: memoryview) -> None:
-        """Save a kernel's result, under a name that the plan gives it.
-
-        It is put on the disk when it is to count after a restart: see `mark_safe`. Who waited for that here would wait
-        for all that the disk has been given before.
-        """
-        if self._directory is None:
+        """Save a kernel's result, under a name that the plan gives it."""
+        if self._results is None:
             return
-        path = self._result(key)
+        checksum = self._results.save(key, memory)
         with self._lock:
-            self._dropped.pop(key, None)  # what an earlier run left of it is not to be removed any more
-        with _failing(path):
-            path.parent.mkdir(exist_ok=True)
-            write_file(path, memory, wait=False)
-        with self._lock:
-            self._unsynced.add(key)
-            self.finished.results[key] = xxh3_64_intdigest(memory)
-            self._append({"result": key, "checksum": self.finished.results[key]})
+            self.finished.results[key] = checksum
+            self._append({"result": key, "checksum": checksum})
 
     def load_result(self, key: str, memory: memoryview) -> None:
         """Fill `memory` with a result that an earlier run saved."""
-        path = self._result(key)
-        with _failing(path), open(path, "rb") as file:
-            file.readinto(memory)
-        if xxh3_64_intdigest(memory) != self.finished.results[key]:
-            raise RunError(f"{path}: is not what was saved there; start again with --restart")
+        assert self._results is not None
+        self._results.load(key, self.finished.results[key], memory)
 
     def drop_result(self, key: str) -> None:
         """Nothing needs this result any more.
 
         It is removed when what took its place is sure to count: after a restart of the machine this line might not.
         """
-        if self._directory is None or self.finished.results.pop(key, None) is None:
+        if self._results is None or self.finished.results.pop(key, None) is None:
             return
         with self._lock:
             self._append({"dropped": key})
-            self._dropped[key] = self._position
-
-    def _drop_damaged_results(self, directory: Path) -> None:
-        for key, expected in list(self.finished.results.items()):
-            try:
-                intact = xxh3_64_intdigest((directory / RESULTS / key).read_bytes()) == expected
-            except OSError:
-                intact = False
-            if not intact:
-                del self.finished.results[key]
-
-    def _sync_results(self, keys: Iterable[str]) -> None:
-        """Wait until these results, and their names, are on the disk."""
-        paths = [self._result(key) for key in keys]
-        names = paths[0].parents[:2] if paths else ()
-        for path in (*paths, *names):
-            with _failing(path):
-                sync(path)
-
-    def _result(self, key: str) -> Path:
-        assert self._directory is not None
-        return self._directory / RESULTS / key
-
-    # --------------------------------------------------------------------------------------------------- the finish
+            self._results.drop(key, self._position)
 
     def begin_publishing(self, names: list[str], replaced: list[str]) -> None:
         """The model is complete and on the disk, and its files, `names`, are about to be moved to their place."""
@@ -344,20 +173,27 @@ class Journal:
             os.close(self._fd)
             self._fd = None
 
-    # ----------------------------------------------------------------------------------------------------- the file
-
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._fd is None or self._directory is None or self._is_lost:
             return
         line = _line(record)
-        with _failing(self._directory / NAME):
+        with naming(self._directory / NAME):
             write_all(self._fd, line, self._position)
         self._position += len(line)
 
     def _sync(self) -> None:
         if self._fd is not None and self._directory is not None:
-            with _failing(self._directory / NAME):
+            with naming(self._directory / NAME):
                 fsync(self._fd)
+
+    def _add_again(self, record: Mapping[str, Any]) -> None:
+        """Take over a line that was never safe: but for chunks, which are unsure."""
+        if "content" in record:
+            self.unsure.append(Chunk.of(record))
+            return
+        self.finished.add(record)
+        if "forgotten" in record:
+            self.unsure = [chunk for chunk in self.unsure if chunk.content != FileSink(*record["forgotten"])]
 
     def _rewritten(self, directory: Path, identity: Mapping[str, Any], rest: Iterable[Mapping[str, Any]]) -> int:
         """Write the journal anew: what is finished for certain, and the `rest`. Returns its file, which takes the old
@@ -377,15 +213,6 @@ class Journal:
             raise
         self._position = len(text)
         return fd
-
-
-@contextmanager
-def _failing(path: Path) -> Iterator[None]:
-    """Turns an OSError within into a RunError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
 
 
 def read_identity(directory: Path) -> dict[str, Any] | None:

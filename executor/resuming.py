@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from executor.journal import Interval, Journal
+from executor.finished import Interval
+from executor.journal import Journal
 from executor.routing import Part, Piece, Routes
 from executor.verifying import Range, wrong
 from planner.plan import BufferRoot, BufferSink, BufferView, FileSink, KernelStep, Plan, StreamStep
@@ -60,6 +61,7 @@ def confirm(plan: Plan, directory: Path, journal: Journal) -> None:
 
 def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
     """What is left of `routes`, going backwards from what is to be written to what that needs."""
+    _forget_what_is_in_fewer_places(routes, journal)
     work = Work(_result_keys(plan))
     needed: set[int] = set()
     for index, step in reversed(list(enumerate(plan.steps))):
@@ -82,6 +84,18 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
             if isinstance(step.root, BufferRoot):
                 needed.add(step.root.buffer)
     return work
+
+
+def _forget_what_is_in_fewer_places(routes: Routes, journal: Journal) -> None:
+    """What earlier runs wrote to fewer places than this one has to, since they could share extents, is done again."""
+    streams = journal.finished.streams
+    for part in (part for pieces in routes.pieces.values() for piece in pieces for part in piece.parts):
+        if part.content in streams and not streams[part.content].sinks.issuperset(_files(part)):
+            journal.forget_stream(part.content)
+
+
+def _files(part: Part) -> list[FileSink]:
+    return [sink for sink in part.branch.sinks if isinstance(sink, FileSink)]
 
 
 def _result_keys(plan: Plan) -> dict[int, str]:
@@ -144,9 +158,7 @@ def _wanted(piece: Piece) -> Iterator[Piece]:
 
 def _done(part: Part, journal: Journal) -> list[Interval]:
     """The elements that are written to every file that `part` goes to."""
-    if part.content is None:
-        return []
-    return journal.written(part.content, [sink for sink in part.branch.sinks if isinstance(sink, FileSink)])
+    return [] if part.content is None else journal.written(part.content)
 
 
 def _within(first: int, intervals: Sequence[Interval]) -> bool:

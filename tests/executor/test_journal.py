@@ -102,7 +102,7 @@ def test_a_result_that_could_not_be_synced_fails_the_run_and_costs_nothing_else(
     kept.close()
     again = Journal(tmp_path, {})
     again.confirm([])
-    assert again.written(FileSink(0, 8), [FileSink(0, 8)]) == [(0, 4)]
+    assert again.written(FileSink(0, 8)) == [(0, 4)]
     again.close()
 
 
@@ -149,7 +149,7 @@ def test_where_restarts_of_the_machine_cannot_be_told_only_what_is_on_the_disk_c
     kept.close()
     again = Journal(tmp_path, {})
     again.close()
-    assert (again.written(content, [content]), again.unsure) == ([(0, 4)], [])
+    assert (again.written(content), again.unsure) == ([(0, 4)], [])
 
 
 def test_chunks_that_lie_side_by_side_are_one_line_when_they_are_gone_on_with(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_chunks_that_lie_side_by_side_are_one_line_when_they_are_gone_on_with(tm
     for _ in range(2):
         again = Journal(tmp_path, {})
         again.close()
-        assert again.written(content, sinks) == [(0, 400), (410, 1000)]
+        assert again.written(content) == [(0, 400), (410, 1000)]
         assert (again.finished.streams[content].numel, again.finished.streams[content].checksum) == (990, sum(chunks))
         assert list(again.finished.results) == ["result"]
         assert [chunk.first for chunk in again.unsure] == [5000]
@@ -186,7 +186,7 @@ def test_the_memory_that_a_journal_takes_does_not_grow_with_the_chunks_that_are_
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     again.close()
-    assert again.written(FileSink(0, 8), [FileSink(0, 8)]) == [(0, 50_000)]
+    assert again.written(FileSink(0, 8)) == [(0, 50_000)]
     assert peak < 1 << 20
 
 
