@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from executor.reader import SourceReader
-from executor.shortcuts import SHORTCUTS, can_reflink, whole_pages
+from executor.shortcuts import SHORTCUTS, Reflink, can_reflink
 from executor.writer import ShardWriter
 from planner.expr import SourceFile
 from planner.layout import PAGE
@@ -89,7 +89,7 @@ def physical_nbytes(plan: Plan, directory: Path, *, downloaded_beside: bool = Fa
     ]
 
     def would_take(root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
-        return whole_pages(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)
+        return Reflink().reach(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)
 
     routes = _routes(plan, would_take, aliasing=aliasing)
     return plan.written_nbytes - routes.shortcut_nbytes - sum(alias.nbytes for alias in routes.aliases)
@@ -112,7 +112,7 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
                     left.append(sink)
                     continue
                 begin = end = 0
-                if not branch.ops and isinstance(step.root, FileRoot) and sink.offset % 8 == 0:
+                if not branch.ops and isinstance(step.root, FileRoot):
                     begin, end = shortcut(step.root, sink, nbytes)
                 if begin < end:
                     routes.shortcut_nbytes += end - begin
@@ -131,26 +131,26 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
 
 
 class _Taker:
-    """Takes shortcuts. A source for which none works is not tried again."""
+    """Takes shortcuts. One that does not work for a source is not tried there again."""
 
     def __init__(self, reader: SourceReader, writer: ShardWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._refusing: set[int] = set()
+        self._refusing: set[tuple[str, int]] = set()
 
     def take(self, root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
-        begin, end = whole_pages(root.offset, sink.offset, nbytes)
-        if begin == end or root.source in self._refusing:
-            return 0, 0
         source, target = self._reader.fd(root.source), self._writer.fd(sink.shard)
         if source is None:
             return 0, 0
         for shortcut in SHORTCUTS:
-            begin, end = shortcut.move(source, root.offset, target, sink.offset, nbytes)
-            if begin < end:
-                self._writer.nbytes[shortcut.name] += end - begin
-                return begin, end
-        self._refusing.add(root.source)
+            begin, end = shortcut.reach(root.offset, sink.offset, nbytes)
+            if begin == end or (shortcut.name, root.source) in self._refusing:
+                continue
+            moved = shortcut.move(source, root.offset + begin, target, sink.offset + begin, end - begin)
+            if moved:
+                self._writer.nbytes[shortcut.name] += moved
+                return begin, begin + moved
+            self._refusing.add((shortcut.name, root.source))
         return 0, 0
 
 

@@ -1,8 +1,8 @@
 """Moving a range between files without carrying its bytes through memory.
 
-A shortcut moves what it can of a range and says which part that was; the rest is streamed. Whether one works depends on
-the file systems, and shows only when it is tried: a refusal is no error, it just moves nothing. They are tried in the
-order of `SHORTCUTS`.
+A shortcut says what it can reach of a range, by where that lies, and moves that, or as much as it can; the rest is
+streamed. Whether one works depends on the file systems, and shows only when it is tried: a refusal is no error, it just
+moves nothing. They are tried in the order of `SHORTCUTS`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ class Shortcut(Protocol):
     def name(self) -> str:
         """What results call it."""
 
-    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> tuple[int, int]:
-        """Move a part of `nbytes` bytes; returns where in the range that part begins and ends, (0, 0) for nothing.
+    def reach(self, source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
+        """Where, in a range of `nbytes` bytes, the part begins and ends that can be moved, (0, 0) for none: whole
+        elements, with whole elements left over."""
+
+    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+        """Move `nbytes` bytes that can be; returns how many were, from the first on: all, or whole elements.
 
         `source` and `target` are file descriptors.
         """
@@ -49,26 +53,29 @@ class Reflink:
 
     name = "reflinked"
 
-    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> tuple[int, int]:
-        begin, end = whole_pages(source_offset, target_offset, nbytes)
-        if begin == end:
-            return 0, 0
-        request = struct.pack("qQQQ", source, source_offset + begin, end - begin, target_offset + begin)
+    def reach(self, source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
+        is_cut_between_elements = target_offset % 8 == 0
+        return whole_pages(source_offset, target_offset, nbytes) if is_cut_between_elements else (0, 0)
+
+    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
         try:
-            fcntl.ioctl(target, FICLONERANGE, request)
+            fcntl.ioctl(target, FICLONERANGE, struct.pack("qQQQ", source, source_offset, nbytes, target_offset))
         except OSError:
-            return 0, 0
-        return begin, end
+            return 0
+        return nbytes
 
 
 class OffloadedCopy:
-    """Have a file server copy the range, with no byte crossing the network."""
+    """Have a file server copy the range, wherever it lies, with no byte crossing the network."""
 
     name = "copied by the server"
 
-    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> tuple[int, int]:
+    def reach(self, source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
+        return (0, nbytes) if nbytes >= PAGE else (0, 0)  # what is small is not worth asking for
+
+    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
         if os.fstat(source).st_dev != os.fstat(target).st_dev or file_system(target) not in OFFLOADING:
-            return 0, 0
+            return 0
         done = 0
         while done < nbytes:
             try:
@@ -78,7 +85,7 @@ class OffloadedCopy:
             if count == 0:
                 break
             done += count
-        return 0, done if done == nbytes else done - done % PAGE
+        return done if done == nbytes else done - done % PAGE
 
 
 def file_system(fd: int) -> str:
@@ -113,7 +120,7 @@ def can_reflink(directory: Path, source: Path | None = None) -> bool:
             file.write(bytes(2 * PAGE))
             file.flush()
             origin = file if source is None else opened.enter_context(open(source, "rb"))
-            return Reflink().move(origin.fileno(), 0, file.fileno(), PAGE, PAGE) == (0, PAGE)
+            return Reflink().move(origin.fileno(), 0, file.fileno(), PAGE, PAGE) == PAGE
     except OSError:
         return False
 

@@ -19,7 +19,7 @@ from threading import Lock
 from executor.errors import RunError
 from executor.files import fsync, reserve, sync
 from executor.local import MIN_DIRECT_NBYTES
-from executor.shortcuts import Reflink
+from executor.shortcuts import Reflink, whole_pages
 from planner.layout import PAGE, Shard
 from planner.plan import FileSink
 
@@ -78,11 +78,11 @@ class ShardWriter:
 
     def share(self, origin: FileSink, target: FileSink, nbytes: int) -> tuple[int, int]:
         """Make `nbytes` at `target` share extents with those at `origin`, as far as that goes; returns which part."""
-        begin, end = Reflink().move(
-            self._fds[origin.shard], origin.offset, self._fds[target.shard], target.offset, nbytes
-        )
-        self._count("shared within the output", end - begin)
-        return begin, end
+        begin, end = whole_pages(origin.offset, target.offset, nbytes)
+        source, sink = self._fds[origin.shard], self._fds[target.shard]
+        shared = Reflink().move(source, origin.offset + begin, sink, target.offset + begin, end - begin)
+        self._count("shared within the output", shared)
+        return begin, begin + shared
 
     def read_back(self, shard: int, offset: int, memory: memoryview) -> None:
         """Fill `memory` with what was written at byte `offset` of a shard."""

@@ -230,6 +230,53 @@ def test_a_file_server_copies_what_it_can(
     assert result.nbytes_by_path["copied by the server"] > MIB
 
 
+def test_a_file_server_copies_ranges_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    odd = {name: torch.randn(1001, 1001, generator=generator).bfloat16() for name in ("first", "second")}
+    reads = source(tmp_path / "odd.safetensors", odd)
+    plan = planned({"second": reads["second"], "first": reads["first"], "second again": reads["second"]})
+    merged(plan, tmp_path / "usual")
+    monkeypatch.setattr(shortcuts, "file_system", lambda fd: "nfs4")
+    result = merged(plan, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "usual")
+    assert result.nbytes_by_path["copied by the server"] == 3 * 1001 * 1001 * 2
+    assert result.read_nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "reach"),
+    [(8, 8 + PAGE, (PAGE - 8, 3 * PAGE - 8)), (0, 0, (0, 3 * PAGE)), (8, 16, (0, 0)), (12, 12, (0, 0))],
+)
+def test_only_whole_pages_that_lie_alike_and_begin_with_an_element_can_be_shared(
+    source: int, target: int, reach: tuple[int, int]
+) -> None:
+    assert shortcuts.Reflink().reach(source, target, 3 * PAGE) == reach
+
+
+def test_a_range_that_lies_where_it_cannot_be_shared_keeps_no_other_from_being_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (1024, 1024), "b": (4,), "c": (512, 1024)}
+    reads = source(
+        tmp_path / "pages.safetensors",
+        {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()},
+    )
+    assert (reads["c"].offset - reads["a"].offset) % PAGE == 16
+    plan = planned({"c": reads["c"], "a": reads["a"]})
+    merged(plan, tmp_path / "usual")
+
+    def share(target: int, request: int, argument: bytes) -> None:
+        from_fd, offset, nbytes, to_offset = struct.unpack("qQQQ", argument)
+        os.pwrite(target, os.pread(from_fd, nbytes, offset), to_offset)
+
+    monkeypatch.setattr(fcntl, "ioctl", share)
+    result = merged(plan, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "usual")
+    assert result.nbytes_by_path["reflinked"] > 3 * MIB
+    assert result.read_nbytes > 2 * MIB
+
+
 def test_the_kind_of_file_system_is_known() -> None:
     if not Path("/dev/shm").exists():
         pytest.skip("needs /dev/shm")

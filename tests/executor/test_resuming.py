@@ -417,9 +417,11 @@ class Copying:
 
     name = "copied"
 
-    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> tuple[int, int]:
-        os.pwrite(target, os.pread(source, nbytes, source_offset), target_offset)
+    def reach(self, source_offset: int, target_offset: int, nbytes: int) -> tuple[int, int]:
         return 0, nbytes
+
+    def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+        return os.pwrite(target, os.pread(source, nbytes, source_offset), target_offset)
 
 
 def test_a_mean_takes_no_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
