@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -29,16 +29,17 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
 
 from moeplan.errors import MoeplanWarning
+from moeplan.gate_modes import MODES
 from moeplan.yaml_file import ConfigError, KeyPath, Places, Value, dotted, read_document
 
-GateMode = Literal["hidden", "hidden_avg", "hidden_last", "ridge", "cheap_embed", "random", "uniform_random"]
+if TYPE_CHECKING:
+    ModeName = str
+else:
+    ModeName = Literal[tuple(MODES)]  # which mypy cannot read
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Backbone = Literal["base", "average"]
 
 ALLOW_ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
-
-PROMPTLESS: tuple[GateMode, ...] = ("random", "uniform_random")
-"""The gate modes that read no prompts."""
 
 _FLOAT32_MAX = 3.4028234663852886e38  # weights are scaled in float32, where more than this is infinite
 _LEAST_RIDGE = 1e-8  # what is added to a matrix must not be lost in float64's rounding of it
@@ -158,7 +159,7 @@ class MergeConfig(BaseModel):
     base_model: ModelReference
     experts: tuple[Expert, ...]
     shared_experts: tuple[Expert, ...] = ()
-    gate_mode: GateMode = "hidden"
+    gate_mode: ModeName = "hidden"
     ridge: Ridge = 0.1
     gate_tokens: Whole = 4096
     dtype: DTypeName | None = None
@@ -186,6 +187,11 @@ class MergeConfig(BaseModel):
         return self._places.where(path)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether routers are made from prompts or other text of the experts', and are not random."""
+        return MODES[self.gate_mode].reads_text
+
+    @property
     def source_text(self) -> str:
         """The YAML file as it was written; YAML that says the same where the config was not read from a file."""
         if self._places.text is not None:
@@ -211,7 +217,7 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
         yield ("gate_tokens",), f"must be from 1 to {_MAX_GATE_TOKENS:,}, not {config.gate_tokens}"
     if len(config.shared_experts) > 1:
         yield ("shared_experts", 1), "only one shared expert can be built: remove the others"
-    if config.gate_mode in PROMPTLESS:
+    if not config.reads_text:
         return
     for index, expert in enumerate(config.experts):
         if not expert.has_text:
@@ -222,10 +228,11 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
             )
     for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
         for index, expert in enumerate(experts):
-            if expert.positive_samples and config.gate_mode != "ridge":
+            if expert.positive_samples and not MODES[config.gate_mode].takes_samples:
+                others = " or ".join(name for name, mode in MODES.items() if mode.takes_samples)
                 yield (
                     (key, index, "positive_samples"),
-                    f"gate_mode {config.gate_mode} takes prompts and files alone: remove it, or use gate_mode ridge",
+                    f"gate_mode {config.gate_mode} takes prompts and files alone: remove it, or use gate_mode {others}",
                 )
     # Neither the order of an expert's prompts nor that of its files matters.
     prompts = {
@@ -245,7 +252,7 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
 
 def is_useless_without_training(config: MergeConfig) -> bool:
     """Whether prompts choose among experts that are all one model, but for what they are scaled by, and noise."""
-    if config.gate_mode in PROMPTLESS or len(config.experts) == 1:
+    if not config.reads_text or len(config.experts) == 1:
         return False
     return len({os.path.realpath(expert.source_model) for expert in config.experts}) == 1
 
@@ -383,6 +390,6 @@ def _explain(error: ErrorDetails, values: Mapping[KeyPath, Value]) -> tuple[KeyP
         case "literal_error" if path == ("backbone",):
             return path, _one_of(get_args(Backbone), value, _nearest(value.text or "", get_args(Backbone), 0.6))
         case "literal_error":
-            return path, _one_of(get_args(GateMode), value, _nearest(value.text or "", get_args(GateMode), 0.6))
+            return path, _one_of(tuple(MODES), value, _nearest(value.text or "", tuple(MODES), 0.6))
         case _:  # of a pydantic that tells more errors apart
             return path, error["msg"]

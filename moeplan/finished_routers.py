@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moeplan.config import PROMPTLESS
 from moeplan.errors import MoeplanWarning
 from moeplan.planning import MergePlan
 from moeplan.routing import RouterFacts, router_facts, stored_routers
@@ -38,7 +37,7 @@ def _of_routers(merge_plan: MergePlan, facts: RouterFacts) -> Iterator[str]:
         yield f"{config.where('experts', expert)}: the router's row for this expert is zero; {reason}"
     unequal = [layer for layer in facts.degenerate if layer not in facts.not_finite]
     if unequal:
-        advice = "" if config.gate_mode in PROMPTLESS else "; give them prompts that differ more"
+        advice = "; give them prompts that differ more" if config.reads_text else ""
         yield (
             f"routing is degenerate in {_layers(unequal, num_layers)}: the router cannot tell some experts "
             f"apart{advice}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from executor.errors import RunError
 from moeplan import gates
 from moeplan.checkpoint import CONFIG, INDEX
-from moeplan.config import PROMPTLESS, MergeConfig
+from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
 from moeplan.finished_routers import check_routers
@@ -118,7 +118,7 @@ def merge(
             facts = check_routers(merge_plan, stage.directory)
             _write_beside(merge_plan, made_from, result, stage.directory)
             _warn_of_missing_code(merge_plan, stage.directory)
-    of_text = None if config.gate_mode in PROMPTLESS else facts
+    of_text = facts if config.reads_text else None
     return MergeResult(directory, result, time.monotonic() - started, of_text)
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from moeplan.architectures.family import PACKED
 from moeplan.checkpoint import CheckpointError, opened
-from moeplan.config import ALLOW_ALL_SAME_FLAG, PROMPTLESS, MergeConfig, is_useless_without_training
+from moeplan.config import ALLOW_ALL_SAME_FLAG, MergeConfig, is_useless_without_training
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import gate_mode
 from moeplan.model_ref import parse_model_ref
@@ -252,6 +252,6 @@ def _how_to_load_it(plan: MergePlan) -> list[str]:
         f"tokenizer = AutoTokenizer.from_pretrained(path{of_tokenizer})",
         "```",
     ]
-    if plan.config.gate_mode in PROMPTLESS:
+    if not plan.config.reads_text:
         lines += ["", "Its routers are random: they choose experts by chance until the model is trained."]
     return lines

@@ -11,7 +11,7 @@ from typing import Any
 from executor.routing import physical_nbytes
 from moeplan import gates
 from moeplan.architectures.family import Family
-from moeplan.config import PROMPTLESS, MergeConfig
+from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import files_to_fetch
 from moeplan.gates.device import CPU, Device, evaluating
@@ -148,7 +148,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     """`plan`, with what `hub` has found out so far."""
     if out is not None:
         check_output(Path(out), overwrite=options.overwrite)
-    models = open_models(config, options, hub, reads_text=config.gate_mode not in PROMPTLESS)
+    models = open_models(config, options, hub, reads_text=config.reads_text)
     sources, family = models.sources, models.families[0]
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)

@@ -19,7 +19,6 @@ from executor.manifest import Segment, manifest
 from executor.reader import name_of
 from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
-from moeplan.config import PROMPTLESS
 from moeplan.fetching import FAST_TOKENIZER
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
@@ -143,7 +142,7 @@ def _deciding_files(merge_plan: MergePlan) -> list[Path]:
     """The small files, beside the base's config, that the plan follows from and that are there."""
     adapters = [model.adapter for _, model in merge_plan.sources.named() if model.adapter is not None]
     files = [adapter.path / ADAPTER_CONFIG for adapter in adapters]
-    if merge_plan.config.gate_mode not in PROMPTLESS:
+    if merge_plan.config.reads_text:
         base = merge_plan.sources.base.checkpoint.path
         is_fast = (base / FAST_TOKENIZER[0]).exists()
         files += [base / name for name in (FAST_TOKENIZER if is_fast else TOKENIZER_FILES)]
@@ -153,7 +152,7 @@ def _deciding_files(merge_plan: MergePlan) -> list[Path]:
 def _texts(merge_plan: MergePlan) -> list[str]:
     """The files that passages were drawn from."""
     config = merge_plan.config
-    rows = () if config.gate_mode in PROMPTLESS else (*config.experts, *config.shared_experts)
+    rows = (*config.experts, *config.shared_experts) if config.reads_text else ()
     return sorted({file for row in rows for file in row.positive_files})
 
 

@@ -13,7 +13,7 @@ from moeplan.architectures.mixtral import MIXTRAL
 from moeplan.architectures.qwen2_moe import QWEN2_MOE
 from moeplan.architectures.qwen3_moe import QWEN3_MOE
 from moeplan.checkpoint import Checkpoint, CheckpointError
-from moeplan.config import PROMPTLESS, MergeConfig
+from moeplan.config import MergeConfig
 from moeplan.untrusted_json import show
 from moeplan.yaml_file import ConfigError
 
@@ -69,7 +69,7 @@ def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) 
         has_gate = family.shared.gate is not None
         if not has_gate and (shared[0].has_text or shared[0].negative_prompts):
             return "has no gate on its shared expert: remove the prompts of shared_experts[0]"
-        if has_gate and not shared[0].has_text and config.gate_mode not in PROMPTLESS:
+        if has_gate and not shared[0].has_text and config.reads_text:
             return "has a gate on its shared expert: give shared_experts[0] positive_prompts"
     try:
         attention_settings(family, models[0])

@@ -1,4 +1,4 @@
-"""Gate modes: how each layer's router gets its weights. One file a mode.
+"""Gate modes: how each layer's router gets its weights. `moeplan.gate_modes` says which file makes those of each.
 
 A mode turns the config's prompts into expressions, which the planner orders like any other, and brings the kernels
 that compute the opaque ones. Planning imports neither torch nor transformers: kernels import what they need when run.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from moeplan.gate_modes import MODES
 from moeplan.gates.device import CPU, Device
 
 if TYPE_CHECKING:
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
     from moeplan.architectures.dense import DenseModel
     from moeplan.config import Expert
     from planner.expr import Expr, Opaque, Shape
-
-MODULES = {
-    "hidden": "hidden",
-    "hidden_last": "hidden",
-    "hidden_avg": "hidden",
-    "ridge": "ridge",
-    "cheap_embed": "cheap_embed",
-    "random": "random",
-    "uniform_random": "random",
-}
 
 
 @dataclass(frozen=True)
@@ -95,5 +86,5 @@ class GateMode:
 
 def gate_mode(name: str) -> GateMode:
     """The gate mode that the YAML calls `name`."""
-    mode: GateMode = import_module(f"moeplan.gates.{MODULES[name]}").MODE
+    mode: GateMode = import_module(f"moeplan.gates.{MODES[name].module}").MODE
     return mode

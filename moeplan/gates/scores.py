@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moeplan.config import PROMPTLESS
 from moeplan.errors import UserError
+from moeplan.gate_modes import MODES
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.evaluation import KERNELS, Evaluation
 from moeplan.gates.prompts import folds
@@ -47,7 +47,7 @@ def scored(request: GateRequest, mode: GateMode, subject: str) -> Scored:
     evaluation = Evaluation.of(request)
     if not evaluation.lengths:
         raise UserError(f"{subject}: there is no text to route; give the experts prompts, or a text file with --text")
-    reads_text = request.mode not in PROMPTLESS
+    reads_text = MODES[request.mode].reads_text
     lengths, positive = evaluation.lengths, evaluation.positive
     fold = folds(positive, lengths, len(evaluation.prompts.start)) if reads_text else {}
     read = {prompt for prompts in (*positive, *evaluation.prompts.negative) for prompt in prompts if reads_text}

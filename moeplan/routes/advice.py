@@ -7,7 +7,7 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
-from moeplan.config import PROMPTLESS
+from moeplan.gate_modes import MODES
 from moeplan.routes.wording import percent
 from moeplan.routing import MAX_CONDITION
 from moeplan.wording import count
@@ -82,7 +82,7 @@ def _chance(data: dict[str, Any]) -> Iterator[str]:
     if agreement is None or num_experts == 1 or agreement >= min(1.5 * chance, chance + CHANCE * (1 - chance)):
         return
     found = f"{percent(agreement)} of tokens go first to the expert whose text they are from, and chance is "
-    if data["gate_mode"] in PROMPTLESS:
+    if _is_random(data):
         yield f"{found}{percent(chance)}: {RANDOM}"
     else:
         yield (
@@ -203,13 +203,18 @@ def _labels(data: dict[str, Any]) -> list[int]:
     return sorted({text["expert"] for text in data["texts"] if text["expert"] is not None and text["tokens"]})
 
 
+def _is_random(data: dict[str, Any]) -> bool:
+    mode = data["gate_mode"]
+    return mode is not None and not MODES[mode].reads_text
+
+
 def _remedy(data: dict[str, Any], of_prompts: str) -> str:
     """What is to be done to routers that are made `of_prompts`, and to others."""
-    return RANDOM if data["gate_mode"] in PROMPTLESS else of_prompts
+    return RANDOM if _is_random(data) else of_prompts
 
 
 def _prompts(data: dict[str, Any]) -> str:
-    return "" if data["gate_mode"] in PROMPTLESS else "; give them prompts that differ more"
+    return "" if _is_random(data) else "; give them prompts that differ more"
 
 
 def _layers(layers: Sequence[int], data: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from moeplan import architectures
 from moeplan.architectures.dense import DenseModel, dense_model
 from moeplan.architectures.family import Family
 from moeplan.checkpoint import CONFIG, Checkpoint, CheckpointError, open_checkpoint
-from moeplan.config import PROMPTLESS, Expert, MergeConfig, load_config
+from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates import GateRequest
 from moeplan.gates.prompts import FAST, SLOW, Prompts, tokenize
@@ -84,7 +84,7 @@ def routes_after(
     groups = [*prompts.positive, *prompts.texts]
     begins = len(prompts.start)
     labels = [*((name, number) for number, name in enumerate(names)), *((file, None) for file in files)]
-    reads_text = config is not None and config.gate_mode not in PROMPTLESS
+    reads_text = config is not None and config.reads_text
     read = {prompt for group in (*prompts.positive, *prompts.negative) for prompt in group if reads_text}
     texts = [
         Text(name, expert, sum(len(prompts.tokens[prompt]) - begins for prompt in group), read.isdisjoint(group))
