@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import fetch_tokenizer
-from moeplan.gates.prompts import PromptError
+from moeplan.gates.prompts import PromptError, Prompts, tokenize
 from moeplan.hub import Hub
 from moeplan.lowering import Sources
 from moeplan.model_config import DTYPE_NAMES, stored_dtype
@@ -37,23 +37,37 @@ class Models:
             self.sources.base
         )
 
-    def gate_request(self, config: MergeConfig, options: Options, texts: tuple[str, ...] = ()) -> gates.GateRequest:
-        """What the routers are made for and of; `texts` are evaluated beside that. All by the CPU."""
+    def gate_request(
+        self, config: MergeConfig, options: Options, *, reads_text: bool, texts: Sequence[str] = ()
+    ) -> gates.GateRequest:
+        """What the routers are made for and of, the prompts where it `reads_text`, and beside these passages of the
+        files `texts`. All by the CPU. Raises UserError for text that cannot be read."""
         shared = self.families[0].shared
         is_gated = shared is not None and shared.gate is not None
+        gated = config.shared_experts if is_gated else ()
+        prompts = Prompts()
+        if reads_text:
+            with naming_prompts(config):
+                prompts = tokenize(
+                    self.sources.base,
+                    config.experts + gated,
+                    gate_tokens=config.gate_tokens,
+                    seed=options.random_seed,
+                    trust_remote_code=options.trust_remote_code,
+                    texts=texts,
+                )
         return gates.GateRequest(
             mode=config.gate_mode,
             base=self.sources.base,
             experts=config.experts,
-            shared=config.shared_experts if is_gated else (),
+            shared=gated,
             models=self.sources.experts + (self.sources.shared if is_gated else ()),
+            prompts=prompts,
             ridge=config.ridge,
-            gate_tokens=config.gate_tokens,
             seed=options.random_seed,
             bits=options.bits,
             trust_remote_code=options.trust_remote_code,
             averaged=lowering.averaged(config, self.sources, self.dtype(config)),
-            texts=texts,
         )
 
 

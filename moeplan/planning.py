@@ -162,7 +162,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         )
     _warn_of_readers(config, family, models.families[1:])
     mode = gates.gate_mode(config.gate_mode)
-    request = models.gate_request(config, options)
+    request = models.gate_request(config, options, reads_text=config.reads_text)
     with naming_prompts(config):
         if mode.evaluates:
             device, routers = evaluating(options, lambda device: mode.routers(replace(request, device=device)))

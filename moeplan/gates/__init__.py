@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from moeplan.gate_modes import MODES
 from moeplan.gates.device import CPU, Device
+from moeplan.gates.prompts import Prompts
 
 if TYPE_CHECKING:
     from executor.kernel_runner import Kernel
@@ -25,14 +26,13 @@ if TYPE_CHECKING:
 class GateRequest:
     """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
 
-    A `shared` expert that has a gate stands behind the routed ones. `bits` is 8 or 4 where the base is to be evaluated
-    quantised, else 0; `device` is where that is done. With `trust_remote_code` code that the base brings with it is
-    run. `ridge` and `gate_tokens` are the config's. `models` are those of the rows, for modes that draw text from them.
-    `averaged` has the weights that the merged model has in the place of the base's, by their names: with those the base
-    is evaluated.
+    A `shared` expert that has a gate stands behind the routed ones. `prompts` are those of both, none where the mode
+    reads no text. `bits` is 8 or 4 where the base is to be evaluated quantised, else 0; `device` is where that is done.
+    With `trust_remote_code` code that the base brings with it is run. `ridge` is the config's. `models` are those of
+    the rows, for modes that draw text from them. `averaged` has the weights that the merged model has in the place of
+    the base's, by their names: with those the base is evaluated.
 
-    For `moeplan routes`: the passages of the files `texts` are evaluated beside the prompts, and routers are made
-    `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
+    For `moeplan routes`, routers are made `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
     """
 
     mode: str
@@ -40,14 +40,13 @@ class GateRequest:
     experts: tuple[Expert, ...]
     shared: tuple[Expert, ...] = ()
     models: tuple[DenseModel, ...] = ()
+    prompts: Prompts = field(default_factory=Prompts)
     ridge: float = 0.1
-    gate_tokens: int = 4096
     seed: int = 0
     bits: int = 0
     device: Device = CPU
     trust_remote_code: bool = False
     averaged: Mapping[str, Expr] = field(default_factory=dict)
-    texts: tuple[str, ...] = ()
     without: int | None = None
 
     @property

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeplan.architectures.dense import EMBEDDING
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.prompts import embedding_rows, kept, tokenize
+from moeplan.gates.prompts import embedding_rows, kept
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def routers(request: GateRequest) -> list[Opaque]:
     """One expression, as many times as there are layers."""
-    prompts = tokenize(request)
+    prompts = request.prompts
     vocabulary = prompts.vocabulary()
     row = {token: index for index, token in enumerate(vocabulary)}
 
@@ -39,7 +40,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         "positive": [counts(indices) for indices in positive],
         "negative": [counts(indices) for indices in negative],
     }
-    rows = embedding_rows(request, vocabulary)
+    rows = embedding_rows(request.weight(EMBEDDING), vocabulary)
     workspace = 2 * 4 * rows.numel
     router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, request.router_shape, workspace)
     return [router] * request.base.num_layers

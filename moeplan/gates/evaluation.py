@@ -39,7 +39,7 @@ from moeplan.gates.layers import (
     skeleton_of,
     token_nbytes,
 )
-from moeplan.gates.prompts import Prompts, embedding_rows, kept, tokenize
+from moeplan.gates.prompts import Prompts, embedding_rows, kept
 from moeplan.gates.samples import sample, samples
 from moeplan.options import OptionError
 from planner.expr import DType, Expr, Opaque
@@ -60,13 +60,12 @@ QUANTISING_NBYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a request's `prompts` by its base. Tensors are `[num_tokens, hidden_size]`, prompt by prompt.
+    """The evaluation of a request's prompts by its base. Tensors are `[num_tokens, hidden_size]`, prompt by prompt.
 
-    Raises what `tokenize` does, and OptionError where the base cannot be quantised as asked.
+    Raises OptionError where the base cannot be quantised as asked, PromptError where no passages can be drawn.
     """
 
     request: GateRequest
-    prompts: Prompts
     samples: tuple[Opaque | None, ...] = ()
     """For each of the request's rows passages that are drawn from its model, `[number, tokens]`, or None. They stand
     behind the prompts."""
@@ -75,8 +74,11 @@ class Evaluation:
     def of(request: GateRequest) -> Evaluation:
         if request.bits:
             _check_bitsandbytes(request.bits)
-        prompts = tokenize(request)
-        return Evaluation(request, prompts, samples(request, prompts))
+        return Evaluation(request, samples(request))
+
+    @property
+    def prompts(self) -> Prompts:
+        return self.request.prompts
 
     @property
     def lengths(self) -> list[int]:
@@ -117,7 +119,7 @@ class Evaluation:
             "start": prompts.start,
         }
         table = self.request.weight(EMBEDDING)
-        rows = embedding_rows(self.request, vocabulary) if vocabulary else None
+        rows = embedding_rows(table, vocabulary) if vocabulary else None
         shape = (sum(self.lengths), base.hidden_size)
         stream = Opaque(
             "embed",

@@ -11,21 +11,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moeplan.architectures.dense import EMBEDDING, DenseModel
+from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.gates import GateRequest
+from moeplan.config import Expert
+from moeplan.errors import UserError
 from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.special_tokens import MAX_NBYTES, special_tokens
 from moeplan.output import TOKENIZER_CONFIG, TOKENIZER_FILES
 from moeplan.untrusted_json import show
-from planner.expr import Concat, rows
+from planner.expr import Concat, Expr, rows
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
 SENTENCEPIECE = b"\n"
@@ -40,6 +41,9 @@ NBYTES_PER_SECOND = 4 << 20
 DATA_NBYTES = 96 << 20
 DATA_NBYTES_PER_BYTE = 24
 TEXT_WEIGHT = 64
+GATE_TOKENS = 4096
+"""Of all passages of an expert, unless the config says otherwise."""
+
 PASSAGE_TOKENS = 255
 """Of a passage of a file, beside BOS."""
 
@@ -65,15 +69,15 @@ class PromptError(CheckpointError):
 class Prompts:
     """The distinct prompts of a config, shortest first.
 
-    `positive[e]` and `negative[e]` are expert e's prompts, `texts[t]` the passages of the request's text t, as indices
+    `positive[e]` and `negative[e]` are expert e's prompts, `texts[t]` the passages of text t beside them, as indices
     into `tokens`, each of which begins with `start`: the BOS token, or nothing.
     """
 
-    tokens: tuple[tuple[int, ...], ...]
-    positive: tuple[tuple[int, ...], ...]
-    negative: tuple[tuple[int, ...], ...]
-    texts: tuple[tuple[int, ...], ...]
-    start: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...] = ()
+    positive: tuple[tuple[int, ...], ...] = ()
+    negative: tuple[tuple[int, ...], ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
+    start: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -120,117 +124,122 @@ def kept(
 
 @dataclass(frozen=True)
 class _Text:
-    """A text of an expert's, and where it is from."""
+    """A text, and its `source`: a place in the config, or a file beside it. The end of a passage may be cut off."""
 
     text: str
-    place: PromptPlace
+    source: PromptPlace | str
+    is_passage: bool = False
 
     @property
-    def key(self) -> str:
-        return self.place[1]
+    def label(self) -> str:
+        """What a message calls it."""
+        shown = self.text if len(self.text) <= 40 else self.text[:40] + "…"
+        return "a passage" if self.is_passage else f"the prompt {shown!r}"
+
+    def error(self, message: str) -> UserError:
+        if isinstance(self.source, str):
+            return PassageError(f"{self.source}: {message}")
+        return PromptError(self.source, message)
 
 
-def tokenize(request: GateRequest) -> Prompts:
-    """The prompts of the request, tokenised with the base's tokenizer, by its own code where that is trusted.
+def tokenize(
+    base: DenseModel,
+    experts: Sequence[Expert],
+    *,
+    gate_tokens: int = GATE_TOKENS,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    texts: Sequence[str] = (),
+) -> Prompts:
+    """The prompts of `experts`, and the passages of the files `texts`, tokenised with the base's tokenizer: by its own
+    code where that is trusted. Of an expert's files, and of each of `texts`, `gate_tokens` tokens are taken at most.
 
     Raises CheckpointError where the base has no tokenizer that can be read, PromptError where a file cannot be read, or
     a prompt comes out empty, longer than the model's context, or with a token that the embedding has no row for;
     PassageError for one of `texts`.
     """
-    base = request.base
-    texts = [list(_texts(number, request)) for number in range(len(request.rows))]
-    others = [
-        passages(file, f"{request.seed} text {number}", TEXT_NBYTES_PER_TOKEN * request.gate_tokens)
-        for number, file in enumerate(request.texts)
+    room = TEXT_NBYTES_PER_TOKEN * gate_tokens
+    groups = [
+        group
+        for number, expert in enumerate(experts)
+        for group in (
+            _prompts(number, "positive_prompts", expert.positive_prompts),
+            _prompts(number, "negative_prompts", expert.negative_prompts),
+            _of_files(number, expert.positive_files, seed, room),
+        )
     ]
-    distinct = list(dict.fromkeys([*(text.text for of_row in texts for text in of_row), *chain(*others)]))
-    own_code = request.trust_remote_code and has_own_tokenizer(base.checkpoint.path)
+    for number, file in enumerate(texts):
+        groups.append([_Text(text, file, True) for text in passages(file, f"{seed} text {number}", room)])
+    distinct = list(dict.fromkeys(text.text for text in chain(*groups)))
+    own_code = trust_remote_code and has_own_tokenizer(base.checkpoint.path)
     start, encoded = _encode(base, distinct, own_code)
     # A text may begin with the BOS token, as chat templates write it: that is none of its own.
     ids = {
         text: tokens[len(start) :] if tokens[: len(start)] == start else tokens
         for text, tokens in zip(distinct, encoded, strict=True)
     }
-    context = base.settings["max_position_embeddings"] - len(start)
-
-    def cut(drawn: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Passages, and what is taken of each: of all, `gate_tokens` tokens at most."""
-        room = request.gate_tokens
-        for text in drawn:
-            tokens = ids[text][: max(0, min(PASSAGE_TOKENS, context, room))]
-            room -= len(tokens)
-            if tokens:
-                yield text, (*start, *tokens)
-
-    of_rows: list[dict[str, list[tuple[int, ...]]]] = []
-    for of_row in texts:
-        listed: dict[str, list[tuple[int, ...]]] = {"positive_prompts": [], "negative_prompts": []}
-        for text in of_row:
-            if text.key in listed:
-                tokens = (*start, *ids[text.text])
-                shown = repr(text.text if len(text.text) <= 40 else text.text[:40] + "…")
-                if wrong := _what_is_wrong(f"the prompt {shown}", tokens, base):
-                    raise PromptError(text.place, wrong)
-                listed[text.key].append(tokens)
-        places = {text.text: text.place for text in of_row if text.key == "positive_files"}
-        listed["positive_files"] = []
-        for passage, tokens in cut(text.text for text in of_row if text.key == "positive_files"):
-            if wrong := _what_is_wrong("a passage", tokens, base):
-                raise PromptError(places[passage], wrong)
-            listed["positive_files"].append(tokens)
-        if places and not listed["positive_files"]:
-            raise PromptError(next(iter(places.values())), "there is no token in it that the base could be given")
-        of_rows.append(listed)
-    of_texts = [[tokens for _, tokens in cut(drawn)] for drawn in others]
-    for file, of_text in zip(request.texts, of_texts, strict=True):
-        for tokens in of_text:
-            if wrong := _what_is_wrong("a passage", tokens, base):
-                raise PassageError(f"{file}: {wrong}")
-    ordered = sorted(
-        {tokens for listed in (*(of for row in of_rows for of in row.values()), *of_texts) for tokens in listed},
-        key=lambda tokens: (len(tokens), tokens),
-    )
+    tokens = [list(_tokens(group, ids, start, base, gate_tokens)) for group in groups]
+    for group, found in zip(groups[: 3 * len(experts)], tokens, strict=False):
+        if group and not found:
+            raise group[0].error("there is no token in it that the base could be given")
+    ordered = sorted({*chain(*tokens)}, key=lambda tokens: (len(tokens), tokens))
     index = {tokens: i for i, tokens in enumerate(ordered)}
-
-    def indices(*keys: str) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(index[tokens] for key in keys for tokens in of_row[key]) for of_row in of_rows)
-
+    indices = [tuple(index[tokens] for tokens in group) for group in tokens]
+    of_experts, of_texts = indices[: 3 * len(experts)], indices[3 * len(experts) :]
     return Prompts(
         tokens=tuple(ordered),
-        positive=indices("positive_prompts", "positive_files"),
-        negative=indices("negative_prompts"),
-        texts=tuple(tuple(index[tokens] for tokens in passages) for passages in of_texts),
+        positive=tuple(own + of_files for own, of_files in zip(of_experts[::3], of_experts[2::3], strict=True)),
+        negative=tuple(of_experts[1::3]),
+        texts=tuple(of_texts),
         start=start,
     )
 
 
-def _texts(number: int, request: GateRequest) -> Iterator[_Text]:
-    """All that there is for a router's row. Files take turns, a passage each, so that none is left out, and until there
-    is enough."""
-    expert = request.rows[number]
-    for key in ("positive_prompts", "negative_prompts"):
-        for position, text in enumerate(getattr(expert, key)):
-            yield _Text(text, (number, key, position))
-    room = TEXT_NBYTES_PER_TOKEN * request.gate_tokens
-    files: list[list[_Text]] = []
-    for position, file in enumerate(expert.positive_files):
+def _prompts(number: int, key: str, prompts: Sequence[str]) -> list[_Text]:
+    return [_Text(text, (number, key, position)) for position, text in enumerate(prompts)]
+
+
+def _of_files(number: int, files: Sequence[str], seed: int, room: int) -> list[_Text]:
+    """Passages of an expert's files, until there are `room` bytes. Files take turns, a passage each, so that none is
+    left out."""
+    drawn: list[list[_Text]] = []
+    for position, file in enumerate(files):
         place = (number, "positive_files", position)
         try:
-            drawn = passages(file, f"{request.seed} {number} {position}", room)
+            of_file = passages(file, f"{seed} {number} {position}", room)
         except PassageError as error:
             raise PromptError(place, str(error)) from error
-        files.append([_Text(text, place) for text in drawn])
-    for turn in zip_longest(*files):
+        drawn.append([_Text(text, place, True) for text in of_file])
+    taken: list[_Text] = []
+    for turn in zip_longest(*drawn):
         if room <= 0:
-            return
+            break
         for text in filter(None, turn):
             room -= len(text.text.encode())
-            yield text
+            taken.append(text)
+    return taken
 
 
-def embedding_rows(request: GateRequest, token_ids: Sequence[int]) -> Concat:
-    """The embeddings of `token_ids`, `[len(token_ids), hidden_size]`, reading these rows and no others."""
-    table = request.weight(EMBEDDING)
+def _tokens(
+    group: Sequence[_Text], ids: Mapping[str, tuple[int, ...]], start: tuple[int, ...], base: DenseModel, most: int
+) -> Iterator[tuple[int, ...]]:
+    """The tokens of each text of a group; of its passages what the context takes, and `most` at most in all."""
+    context = base.settings["max_position_embeddings"] - len(start)
+    room = most
+    for text in group:
+        tokens = ids[text.text]
+        if text.is_passage:
+            tokens = tokens[: max(0, min(PASSAGE_TOKENS, context, room))]
+            room -= len(tokens)
+            if not tokens:
+                continue
+        if wrong := _what_is_wrong(text.label, (*start, *tokens), base):
+            raise text.error(wrong)
+        yield (*start, *tokens)
+
+
+def embedding_rows(table: Expr, token_ids: Sequence[int]) -> Concat:
+    """The rows of `token_ids` in the `table` of embeddings, `[len(token_ids), hidden_size]`, reading no others."""
     return Concat(tuple(rows(table, token, token + 1) for token in token_ids), (len(token_ids), table.shape[1]))
 
 

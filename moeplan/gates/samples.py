@@ -32,18 +32,18 @@ TOKENS = 128
 RUNS_NO_CODE = "--trust-remote-code is for the base's alone"
 
 
-def samples(request: GateRequest, prompts: Prompts) -> tuple[Opaque | None, ...]:
+def samples(request: GateRequest) -> tuple[Opaque | None, ...]:
     """For each of the request's rows its passages, `[number, TOKENS]`, token ids as float32; None where there are none.
 
     Raises PromptError for a model that cannot be drawn from.
     """
     return tuple(
-        _passages(number, expert.positive_samples, request, prompts) if expert.positive_samples else None
+        _passages(number, expert.positive_samples, request) if expert.positive_samples else None
         for number, expert in enumerate(request.rows)
     )
 
 
-def _passages(number: int, count: int, request: GateRequest, prompts: Prompts) -> Opaque:
+def _passages(number: int, count: int, request: GateRequest) -> Opaque:
     model = request.models[number]
     place = (number, "positive_samples")
     if model.adapter is not None:
@@ -68,7 +68,7 @@ def _passages(number: int, count: int, request: GateRequest, prompts: Prompts) -
     params = {
         **model_params(model, trust_remote_code=False, otherwise=RUNS_NO_CODE),
         "seed": [request.seed, number],
-        "start": _start(model, prompts, place),
+        "start": _start(model, request.prompts, place),
         "never": _token_ids(model, "eos_token_id"),
         "num_layers": model.num_layers,
         "matrices": list(matrices),

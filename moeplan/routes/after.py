@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,7 @@ from moeplan.architectures.family import Family
 from moeplan.checkpoint import CONFIG, Checkpoint, CheckpointError, open_checkpoint
 from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
-from moeplan.gates import GateRequest
-from moeplan.gates.prompts import FAST, SLOW, Prompts, tokenize
+from moeplan.gates.prompts import FAST, GATE_TOKENS, SLOW, Prompts, tokenize
 from moeplan.memory import MIB, limit_nbytes
 from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
@@ -63,27 +63,21 @@ def routes_after(
     routers = _routers(checkpoint, family, base, count)
     written = _config(directory)
     config = written if written is not None and len(written.experts) == count else None
-    experts = (Expert(source_model="-"),) * count if config is None else tuple(map(_that_are_there, config.experts))
-    request = GateRequest(
-        mode="random",
-        base=base,
-        experts=experts,
-        gate_tokens=4096 if config is None else config.gate_tokens,
-        seed=options.random_seed,
-        trust_remote_code=options.trust_remote_code,
-        texts=tuple(files),
-    )
-    if config is None:
-        prompts = tokenize(request)
-    else:
-        with naming_prompts(config):
-            prompts = tokenize(request)
+    with nullcontext() if config is None else naming_prompts(config):
+        prompts = tokenize(
+            base,
+            () if config is None else [_that_are_there(expert) for expert in config.experts],
+            gate_tokens=GATE_TOKENS if config is None else config.gate_tokens,
+            seed=options.random_seed,
+            trust_remote_code=options.trust_remote_code,
+            texts=files,
+        )
     if not prompts.tokens:
         raise UserError(f"{directory}: there is no text to route: {_why_no_text(written, count)}; give --text FILE")
     names = [f"expert {n}" if config is None else config.experts[n].source_model for n in range(count)]
     groups = [*prompts.positive, *prompts.texts]
     begins = len(prompts.start)
-    labels = [*((name, number) for number, name in enumerate(names)), *((file, None) for file in files)]
+    labels = [*((names[number], number) for number in range(len(prompts.positive))), *((file, None) for file in files)]
     reads_text = config is not None and config.reads_text
     read = {prompt for group in (*prompts.positive, *prompts.negative) for prompt in group if reads_text}
     texts = [

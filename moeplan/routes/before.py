@@ -50,7 +50,7 @@ def routes_before(
     hub = Hub(options.transformers_cache)
     models = open_models(config, options, hub, reads_text=True)
     mode = gates.gate_mode(config.gate_mode)
-    request = models.gate_request(config, options, texts=tuple(files))
+    request = models.gate_request(config, options, reads_text=True, texts=files)
     with naming_prompts(config):
         device, found = evaluating(options, lambda device: scored(replace(request, device=device), mode, subject))
     graph = TensorGraph()

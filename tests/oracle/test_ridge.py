@@ -276,7 +276,7 @@ def test_files_take_turns_so_that_each_gives_its_share_of_the_tokens(checkpoint,
     for word in words:
         (tmp_path / word).write_text(f"{word} " * 20_000)
     expert = Expert(source_model="model", positive_files=[str(tmp_path / word) for word in words])
-    tokenized = tokenize(GateRequest("ridge", base, (expert,), gate_tokens=3000))
+    tokenized = tokenize(base, (expert,), gate_tokens=3000)
     decode = AutoTokenizer.from_pretrained(base.checkpoint.path).decode
     passages = [(decode(tokenized.tokens[index]), len(tokenized.tokens[index])) for index in tokenized.positive[0]]
     shares = [sum(length for text, length in passages if word in text) for word in words]
@@ -290,7 +290,7 @@ def test_files_that_give_no_token_are_refused(checkpoint, tmp_path):
     (tmp_path / "text").write_text("Where does it hurt?")
     expert = Expert(source_model="model", positive_files=[str(tmp_path / "text")])
     with pytest.raises(PromptError, match="there is no token in it that the base could be given") as refused:
-        tokenize(GateRequest("hidden", base, (expert,)))
+        tokenize(base, (expert,))
     assert refused.value.place == (0, "positive_files", 0)
 
 
@@ -300,9 +300,7 @@ def test_what_short_files_leave_is_taken_of_the_longest(checkpoint, tmp_path):
     for number in range(15):
         (tmp_path / f"note{number}").write_text(f"note {number}")
     files = [str(tmp_path / name) for name in ("book", *(f"note{number}" for number in range(15)))]
-    tokenized = tokenize(
-        GateRequest("ridge", base, (Expert(source_model="model", positive_files=files),), gate_tokens=3000)
-    )
+    tokenized = tokenize(base, (Expert(source_model="model", positive_files=files),), gate_tokens=3000)
     assert sum(len(tokenized.tokens[index]) - 1 for index in tokenized.positive[0]) == 3000
 
 
@@ -406,7 +404,7 @@ def test_a_model_without_the_base_s_bos_token_begins_with_its_own(checkpoint):
     request = GateRequest("ridge", model, (Expert(source_model="model", positive_samples=2),), models=(model,))
     own, size = model.settings["bos_token_id"], model.sizes["vocab_size"]
     for of_base, expected_start in ((size, own), (size - 1, size - 1)):
-        (drawn,) = samples(request, Prompts((), ((),), ((),), (), (of_base,)))
+        (drawn,) = samples(replace(request, prompts=Prompts((), ((),), ((),), (), (of_base,))))
         assert json.loads(drawn.params)["start"] == expected_start
 
 
@@ -419,7 +417,7 @@ def test_a_model_writes_by_the_output_matrix_that_it_stores_though_its_config_ti
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     model = as_dense_model(open_checkpoint(path))
     request = GateRequest("ridge", model, (Expert(source_model="model", positive_samples=2),), models=(model,))
-    (drawn,) = samples(request, Prompts((), ((),), ((),), (), (1,)))
+    (drawn,) = samples(replace(request, prompts=Prompts((), ((),), ((),), (), (1,))))
     assert ("lm_head.weight" in json.loads(drawn.params)["matrices"]) is has_own
 
 

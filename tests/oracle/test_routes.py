@@ -114,6 +114,14 @@ def halves_in_order(texts, base) -> list[int]:
     return found
 
 
+def test_prompts_are_tokenised_once(checkpoint, configure, monkeypatch):
+    run, started = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: started.append(command) or run(command, **kwargs))
+    config, options = config_of(configure, checkpoint("llama-plain"), gate_mode="ridge")
+    routes_before(config, "config.yml", options)
+    assert len(started) == 1
+
+
 def test_an_expert_with_one_prompt_is_not_held_out(checkpoint, configure):
     source = checkpoint("llama-plain")
     config, options = config_of(configure, source, [["Say ah"], *PROMPTS[1:]], gate_mode="hidden")
