@@ -32,7 +32,7 @@ class GateRequest:
     the rows, for modes that draw text from them. `averaged` has the weights that the merged model has in the place of
     the base's, by their names: with those the base is evaluated.
 
-    For `moeplan routes`, routers are made `without` a fold of the prompts, 0 or 1: see `moeplan.gates.prompts.folds`.
+    For `moeplan routes`, routers are made `without` a fold of the prompts, 0 or 1: see `moeplan.gates.folds`.
     """
 
     mode: str

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.dense import EMBEDDING
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.prompts import embedding_rows, kept
+from moeplan.gates.folds import kept
+from moeplan.gates.prompts import embedding_rows
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:

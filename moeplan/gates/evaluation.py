@@ -31,6 +31,7 @@ from moeplan.architectures.attention import rope_switch
 from moeplan.architectures.dense import EMBEDDING, DenseModel
 from moeplan.gates import GateRequest
 from moeplan.gates.device import BLOCKS, LIBRARIES_NBYTES
+from moeplan.gates.folds import kept
 from moeplan.gates.layers import (
     layer_weights,
     matrix_block_nbytes,
@@ -39,7 +40,7 @@ from moeplan.gates.layers import (
     skeleton_of,
     token_nbytes,
 )
-from moeplan.gates.prompts import Prompts, embedding_rows, kept
+from moeplan.gates.prompts import Prompts, embedding_rows
 from moeplan.gates.samples import sample, samples
 from moeplan.options import OptionError
 from planner.expr import DType, Expr, Opaque

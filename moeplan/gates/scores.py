@@ -12,7 +12,7 @@ from moeplan.errors import UserError
 from moeplan.gate_modes import MODES
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.evaluation import KERNELS, Evaluation
-from moeplan.gates.prompts import folds
+from moeplan.gates.folds import folds
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from moeplan.architectures.family import Family
 from moeplan.checkpoint import CONFIG, Checkpoint, CheckpointError, open_checkpoint
 from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
-from moeplan.gates.prompts import FAST, GATE_TOKENS, SLOW, Prompts, tokenize
+from moeplan.gates.prompts import GATE_TOKENS, Prompts, tokenize
+from moeplan.gates.tokenizer import FAST, SLOW
 from moeplan.memory import MIB, limit_nbytes
 from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes

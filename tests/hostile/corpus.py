@@ -16,7 +16,7 @@ from typing import Any
 from commands import sparse_llama
 
 from moeplan.checkpoint import CONFIG, INDEX, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, WEIGHTS
-from moeplan.gates import prompts
+from moeplan.gates.special_tokens import MAX_NBYTES
 from moeplan.output import MAX_TOKENIZER_NBYTES
 from moeplan.untrusted_json import MAX_VALUES
 
@@ -530,9 +530,9 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ]
 } | {
     "a tokenizer of more than is read": (
-        instead("model/tokenizer.json", sparse(prompts.MAX_NBYTES + 1)),
+        instead("model/tokenizer.json", sparse(MAX_NBYTES + 1)),
         "model/tokenizer.json",
-        f"is larger than {prompts.MAX_NBYTES:,} bytes; a real one is not",
+        f"is larger than {MAX_NBYTES:,} bytes; a real one is not",
     ),
     "a token beyond the embeddings": (
         content(

@@ -22,7 +22,7 @@ import moeplan as api
 from executor import writer
 from executor.errors import RunError
 from moeplan.errors import UserError
-from moeplan.gates import prompts
+from moeplan.gates import tokenizer
 from moeplan.staging import PARTIAL
 
 MODULES = dict.fromkeys(("open", "ftruncate", "preadv", "pwrite", "fsync", "rename", "mkdir"), os) | {"reserve": writer}
@@ -34,7 +34,7 @@ SHORT_NBYTES = 1000
 def _remember_tokens(monkeypatch) -> None:
     """What tokenises prompts is a process of its own, which takes half of a merge's time and is not to fail here."""
     answers: dict[str, dict[str, Any]] = {}
-    ask = prompts._ask
+    ask = tokenizer._ask
 
     def remembering(file: Path, request: dict[str, Any], *fds: int) -> dict[str, Any]:
         key = f"{file} {request['texts']}"
@@ -42,7 +42,7 @@ def _remember_tokens(monkeypatch) -> None:
             answers[key] = ask(file, request, *fds)
         return dict(answers[key])
 
-    monkeypatch.setattr(prompts, "_ask", remembering)
+    monkeypatch.setattr(tokenizer, "_ask", remembering)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ from moeplan.errors import MoeplanWarning
 from moeplan.gates import GateRequest
 from moeplan.gates import ridge as ridge_mode
 from moeplan.gates import samples as sampling
-from moeplan.gates.prompts import PromptError, Prompts, folds, kept, tokenize
+from moeplan.gates.folds import folds, kept
+from moeplan.gates.prompts import PromptError, Prompts, tokenize
 from moeplan.gates.samples import samples
 from moeplan.yaml_file import ConfigError
 

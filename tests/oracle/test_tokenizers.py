@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
 from moeplan.config import Expert
-from moeplan.gates import prompts
+from moeplan.gates.prompts import tokenize
 from moeplan.gates.special_tokens import special_tokens
+from moeplan.gates.tokenizer import READERS
 
 TEXTS = ["Ein Brötchen für den Doktor", "def main(): pass", "two  spaces", "雪"]
 CODE = "open({!r}, 'w')\nclass Tokenizer: pass\n"
@@ -36,7 +37,7 @@ def change_tokenizer_config(model: Path, **settings: object) -> None:
 def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives(model: Path) -> None:
     use_sentencepiece(model)
     expert = Expert(source_model="model", positive_prompts=TEXTS)
-    tokenized = prompts.tokenize(as_dense_model(open_checkpoint(model)), (expert,))
+    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
     assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
         (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
@@ -62,7 +63,7 @@ def test_the_bos_token_is_the_one_that_transformers_takes(
     )
     (model / "special_tokens_map.json").write_text(json.dumps(older))
     expert = Expert(source_model="model", positive_prompts=TEXTS[:1])
-    tokenized = prompts.tokenize(as_dense_model(open_checkpoint(model)), (expert,))
+    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     oracle = AutoTokenizer.from_pretrained(model)
     start = [] if oracle.bos_token_id is None else [oracle.bos_token_id]
     assert list(tokenized.tokens[0]) == [*start, *oracle.encode(TEXTS[0], add_special_tokens=False)]
@@ -81,7 +82,7 @@ def test_where_no_file_speaks_of_a_bos_token_its_class_has_one_as_in_transformer
         tokenizer["pre_tokenizer"] = tokenizer["decoder"] = {"type": "Metaspace", "replacement": "▁", "split": False}
         (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     expert = Expert(source_model="model", positive_prompts=TEXTS[1:2])
-    tokenized = prompts.tokenize(as_dense_model(open_checkpoint(model)), (expert,))
+    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     bos = AutoTokenizer.from_pretrained(model).bos_token_id
     assert tokenized.start == (() if bos is None else (bos,))
 
@@ -139,7 +140,7 @@ def test_special_tokens_that_are_named_beside_tokenizer_json_are_those_of_transf
     expert = Expert(source_model="model", positive_prompts=[MARKUP])
     base = as_dense_model(open_checkpoint(model))
     base = replace(base, sizes={**base.sizes, "vocab_size": len(oracle)})
-    tokenized = prompts.tokenize(base, (expert,))
+    tokenized = tokenize(base, (expert,))
     assert list(tokenized.tokens[0]) == [oracle.bos_token_id, *oracle.encode(MARKUP, add_special_tokens=False)]
 
 
@@ -159,7 +160,7 @@ def test_what_is_no_token_where_tokens_are_named_is_passed_over(tmp_path: Path) 
 def test_a_prompt_that_begins_with_the_bos_token_gets_no_second_one(model: Path) -> None:
     base = as_dense_model(open_checkpoint(model))
     once, twice = (
-        prompts.tokenize(base, (Expert(source_model="model", positive_prompts=[text]),))
+        tokenize(base, (Expert(source_model="model", positive_prompts=[text]),))
         for text in ("Guten Tag", "<s>Guten Tag")
     )
     assert twice.tokens == once.tokens
@@ -171,7 +172,7 @@ def test_a_model_that_says_minus_one_for_its_bos_token_has_none(model: Path) -> 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "bos_token_id": -1}))
     expert = Expert(source_model="model", positive_prompts=TEXTS[:1])
-    tokenized = prompts.tokenize(as_dense_model(open_checkpoint(model)), (expert,))
+    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     assert tokenized.start == ()
     assert min(tokenized.tokens[0]) >= 0
 
@@ -182,7 +183,7 @@ def test_where_nothing_reads_sentencepiece_models_one_message_says_what_to_insta
 ) -> None:
     use_sentencepiece(model)
     for package in absent:
-        monkeypatch.setitem(prompts.READERS, package, f"{package}_that_is_not_there.of_it")
+        monkeypatch.setitem(READERS, package, f"{package}_that_is_not_there.of_it")
     config = write_config(tmp_path / "config.yml", model, [model, model], gate_mode="cheap_embed")
     ran = moeplan(config, "--plan", "--i-understand-this-is-not-useful-without-training")
     assert ran.status == 2
