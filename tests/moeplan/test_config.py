@@ -687,6 +687,7 @@ def test_the_same_files_for_every_expert_are_refused_and_samples_of_different_mo
         ("ridge: .inf", "ridge: must be a number from 1e-08 to a million, not .inf"),
         ("ridge: much", "ridge: must be a number such as 0.1, not much"),
         ("gate_tokens: 0", "gate_tokens: must be from 1 to 1,048,576, not 0"),
+        ("gate_tokens: 1048577", "gate_tokens: must be from 1 to 1,048,576, not 1048577"),
         ("gate_tokens: 1.5", "gate_tokens: must be a whole number such as 2, not 1.5"),
         (
             "    positive_files: [a, '']",

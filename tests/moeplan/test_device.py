@@ -112,6 +112,17 @@ def test_whatever_is_there_is_the_cpu_where_a_gpu_cannot_be_used(config, monkeyp
         assert "--device cuda:0: it cannot be used: CUDA error: out of memory; see" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("most", "budget_mib"), [(None, 300), ("100MiB", 100), ("50%", 300), ("25%", 250), ("2GiB", 300)]
+)
+def test_no_more_of_a_gpu_s_memory_is_taken_than_is_free(monkeypatch, most, budget_mib):
+    monkeypatch.setattr(device, "_lacking", lambda name: None)
+    for function in ("ones", "mm"):
+        monkeypatch.setattr(torch, function, lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (300 * MIB, 1000 * MIB))
+    assert device.find("cuda:1", most) == Device("cuda:1", budget_mib * MIB)
+
+
 def test_a_gpu_s_name_is_part_of_the_plan_and_its_free_memory_is_not(experts, plan, monkeypatch):
     budgets = iter((1 << 30, 1 << 31))
     monkeypatch.setattr(device, "find", lambda name, _: CPU if name == "cpu" else Device("cuda:0", next(budgets)))

@@ -19,7 +19,7 @@ from huggingface_hub import constants, file_download
 import moeplan as api
 from executor import remote
 from executor.engine import Progress
-from moeplan import planning
+from moeplan import fetching, planning
 from moeplan.checkpoint import open_checkpoint
 from moeplan.hub_download import plainly
 from moeplan.staging import PARTIAL
@@ -655,6 +655,23 @@ def test_a_download_that_breaks_off_for_good_says_so_and_can_be_gone_on_with(
     hub.faults.clear()
     data(config, tmp_path / "out")
     assert written(tmp_path / "out") == local
+
+
+@pytest.mark.parametrize("is_one_disk", [True, False])
+def test_nothing_is_downloaded_where_there_is_no_space_for_it(
+    hub: Hub, config: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, is_one_disk: bool
+) -> None:
+    """A byte too few are free; on one disk the output needs its space, too."""
+    monkeypatch.setattr(fetching, "on_one_disk", lambda first, second: is_one_disk)
+    planned = data(config, tmp_path / "out", "--plan", "--no-copy-tokenizer")["plan"]
+    needed = planned["disk"]["needed_nbytes"] if is_one_disk else planned["hub"]["download_nbytes"]
+    monkeypatch.setattr(fetching, "free_nbytes", lambda directory: needed - 1)
+    ran = moeplan(config, tmp_path / "out", "--no-copy-tokenizer")
+    assert ran.status == 1
+    assert ran.error.startswith(f"{cache}: the models to download and what is made of them take {needed / 1e9:.2f} GB")
+    assert large_files(cache) == []
+    monkeypatch.setattr(fetching, "free_nbytes", lambda directory: needed)
+    assert moeplan(config, tmp_path / "out", "--no-copy-tokenizer").status == 0
 
 
 def test_a_cache_on_a_full_disk_is_one_message(

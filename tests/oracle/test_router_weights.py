@@ -3,6 +3,9 @@
 The gate of a shared expert is made of its prompts as a router's row is.
 """
 
+import json
+import re
+import shutil
 import weakref
 from itertools import combinations
 from typing import Any
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from moeplan.gates import evaluation
 from moeplan.gates.skeleton import Skeleton
+from moeplan.memory import CapError
 
 PROMPTS = [
     {"positive_prompts": ["Where does it hurt, and since when?"], "negative_prompts": ["a sword"]},
@@ -126,6 +130,25 @@ def test_the_masks_of_one_group_of_prompts_are_kept_and_no_others(checkpoint):
         assert first() is None
 
 
+def test_the_masks_of_a_group_of_prompts_are_counted(checkpoint, plan, tmp_path):
+    """There are some under windows alone: as booleans, and as the float32 that torch makes of them."""
+    windowed = checkpoint("mistral-plain")
+    without = shutil.copytree(windowed, tmp_path / "without")
+    config = json.loads((without / "config.json").read_text())
+    (without / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    _, settings = Skeleton(str(windowed), own_code=False, device="cpu").call(0, torch.zeros(1, 200, 64))
+    prompts = [{"positive_prompts": [word * 199]} for word in ("1", "2")]  # a token each, and BOS
+    counted, uncounted = (
+        plan(source, [{"source_model": source, **each} for each in prompts], gate_mode="hidden").plan.kernels
+        for source in (windowed, without)
+    )
+    masks_nbytes = 2 * 5 * settings["attention_mask"].numel()
+    for step, other in zip(counted, uncounted, strict=True):
+        if step.kernel == "decoder_layer":
+            assert json.loads(step.params)["groups"] == [[200, 200]]
+            assert step.workspace_nbytes - other.workspace_nbytes == masks_nbytes
+
+
 MANY = [" ".join(["go"] * length) for length in range(1, 61)] + ["", "x", "Guten Tag", "yes, " * 40]
 
 
@@ -187,6 +210,23 @@ def test_quantising_changes_the_routers_and_nothing_else(checkpoint, merge):
     for tensors in quantised:
         changed = {name for name in plain if not torch.equal(plain[name], tensors[name])}
         assert changed == {f"model.layers.{layer}.{MIXTRAL.names.router}" for layer in range(1, NUM_LAYERS)}
+
+
+def test_a_layer_that_is_streamed_is_read_for_each_group_of_prompts(checkpoint, plan, monkeypatch):
+    source = checkpoint("llama-plain")
+    experts = [{"source_model": source, "positive_prompts": each} for each in (["x", "Guten Tag"], ["yes, " * 40])]
+    matrices_nbytes = sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in read_tensors(source).items()
+        if tensor.dim() == 2 and name.startswith(tuple(f"model.layers.{layer}." for layer in range(NUM_LAYERS - 1)))
+    )
+    for nbytes, groups in ((evaluation.GROUP_NBYTES, 1), (1, 3)):
+        monkeypatch.setattr(evaluation, "GROUP_NBYTES", nbytes)
+        with pytest.raises(CapError) as refused:
+            plan(source, experts, gate_mode="hidden", max_memory="1MiB")
+        least = int(re.search(r"--max-memory (\d+)MiB", str(refused.value))[1])
+        planned = plan(source, experts, gate_mode="hidden", max_memory=f"{least}MiB").plan
+        assert planned.reread_nbytes == groups * matrices_nbytes
 
 
 def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
