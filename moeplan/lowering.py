@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeplan.architectures.attention import rope
-from moeplan.architectures.dense import EMBEDDING, OUTPUT_MATRIX, DenseModel, TensorSpec
+from moeplan.architectures.dense import DenseModel, TensorSpec
 from moeplan.architectures.family import Family, MlpTensor
 from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
+from moeplan.tensor_names import EMBEDDING, OUTPUT_MATRIX, is_mlp
 from moeplan.untrusted_json import show
 from planner.expr import Concat, DType, Expr, Opaque, Read, Zeros, add_noise, cast, mean, rows, scale, stack
 from planner.graph import TensorGraph
@@ -78,7 +79,7 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 why = "" if key in MUST_AGREE else ", since all that is not an MLP is averaged (backbone: average)"
                 raise CheckpointError(f"{difference}; they must be equal{why}")
             warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
-        _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if is_averaged or ".mlp." in n])
+        _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if is_averaged or is_mlp(n)])
         if is_averaged:
             _check_backbone(family, base, expert, where)
 
@@ -141,7 +142,7 @@ def averaged(config: MergeConfig, sources: Sources, dtype: DType) -> dict[str, E
     return {
         name: cast(mean([_of_backbone(expert, name, spec) for expert in sources.experts]), dtype)
         for name, spec, _ in sources.base.specs()
-        if ".mlp." not in name
+        if not is_mlp(name)
     }
 
 
@@ -182,7 +183,7 @@ class Lowering:
                 current = layer
                 self._add_moe(graph, layer)
                 self._add_zeros(graph, layer)
-            if ".mlp." in name:
+            if is_mlp(name):
                 continue
             expr = self.averaged.get(name) or base.tensor(name, spec)
             if name == OUTPUT_MATRIX:

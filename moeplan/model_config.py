@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from moeplan.architectures.attention import attention_settings
-from moeplan.architectures.dense import EMBEDDING, DenseModel
+from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
+from moeplan.tensor_names import EMBEDDING
 from planner.expr import DType
 
 DTYPE_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}

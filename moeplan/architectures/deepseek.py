@@ -8,8 +8,8 @@ embeddings: where it is not there, anything is in it.
 
 from moeplan.architectures.family import SAME_NAMES, Family, Layout, SharedExpert, separate
 from moeplan.architectures.llama import LLAMA, MISTRAL
+from moeplan.tensor_names import MLP
 
-MLP = "model.layers.{layer}.mlp."
 CODE = "deepseek-ai/deepseek-moe-16b-base--"
 
 DEEPSEEK = Family(

@@ -16,6 +16,7 @@ from typing import Any
 from moeplan.adapter import Adapter, open_adapter
 from moeplan.architectures.setting_values import complete_settings
 from moeplan.checkpoint import Checkpoint, CheckpointError, Place
+from moeplan.tensor_names import EMBEDDING, LAYER, MLP, NORM, OUTPUT_MATRIX, is_mlp
 from planner.expr import Expr, Read, Source
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -34,9 +35,6 @@ class TensorSpec:
     optional: bool = False
 
 
-EMBEDDING, NORM, OUTPUT_MATRIX = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-LAYER = "model.layers.{layer}."
-
 DECODER = (
     TensorSpec(EMBEDDING, ("vocab_size", "hidden_size")),
     TensorSpec(LAYER + "input_layernorm.weight", ("hidden_size",)),
@@ -45,9 +43,9 @@ DECODER = (
     TensorSpec(LAYER + "self_attn.v_proj.weight", ("kv_size", "hidden_size")),
     TensorSpec(LAYER + "self_attn.o_proj.weight", ("hidden_size", "q_size")),
     TensorSpec(LAYER + "post_attention_layernorm.weight", ("hidden_size",)),
-    TensorSpec(LAYER + "mlp.gate_proj.weight", ("intermediate_size", "hidden_size")),
-    TensorSpec(LAYER + "mlp.up_proj.weight", ("intermediate_size", "hidden_size")),
-    TensorSpec(LAYER + "mlp.down_proj.weight", ("hidden_size", "intermediate_size")),
+    TensorSpec(MLP + "gate_proj.weight", ("intermediate_size", "hidden_size")),
+    TensorSpec(MLP + "up_proj.weight", ("intermediate_size", "hidden_size")),
+    TensorSpec(MLP + "down_proj.weight", ("hidden_size", "intermediate_size")),
     TensorSpec(NORM, ("hidden_size",)),
     TensorSpec(OUTPUT_MATRIX, ("vocab_size", "hidden_size"), optional=True),
 )
@@ -128,7 +126,7 @@ class DenseModel:
         weights = {
             name: read
             for name, spec, _ in self.specs()
-            if (read := self.tensor(name, spec) if ".mlp." in name else self.checkpoint.tensors.get(name)) is not None
+            if (read := self.tensor(name, spec) if is_mlp(name) else self.checkpoint.tensors.get(name)) is not None
         }
         if self.settings["tie_word_embeddings"] and EMBEDDING in weights:
             weights.setdefault(OUTPUT_MATRIX, weights[EMBEDDING])
@@ -207,18 +205,13 @@ class DenseModel:
                 "embeddings (tie_word_embeddings)"
             )
 
-    def layer_tensor(self, layer: int, name: str) -> Read:
-        """Where the tensor `name` of a layer lies, as `tensor` says it."""
-        spec = next(spec for spec in self.family.tensors if spec.name == LAYER + name)
-        read = self.tensor(spec.name.format(layer=layer), spec)
-        assert read is not None  # no tensor of a layer is optional
-        return read
-
     def mlp_matrix(self, layer: int, part: str) -> Expr:
         """The matrix `part` (`gate_proj`, `up_proj`, `down_proj`) of a layer's MLP, with the adapter on it."""
-        name = f"mlp.{part}.weight"
-        read = self.layer_tensor(layer, name)
-        return read if self.adapter is None else self.adapter.applied_to(LAYER.format(layer=layer) + name, read)
+        spec = next(spec for spec in self.family.tensors if spec.name == f"{MLP}{part}.weight")
+        name = spec.name.format(layer=layer)
+        read = self.tensor(name, spec)
+        assert read is not None  # no tensor of a layer is optional
+        return read if self.adapter is None else self.adapter.applied_to(name, read)
 
     @property
     def name(self) -> str:

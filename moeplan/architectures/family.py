@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeplan.architectures.dense import DenseFamily, TensorSpec
+from moeplan.tensor_names import MLP
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -138,8 +139,8 @@ def separate(template: str, matrices: Mapping[str, str]) -> tuple[MlpTensor, ...
 SAME_NAMES = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 
 PACKED = (
-    MlpTensor("model.layers.{layer}.mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
-    MlpTensor("model.layers.{layer}.mlp.experts.down_proj", ("down_proj",)),
+    MlpTensor(MLP + "experts.gate_up_proj", ("gate_proj", "up_proj")),
+    MlpTensor(MLP + "experts.down_proj", ("down_proj",)),
 )
 """The fused experts of transformers 5: `[num_experts, 2 · intermediate_size, hidden_size]`, and
 `[num_experts, hidden_size, intermediate_size]`."""

@@ -5,9 +5,9 @@ Granite scales its embeddings, attention, residual stream and logits by settings
 
 from moeplan.architectures.dense import COMMON_DEFAULTS, DenseFamily
 from moeplan.architectures.family import CARRIED, Family, Layout, MlpTensor, SharedExpert
+from moeplan.tensor_names import LAYER
 
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-LAYER = "model.layers.{layer}."
 
 GRANITE = DenseFamily("granite", {**COMMON_DEFAULTS, **dict.fromkeys(MULTIPLIERS, 1.0)})
 

@@ -1,6 +1,7 @@
 """Qwen2 and Qwen3, dense: biases on query, key and value projections in one, norms on queries and keys in the other."""
 
-from moeplan.architectures.dense import COMMON_DEFAULTS, LAYER, DenseFamily, TensorSpec, attention_with
+from moeplan.architectures.dense import COMMON_DEFAULTS, DenseFamily, TensorSpec, attention_with
+from moeplan.tensor_names import LAYER
 
 QKV_BIASES = (
     TensorSpec(LAYER + "self_attn.q_proj.bias", ("q_size",)),

@@ -7,8 +7,7 @@ out, because llama.cpp's Qwen2-MoE needs one.
 from moeplan.architectures.family import PACKED, SAME_NAMES, Family, Layout, SharedExpert, separate
 from moeplan.architectures.llama import LLAMA, MISTRAL
 from moeplan.architectures.qwen import QKV_BIASES, QWEN2
-
-MLP = "model.layers.{layer}.mlp."
+from moeplan.tensor_names import MLP
 
 QWEN2_MOE = Family(
     names=("Qwen2 MoE", "Qwen MoE"),

@@ -2,8 +2,7 @@
 
 from moeplan.architectures.family import PACKED, SAME_NAMES, Family, Layout, separate
 from moeplan.architectures.qwen import QWEN3
-
-MLP = "model.layers.{layer}.mlp."
+from moeplan.tensor_names import MLP
 
 QWEN3_MOE = Family(
     names=("Qwen3 MoE",),

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moeplan.architectures.dense import EMBEDDING
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.folds import kept
 from moeplan.gates.prompts import embedding_rows
+from moeplan.tensor_names import EMBEDDING
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:

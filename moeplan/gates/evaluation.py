@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.errors import RunError
 from moeplan.architectures.attention import rope_switch
-from moeplan.architectures.dense import EMBEDDING, DenseModel
+from moeplan.architectures.dense import DenseModel
 from moeplan.gates import GateRequest
 from moeplan.gates.device import BLOCKS, LIBRARIES_NBYTES
 from moeplan.gates.folds import kept
@@ -43,6 +43,7 @@ from moeplan.gates.layers import (
 from moeplan.gates.prompts import Prompts, embedding_rows
 from moeplan.gates.samples import sample, samples
 from moeplan.options import OptionError
+from moeplan.tensor_names import EMBEDDING, is_mlp
 from planner.expr import DType, Expr, Opaque
 
 if TYPE_CHECKING:
@@ -140,15 +141,15 @@ class Evaluation:
     def mlp_inputs(self) -> Iterator[Opaque]:
         """What the MLP of each layer is given, and so what the router in its place will see."""
         for layer, stream in enumerate(self.entering()):
-            yield self._layer("mlp_input", layer, stream, without="mlp.")
+            yield self._layer("mlp_input", layer, stream, with_mlp=False)
 
-    def _layer(self, kernel: str, layer: int, stream: Opaque, without: str | None = None) -> Opaque:
-        """What `kernel` makes of the stream that enters `layer`, and of that layer's weights, or all but those of its
-        matrices whose names begin so."""
+    def _layer(self, kernel: str, layer: int, stream: Opaque, with_mlp: bool = True) -> Opaque:
+        """What `kernel` makes of the stream that enters `layer`, and of that layer's weights, or all but its MLP's
+        matrices."""
         base, bits = self.request.base, self.request.bits
         matrices, tensors = layer_weights(base, layer, self.request.weight)
-        if without is not None:
-            matrices = {name: tensor for name, tensor in matrices.items() if not name.startswith(without)}
+        if not with_mlp:
+            matrices = {name: tensor for name, tensor in matrices.items() if not is_mlp(name)}
         params = {
             **self._model,
             "layer": layer,

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moeplan.architectures.dense import LAYER, DenseModel
+from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG
 from moeplan.errors import MoeplanWarning
+from moeplan.tensor_names import LAYER
 from planner.expr import Expr, reads_of
 from planner.schedule import block_nbytes
 

@@ -34,6 +34,7 @@ from moeplan.architectures.attention import ORIGINAL_CONTEXT
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, CheckpointError, read_json
 from moeplan.gates.layers import own_model_class
 from moeplan.gates.linear import BlockedLinear, Padding
+from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -195,7 +196,7 @@ class Skeleton:
         of its MLP. `weights` goes through the matrices.
         """
         layer, linears = self.layers[index], self._linears[index]
-        without = set() if any(map(_is_of_mlp, matrices)) else set(filter(_is_of_mlp, linears))
+        without = set() if any(map(is_mlp, matrices)) else set(filter(is_mlp, linears))
         expected = ({name for name, _ in layer.named_parameters()} | set(linears)) - without
         different = sorted(expected ^ {*tensors, *matrices}) or sorted(set(linears) - without ^ set(matrices))
         if different:
@@ -213,10 +214,6 @@ class Skeleton:
         self._model.layers = nn.ModuleList(_NoteTaker(layer, notes) for layer in self.layers)
         self._model(inputs_embeds=embeddings, **({"use_cache": False} | settings))
         return notes
-
-
-def _is_of_mlp(name: str) -> bool:
-    return name.startswith("mlp.")
 
 
 def _model(path: Path) -> PreTrainedModel:
