@@ -19,14 +19,12 @@ from moeplan.untrusted_json import show
 from planner.expr import Concat, DType, Expr, Opaque, Read, Zeros, add_noise, cast, mean, rows, scale, stack
 from planner.graph import TensorGraph
 
-MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "residual_multiplier")
+MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
 SHOULD_AGREE = ("rope_theta", "vocab_size")
 MUST_AGREE_TO_AVERAGE = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-SHOULD_AGREE_TO_AVERAGE = (
-    *("rope_scaling", "sliding_window", "attention_multiplier", "embedding_multiplier", "logits_scaling"),
-    "rms_norm_eps",
-)
-"""Settings of the base's that its MLPs, or all that is averaged, were not trained under, if they differ."""
+SHOULD_AGREE_TO_AVERAGE = ("rope_scaling", "sliding_window", "rms_norm_eps")
+"""Settings of the base's that its MLPs, or all that is averaged, were not trained under, if they differ. A family may
+have more of its own."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 f"{base.name} model; all must be of one family"
             )
         is_averaged = config.backbone == "average" and place[0] == "experts"
-        must_agree = (*MUST_AGREE, *(MUST_AGREE_TO_AVERAGE if is_averaged else ()))
-        should_agree = (*SHOULD_AGREE, *(SHOULD_AGREE_TO_AVERAGE if is_averaged else ()))
+        of_mlps, of_backbone = (*MUST_AGREE, *base.family.of_mlps), (*SHOULD_AGREE_TO_AVERAGE, *base.family.of_backbone)
+        must_agree = (*of_mlps, *(MUST_AGREE_TO_AVERAGE if is_averaged else ()))
+        should_agree = (*SHOULD_AGREE, *(of_backbone if is_averaged else ()))
         for key in dict.fromkeys((*must_agree, *should_agree)):
             its, bases = _setting(expert, key), _setting(base, key)
             if its == bases:
@@ -76,7 +75,7 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
                 f"{base.checkpoint.label}"
             )
             if key in must_agree:
-                why = "" if key in MUST_AGREE else ", since all that is not an MLP is averaged (backbone: average)"
+                why = "" if key in of_mlps else ", since all that is not an MLP is averaged (backbone: average)"
                 raise CheckpointError(f"{difference}; they must be equal{why}")
             warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
         _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if is_averaged or is_mlp(n)])

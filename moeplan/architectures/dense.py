@@ -9,12 +9,12 @@ complete settings. The families themselves stand beside the MoE families that ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeplan.adapter import Adapter, open_adapter
-from moeplan.architectures.setting_values import complete_settings
+from moeplan.architectures.setting_values import Kind, complete_settings
 from moeplan.checkpoint import Checkpoint, CheckpointError, Place
 from moeplan.tensor_names import EMBEDDING, LAYER, MLP, NORM, OUTPUT_MATRIX, is_mlp
 from planner.expr import Expr, Read, Source
@@ -64,6 +64,15 @@ class DenseFamily:
     model_type: str
     defaults: Mapping[str, Any]
     tensors: tuple[TensorSpec, ...] = DECODER
+
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """What settings of its own must be; `setting_values.KINDS` has those of all families."""
+
+    of_mlps: tuple[str, ...] = ()
+    """Settings of its own that change what an MLP must learn: an expert's must be the base's."""
+
+    of_backbone: tuple[str, ...] = ()
+    """Settings of its own that change what all else must learn: where that is averaged, a difference is warned of."""
 
 
 COMMON_DEFAULTS: Mapping[str, Any] = {
@@ -225,7 +234,7 @@ class DenseModel:
 
 def dense_model(checkpoint: Checkpoint, family: DenseFamily) -> DenseModel:
     """See `checkpoint` as a model of `family`. Raises CheckpointError where its settings cannot be."""
-    settings = complete_settings(checkpoint, family.defaults)
+    settings = complete_settings(checkpoint, family.defaults, family.kinds)
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     if settings["head_dim"] is None:

@@ -5,11 +5,18 @@ Granite scales its embeddings, attention, residual stream and logits by settings
 
 from moeplan.architectures.dense import COMMON_DEFAULTS, DenseFamily
 from moeplan.architectures.family import CARRIED, Family, Layout, MlpTensor, SharedExpert
+from moeplan.architectures.setting_values import DIVISOR, MULTIPLIER
 from moeplan.tensor_names import LAYER
 
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
-GRANITE = DenseFamily("granite", {**COMMON_DEFAULTS, **dict.fromkeys(MULTIPLIERS, 1.0)})
+GRANITE = DenseFamily(
+    "granite",
+    {**COMMON_DEFAULTS, **dict.fromkeys(MULTIPLIERS, 1.0)},
+    kinds={**dict.fromkeys(MULTIPLIERS, MULTIPLIER), "logits_scaling": DIVISOR},
+    of_mlps=("residual_multiplier",),
+    of_backbone=("attention_multiplier", "embedding_multiplier", "logits_scaling"),
+)
 
 GRANITE_MOE_SHARED = Family(
     names=("Granite MoE",),

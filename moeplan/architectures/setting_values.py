@@ -62,6 +62,7 @@ def _is_end(value: Any) -> bool:
 
 FRACTION: Kind = ("a number from 0 to 1", lambda value: is_number(value, 0, 1))
 MULTIPLIER: Kind = (f"a number, of at most {MAX_NUMBER:g}", is_number)
+DIVISOR: Kind = (f"a number other than 0, of at most {MAX_NUMBER:g}", lambda value: is_number(value) and value != 0)
 SWITCH: Kind = ("true or false", lambda value: isinstance(value, bool))
 TOKEN_ID: Kind = ("a token's id, or null", lambda value: value is None or is_token_id(value))
 
@@ -87,26 +88,19 @@ KINDS: Mapping[str, Kind] = {
         "a list of names, one for each layer, or null",
         lambda value: value is None or (isinstance(value, list) and all(isinstance(kind, str) for kind in value)),
     ),
-    "embedding_multiplier": MULTIPLIER,
-    "attention_multiplier": MULTIPLIER,
-    "residual_multiplier": MULTIPLIER,
-    "logits_scaling": (
-        f"a number other than 0, of at most {MAX_NUMBER:g}",
-        lambda value: is_number(value) and value != 0,
-    ),
 }
-"""Of the settings that are no whole numbers, which `Checkpoint.integer` checks."""
+"""Of the settings that several families have, but for whole numbers, which `Checkpoint.integer` checks, and RoPE's."""
 
 
-def complete_settings(checkpoint: Checkpoint, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def complete_settings(checkpoint: Checkpoint, defaults: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """What `config.json` says for each key of `defaults`, else the default. A null stands where null means something.
 
-    Raises CheckpointError for what is not of the key's kind.
+    Raises CheckpointError for what is not of the key's kind, of `kinds` or `KINDS`.
     """
-    settings = {}
+    settings, kinds = {}, {**KINDS, **kinds}
     for key, default in defaults.items():
         value = checkpoint.config.get(key, default)
-        expected, is_kind = KINDS.get(key, ("", lambda _: True))
+        expected, is_kind = kinds.get(key, ("", lambda _: True))
         if value is None and not is_kind(None):
             value = default
         if not is_kind(value):

@@ -1,6 +1,7 @@
 """Which output family a merge is written as, what a family refuses, and that nothing was left to another's defaults."""
 
 import json
+import shutil
 from dataclasses import fields
 from itertools import accumulate, pairwise
 from math import prod
@@ -11,7 +12,8 @@ from families import CASES, OUTPUTS, Case, plain_recipe
 from transformers import AutoConfig, PretrainedConfig
 
 from moeplan import gates
-from moeplan.architectures import DENSE_FAMILIES, FAMILIES
+from moeplan.architectures import DENSE_FAMILIES, FAMILIES, as_dense_model, attention
+from moeplan.checkpoint import CheckpointError, open_checkpoint
 from moeplan.errors import UserError
 from moeplan.lowering import Lowering
 from moeplan.report import plan_data
@@ -350,6 +352,21 @@ WRITTEN_FOR_ALL = {
 }
 # Read only where there is a sliding window; they are written then.
 OF_WINDOWS = {"max_window_layers", "layer_types"}
+
+
+def settings_of(source: Path) -> tuple[object, ...]:
+    model = as_dense_model(open_checkpoint(source))
+    return model.settings, attention.rope(model), model.windows()
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_no_setting_of_a_source_is_taken_whatever_it_is(family, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint(f"{family}-plain"), tmp_path / "source")
+    config = {"model_type": family, "use_sliding_window": True, "sliding_window": 8}
+    for key in DENSE_FAMILIES[family].defaults:
+        (source / "config.json").write_text(json.dumps({**config, key: {"a": 1}}))
+        with pytest.raises(CheckpointError, match=f"config.json: `?{key}`? is {{'a': 1}}; it must be"):
+            settings_of(source)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
