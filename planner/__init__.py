@@ -1,1 +1,1 @@
-"""The planner: tensors, bytes, budgets and file layouts. It knows no model, no YAML, no thread, and reads no file."""
+"""The planner: tensors, bytes, budgets and file layouts. It knows no model and no YAML, and reads no file."""

@@ -1,4 +1,5 @@
-"""What an output family is: data. One file beside this one declares each, and `moeplan.lowering` reads them all."""
+"""What an output family is: data. One file beside this one declares each; `moeplan.lowering` makes its tensors of that,
+`moeplan.model_config` its config.json."""
 
 from __future__ import annotations
 
