@@ -8,9 +8,10 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from executor.errors import RunError
+from moeplan.disk import free_nbytes, on_one_disk
 from moeplan.gates.special_tokens import ADDED_TOKENS, SPECIAL_TOKENS_MAP
 from moeplan.hub import Snapshot
-from moeplan.output import MAX_TOKENIZER_NBYTES, TOKENIZER_CONFIG, free_nbytes, is_tokenizer_file, on_one_disk
+from moeplan.tokenizer_files import MAX_NBYTES, MAX_READ_NBYTES, TOKENIZER_CONFIG, is_tokenizer_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ def fetch_tokenizer(base: Snapshot, *, with_code: bool) -> None:
     only_fast = base.has(FAST_TOKENIZER[0]) and not with_code
     wanted = FAST_TOKENIZER if only_fast else [n for n in base.names() if is_tokenizer_file(n)]
     wanted = [*wanted, *(n for n in base.names() if with_code and n.endswith(".py"))]
-    base.fetch(wanted, MAX_TOKENIZER_NBYTES)
+    base.fetch(wanted, MAX_READ_NBYTES)
 
 
 def files_to_fetch(base: Snapshot) -> Mapping[str, int]:
@@ -49,7 +50,7 @@ def fetch(merge_plan: MergePlan, out: Path, on_progress: OnProgress | None) -> N
     _check_space(merge_plan, out)
     base = hub.snapshot(merge_plan.sources.base.checkpoint.path)
     if base is not None:
-        base.fetch(merge_plan.missing, MAX_TOKENIZER_NBYTES)
+        base.fetch(merge_plan.missing, MAX_NBYTES)
     lock = Lock()
     done = sum(merge_plan.missing.values())
 

@@ -1,130 +1,23 @@
-"""What goes beside the weights, and the space for all of it. How it appears in its place: `moeplan.staging`."""
+"""What goes beside the weights. How it appears in its place: `moeplan.staging`."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from executor.errors import RunError
 from executor.files import copy_file, sync, write_file
-from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.errors import MoeplanWarning, UserError
-from moeplan.untrusted_json import show
+from moeplan.errors import UserError
 
 RECORD = "moeplan.json"
 CARD = "README.md"
 CONFIG_COPY = "moeplan_config.yml"
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",  # Mistral's, for mistral-common
-    "tokenizer.model.v7",
-    "tekken.json",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-TEMPLATES = "additional_chat_templates"
-TEMPLATE = re.compile(rf"{TEMPLATES}/[\w.-]+\.jinja")
-CODE = re.compile(r"tokenization_\w+\.py")
-"""Code that belongs to a tokenizer: copied, and never run."""
-
-MAX_TOKENIZER_CONFIG_NBYTES = 8 << 20
-MAX_TOKENIZER_NBYTES = 256 << 20
-MAX_TOKENIZER_FILES = 256
-WITHOUT = "use --no-copy-tokenizer to go without"
-
 
 class OutputError(UserError):
     """The output directory cannot be used."""
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of a model on the Hub, by its path there, is one that `tokenizer_files` would take."""
-    return name in TOKENIZER_FILES or any(pattern.fullmatch(name) for pattern in (TEMPLATE, CODE))
-
-
-def existing(directory: Path) -> Path:
-    """`directory`, or the nearest directory above it that exists."""
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
-
-
-def on_one_disk(first: Path, second: Path) -> bool:
-    """Whether two directories, which need not be there yet, are or will be on one file system."""
-    return existing(first).stat().st_dev == existing(second).stat().st_dev
-
-
-def free_nbytes(directory: Path) -> int:
-    """The space that is free where `directory` is or will be."""
-    return shutil.disk_usage(existing(directory)).free
-
-
-def tokenizer_files(source: Path) -> list[Path]:
-    """The files of a checkpoint that a merged model takes over as they are.
-
-    Raises CheckpointError for one that is really a file of another place, or a git-LFS pointer, or not a plain file of
-    sane size.
-    """
-    names = [name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
-    names += sorted(file.name for file in source.glob("tokenization_*.py") if CODE.fullmatch(file.name))
-    templates = source / TEMPLATES
-    if templates.is_dir():
-        found = sorted(str(file.relative_to(source)) for file in templates.glob("*.jinja"))
-        names += filter(TEMPLATE.fullmatch, found)
-        strange = [name for name in found if not TEMPLATE.fullmatch(name)]
-        if strange:
-            warnings.warn(
-                f"{source}: {', '.join(map(show, strange[:3]))}: not copied, since no chat template has such a name",
-                MoeplanWarning,
-                stacklevel=2,
-            )
-    if len(names) > MAX_TOKENIZER_FILES:
-        raise CheckpointError(f"{templates}: holds {len(names):,} files ({WITHOUT})")
-    for name in names:
-        try:
-            with opened(source, name) as file:
-                nbytes = os.fstat(file.fileno()).st_size
-                refuse_lfs_pointer(source / name, file.read(len(LFS_POINTER)))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} ({WITHOUT})") from None
-        if nbytes > MAX_TOKENIZER_NBYTES:
-            raise CheckpointError(f"{source / name}: is larger than {MAX_TOKENIZER_NBYTES:,} bytes ({WITHOUT})")
-    return [source / name for name in names]
-
-
-def missing_code(directory: Path) -> list[str]:
-    """The files of code that the tokenizer in `directory` names, and that are not there."""
-    try:
-        named = read_json(directory, TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG_NBYTES).get("auto_map")
-    except CheckpointError:  # it is copied as it is, whatever is in it
-        return []
-    classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
-    modules = {
-        name.rpartition(".")[0]
-        for name in (classes if isinstance(classes, list) else [classes])
-        if isinstance(name, str) and "--" not in name
-    }
-    return sorted(f"{module}.py" for module in modules if module and not os.path.lexists(directory / f"{module}.py"))
 
 
 def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Path], source: Path) -> None:

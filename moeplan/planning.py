@@ -12,6 +12,7 @@ from executor.routing import physical_nbytes
 from moeplan import gates
 from moeplan.architectures.family import Family
 from moeplan.config import MergeConfig
+from moeplan.disk import existing, on_one_disk
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import files_to_fetch
 from moeplan.gates.device import CPU, Device, evaluating
@@ -22,9 +23,10 @@ from moeplan.model_card import Source, sources_of, warn_of_licences
 from moeplan.model_config import model_config
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
-from moeplan.output import CARD, CONFIG_COPY, OutputError, existing, on_one_disk, tokenizer_files
+from moeplan.output import CARD, CONFIG_COPY, OutputError
 from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
+from moeplan.tokenizer_files import tokenizer_files
 from planner.expr import DType, RemoteFile
 from planner.plan import Plan
 

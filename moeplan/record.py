@@ -22,9 +22,9 @@ from moeplan.checkpoint import CONFIG
 from moeplan.fetching import FAST_TOKENIZER
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
-from moeplan.output import TOKENIZER_FILES
 from moeplan.safetensors_header import LENGTH_NBYTES
 from moeplan.staging import COMMITS, PLAN
+from moeplan.tokenizer_files import TOKENIZER_FILES
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from moeplan.checkpoint import CONFIG, CheckpointError, opened
 from moeplan.model_card import is_own_card
-from moeplan.output import CARD, CONFIG_COPY, RECORD, TEMPLATES, is_tokenizer_file
+from moeplan.output import CARD, CONFIG_COPY, RECORD
+from moeplan.tokenizer_files import TEMPLATES, is_tokenizer_file
 
 WEIGHTS_FILES = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model(-.*)?\.bin(\.index\.json)?")
 """What loaders may take for a model's weights. A GGUF that somebody made of the model is a model of its own."""

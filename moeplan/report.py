@@ -15,10 +15,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from moeplan.disk import free_nbytes
 from moeplan.memory import ESTIMATE, MIB
 from moeplan.merging import MergeResult
 from moeplan.model_config import DTYPE_NAMES
-from moeplan.output import free_nbytes
 from moeplan.planning import MergePlan
 from moeplan.routing import RouterFacts
 from moeplan.wording import count

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.checkpoint import CheckpointError, read_json
-from moeplan.output import TOKENIZER_CONFIG
+from moeplan.tokenizer_files import MAX_READ_NBYTES, TOKENIZER_CONFIG
 from moeplan.untrusted_json import show
 
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -24,9 +24,6 @@ SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json
 LLAMA_CLASSES, LLAMA_BOS = ("LlamaTokenizer", "LlamaTokenizerFast"), "<s>"
 """Where tokenizer_config.json does not speak of BOS, these classes of transformers have one, unless the tokenizer works
 on bytes, which they do not (tokenization_auto.py, `_tokenizer_json_has_byte_level`)."""
-
-MAX_NBYTES = 64 << 20
-"""Of a tokenizer file. The largest honest ones, of a quarter million tokens, have 35 MB."""
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -83,7 +80,7 @@ def special_tokens(path: Path) -> SpecialTokens:
 
 
 def _read(path: Path, name: str) -> dict[str, Any] | None:
-    return read_json(path, name, MAX_NBYTES) if os.path.lexists(path / name) else None
+    return read_json(path, name, MAX_READ_NBYTES) if os.path.lexists(path / name) else None
 
 
 def _named(said: Mapping[str, Any]) -> Iterator[AddedToken]:

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
-from moeplan.gates.special_tokens import MAX_NBYTES, special_tokens
-from moeplan.output import TOKENIZER_CONFIG, TOKENIZER_FILES
+from moeplan.gates.special_tokens import special_tokens
+from moeplan.tokenizer_files import MAX_READ_NBYTES, TOKENIZER_CONFIG, TOKENIZER_FILES
 from moeplan.untrusted_json import show
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
@@ -77,7 +77,7 @@ def encode(
 def _has_own_tokenizer(path: Path) -> bool:
     """Whether the model in `path` names tokenizer code of its own."""
     there = os.path.lexists(path / TOKENIZER_CONFIG)
-    named = read_json(path, TOKENIZER_CONFIG, MAX_NBYTES).get("auto_map") if there else None
+    named = read_json(path, TOKENIZER_CONFIG, MAX_READ_NBYTES).get("auto_map") if there else None
     return isinstance(named, dict) and "AutoTokenizer" in named
 
 
@@ -116,8 +116,8 @@ def _ask_fast(model: DenseModel, request: dict[str, Any], text_nbytes: int) -> d
 def _check_file(where: Path, file: BinaryIO) -> int:
     nbytes = os.fstat(file.fileno()).st_size
     refuse_lfs_pointer(where, os.pread(file.fileno(), len(LFS_POINTER), 0))  # the descriptor's position is another's
-    if nbytes > MAX_NBYTES:
-        raise CheckpointError(f"{where}: is larger than {MAX_NBYTES:,} bytes; a real one is not")
+    if nbytes > MAX_READ_NBYTES:
+        raise CheckpointError(f"{where}: is larger than {MAX_READ_NBYTES:,} bytes; a real one is not")
     return nbytes
 
 

@@ -22,8 +22,8 @@ from moeplan.checkpoint import CONFIG, INDEX, WEIGHTS, CheckpointError, open_che
 from moeplan.config import load_config
 from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.special_tokens import special_tokens
-from moeplan.output import TOKENIZER_CONFIG
 from moeplan.safetensors_header import LENGTH_NBYTES
+from moeplan.tokenizer_files import TOKENIZER_CONFIG
 from moeplan.yaml_file import ConfigError
 
 Target = Callable[[bytes], None]

@@ -16,8 +16,7 @@ from typing import Any
 from commands import sparse_llama
 
 from moeplan.checkpoint import CONFIG, INDEX, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, WEIGHTS
-from moeplan.gates.special_tokens import MAX_NBYTES
-from moeplan.output import MAX_TOKENIZER_NBYTES
+from moeplan.tokenizer_files import MAX_NBYTES, MAX_READ_NBYTES
 from moeplan.untrusted_json import MAX_VALUES
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n"
@@ -429,7 +428,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a tokenizer of 1 TB": (
         instead("model/tokenizer.json", sparse(10**12)),
         "model/tokenizer.json",
-        f"is larger than {MAX_TOKENIZER_NBYTES:,} bytes (use --no-copy-tokenizer",
+        f"is larger than {MAX_NBYTES:,} bytes (use --no-copy-tokenizer",
     ),
     "weights of 1 TB": (
         instead(f"model/{WEIGHTS}", sparse(10**12)),
@@ -530,9 +529,9 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ]
 } | {
     "a tokenizer of more than is read": (
-        instead("model/tokenizer.json", sparse(MAX_NBYTES + 1)),
+        instead("model/tokenizer.json", sparse(MAX_READ_NBYTES + 1)),
         "model/tokenizer.json",
-        f"is larger than {MAX_NBYTES:,} bytes; a real one is not",
+        f"is larger than {MAX_READ_NBYTES:,} bytes; a real one is not",
     ),
     "a token beyond the embeddings": (
         content(

@@ -23,6 +23,7 @@ from moeplan import fetching, planning
 from moeplan.checkpoint import open_checkpoint
 from moeplan.hub_download import plainly
 from moeplan.staging import PARTIAL
+from moeplan.tokenizer_files import MAX_READ_NBYTES
 from planner.schedule import COPYING
 
 MIB = 1 << 20
@@ -801,6 +802,19 @@ def test_files_that_no_honest_model_has_are_refused_before_they_are_fetched(
     (evil / "config.json").write_bytes((models[BASE] / "config.json").read_bytes())
     hub.salt = "corrected"
     assert "its header would take 1,099,511,627,776 bytes" in refused(config)
+
+
+def test_a_tokenizer_of_more_than_prompts_are_read_with_is_refused_before_it_is_fetched(
+    hub: Hub, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    large = shutil.copytree(models[BASE], tmp_path / "large")
+    os.truncate(large / "tokenizer.json", MAX_READ_NBYTES + 1)
+    hub.add("org/large", large)
+    experts = ["org/large", EXPERT]
+    config = write_config(tmp_path / "config.yml", "org/large", experts, gate_mode="cheap_embed")
+    assert f"org/large/tokenizer.json: is larger than {MAX_READ_NBYTES:,} bytes" in refused(config)
+    assert hub.moved["tokenizer.json"] == 0
+    assert moeplan(write_config(tmp_path / "random.yml", "org/large", experts), "--plan").status == 0
 
 
 def test_a_model_without_weights_on_the_hub_is_refused_by_what_it_holds(

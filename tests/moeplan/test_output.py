@@ -7,12 +7,16 @@ import pytest
 from commands import snapshot
 
 from executor.errors import RunError
+from moeplan.disk import free_nbytes
 from moeplan.errors import MoeplanWarning
-from moeplan.output import (
-    free_nbytes,
-    tokenizer_files,
-    write_beside,
-)
+from moeplan.output import write_beside
+from moeplan.tokenizer_files import MAX_READ_NBYTES, missing_code, tokenizer_files
+
+
+@pytest.mark.parametrize("nbytes", [0, MAX_READ_NBYTES - 100])
+def test_code_is_missed_that_a_tokenizer_config_names_however_long_it_is(tmp_path, nbytes):
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'.ljust(nbytes))
+    assert missing_code(tmp_path) == ["own.py"]
 
 
 def test_what_stands_beside_the_weights_is_written_and_copied(tmp_path):

@@ -20,7 +20,7 @@ from transformers import (
     tokenization_utils_base,
 )
 
-from moeplan.output import TOKENIZER_FILES
+from moeplan.tokenizer_files import TOKENIZER_FILES
 
 COPIED = [
     "tokenizer.json",
