@@ -58,16 +58,18 @@ class Models:
                 )
         return gates.GateRequest(
             mode=config.gate_mode,
-            base=self.sources.base,
+            base=gates.Base(
+                self.sources.base,
+                averaged=lowering.averaged(config, self.sources, self.dtype(config)),
+                bits=options.bits,
+                trust_remote_code=options.trust_remote_code,
+            ),
             experts=config.experts,
             shared=gated,
             models=self.sources.experts + (self.sources.shared if is_gated else ()),
             prompts=prompts,
             ridge=config.ridge,
             seed=options.random_seed,
-            bits=options.bits,
-            trust_remote_code=options.trust_remote_code,
-            averaged=lowering.averaged(config, self.sources, self.dtype(config)),
         )
 
 

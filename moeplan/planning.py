@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     request = models.gate_request(config, options, reads_text=config.reads_text)
     with naming_prompts(config):
         if mode.evaluates:
-            device, routers = evaluating(options, lambda device: mode.routers(replace(request, device=device)))
+            device, routers = evaluating(options, lambda device: mode.routers(request.on(device)))
         else:
             device, routers = CPU, mode.routers(request)
     graph = Lowering(
@@ -178,7 +178,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         dtype=dtype,
         layout=_layout(family, options.expert_layout),
         seed=options.random_seed,
-        averaged=request.averaged,
+        averaged=request.base.averaged,
     ).graph()
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:

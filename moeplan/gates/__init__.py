@@ -7,7 +7,7 @@ that compute the opaque ones. Planning imports neither torch nor transformers: k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -23,30 +23,43 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The base `model`, and how it is evaluated.
+
+    `averaged` has the weights that the merged model has in the place of its own, by their names: it is evaluated with
+    those. `bits` is 8 or 4 where that is to be done quantised, else 0; `device` is where it is done. With
+    `trust_remote_code` code that the model brings with it is run.
+    """
+
+    model: DenseModel
+    averaged: Mapping[str, Expr] = field(default_factory=dict)
+    bits: int = 0
+    device: Device = CPU
+    trust_remote_code: bool = False
+
+    def weight(self, name: str) -> Expr:
+        """The weight `name`, as it is to be evaluated."""
+        return self.averaged.get(name, self.model.checkpoint.tensors[name])
+
+
+@dataclass(frozen=True)
 class GateRequest:
-    """What routers are made for: the gate `mode`, the `base` model whose residual stream they will see, the experts.
+    """What routers are made for: the gate `mode`, the `base` whose residual stream they will see, the experts.
 
     A `shared` expert that has a gate stands behind the routed ones. `prompts` are those of both, none where the mode
-    reads no text. `bits` is 8 or 4 where the base is to be evaluated quantised, else 0; `device` is where that is done.
-    With `trust_remote_code` code that the base brings with it is run. `ridge` is the config's. `models` are those of
-    the rows, for modes that draw text from them. `averaged` has the weights that the merged model has in the place of
-    the base's, by their names: with those the base is evaluated.
+    reads no text. `ridge` is the config's. `models` are those of the rows, for modes that draw text from them.
 
     For `moeplan routes`, routers are made `without` a fold of the prompts, 0 or 1: see `moeplan.gates.folds`.
     """
 
     mode: str
-    base: DenseModel
+    base: Base
     experts: tuple[Expert, ...]
     shared: tuple[Expert, ...] = ()
     models: tuple[DenseModel, ...] = ()
     prompts: Prompts = field(default_factory=Prompts)
     ridge: float = 0.1
     seed: int = 0
-    bits: int = 0
-    device: Device = CPU
-    trust_remote_code: bool = False
-    averaged: Mapping[str, Expr] = field(default_factory=dict)
     without: int | None = None
 
     @property
@@ -57,11 +70,11 @@ class GateRequest:
     @property
     def router_shape(self) -> Shape:
         """`(num_rows, hidden_size)`."""
-        return len(self.rows), self.base.hidden_size
+        return len(self.rows), self.base.model.hidden_size
 
-    def weight(self, name: str) -> Expr:
-        """The base's weight `name`, as it is to be evaluated."""
-        return self.averaged.get(name, self.base.checkpoint.tensors[name])
+    def on(self, device: Device) -> GateRequest:
+        """The same, with the base evaluated on `device`."""
+        return replace(self, base=replace(self.base, device=device))
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ def routers(request: GateRequest) -> list[Opaque]:
         "positive": [counts(indices) for indices in positive],
         "negative": [counts(indices) for indices in negative],
     }
-    rows = embedding_rows(request.weight(EMBEDDING), vocabulary)
+    rows = embedding_rows(request.base.weight(EMBEDDING), vocabulary)
     workspace = 2 * 4 * rows.numel
     router = Opaque("cheap_embed", json.dumps(params), (rows,), DType.F32, request.router_shape, workspace)
-    return [router] * request.base.num_layers
+    return [router] * request.base.model.num_layers
 
 
 def cheap_embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:

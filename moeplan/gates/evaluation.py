@@ -74,8 +74,8 @@ class Evaluation:
 
     @staticmethod
     def of(request: GateRequest) -> Evaluation:
-        if request.bits:
-            _check_bitsandbytes(request.bits)
+        if request.base.bits:
+            _check_bitsandbytes(request.base.bits)
         return Evaluation(request, samples(request))
 
     @property
@@ -120,21 +120,21 @@ class Evaluation:
             "rows": [row[token] for ids in prompts.tokens for token in ids],
             "start": prompts.start,
         }
-        table = self.request.weight(EMBEDDING)
+        table = base.weight(EMBEDDING)
         rows = embedding_rows(table, vocabulary) if vocabulary else None
-        shape = (sum(self.lengths), base.hidden_size)
+        shape = (sum(self.lengths), base.model.hidden_size)
         stream = Opaque(
             "embed",
             json.dumps(params),
             (*([] if rows is None else [rows]), *drawn),
             DType.F32,
             shape,
-            4 * len(vocabulary) * base.hidden_size + self._workspace_nbytes,
+            4 * len(vocabulary) * base.model.hidden_size + self._workspace_nbytes,
             weights=(table,) if drawn else (),
             block_nbytes=rows_nbytes(1, table) if drawn else 0,
         )
         yield stream
-        for layer in range(base.num_layers - 1):
+        for layer in range(base.model.num_layers - 1):
             stream = self._layer("decoder_layer", layer, stream)
             yield stream
 
@@ -146,8 +146,8 @@ class Evaluation:
     def _layer(self, kernel: str, layer: int, stream: Opaque, with_mlp: bool = True) -> Opaque:
         """What `kernel` makes of the stream that enters `layer`, and of that layer's weights, or all but its MLP's
         matrices."""
-        base, bits = self.request.base, self.request.bits
-        matrices, tensors = layer_weights(base, layer, self.request.weight)
+        base, bits = self.request.base, self.request.base.bits
+        matrices, tensors = layer_weights(base.model, layer, base.weight)
         if not with_mlp:
             matrices = {name: tensor for name, tensor in matrices.items() if not is_mlp(name)}
         params = {
@@ -161,8 +161,8 @@ class Evaluation:
         most_tokens = max(len(group) * max(group) for group in self._groups)
         block = max(matrix_block_nbytes(matrix, most_tokens) for matrix in matrices.values())
         vectors = sum(4 * tensor.numel for tensor in tensors.values())
-        scores = _gpu_scores_nbytes(base, self._groups)
-        self.request.device.check(self._workspace_nbytes + scores + BLOCKS * block + vectors + LIBRARIES_NBYTES)
+        scores = _gpu_scores_nbytes(base.model, self._groups)
+        base.device.check(self._workspace_nbytes + scores + BLOCKS * block + vectors + LIBRARIES_NBYTES)
         return Opaque(
             kernel,
             json.dumps(params),
@@ -177,18 +177,19 @@ class Evaluation:
 
     @cached_property
     def _model(self) -> dict[str, Any]:
-        params, device = model_params(self.request.base, self.request.trust_remote_code), self.request.device
-        return params | ({"device": device.name} if device.is_gpu else {})
+        base = self.request.base
+        device = {"device": base.device.name} if base.device.is_gpu else {}
+        return model_params(base.model, base.trust_remote_code) | device
 
     @cached_property
     def _groups(self) -> list[list[int]]:
-        base = self.request.base
+        base = self.request.base.model
         most_tokens, switch = GROUP_NBYTES // token_nbytes(base), rope_switch(base)
         return [group for part in self._parts for group in _groups(part, most_tokens, switch)]
 
     @cached_property
     def _workspace_nbytes(self) -> int:
-        return _workspace_nbytes(self.request.base, self._groups)
+        return _workspace_nbytes(self.request.base.model, self._groups)
 
 
 def _check_bitsandbytes(bits: int) -> None:

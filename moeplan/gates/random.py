@@ -22,7 +22,7 @@ def routers(request: GateRequest) -> list[Opaque]:
     """A router of its own for each layer, from the seed and the layer's number alone."""
     return [
         Opaque(request.mode, json.dumps({"seed": request.seed, "layer": layer}), (), DType.F32, request.router_shape)
-        for layer in range(request.base.num_layers)
+        for layer in range(request.base.model.num_layers)
     ]
 
 

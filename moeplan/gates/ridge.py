@@ -100,7 +100,7 @@ def routers(request: GateRequest) -> list[Opaque]:
         }
     )
     workspace = max(
-        workspace_nbytes(problem.num_tokens(lengths, bos), request.base.hidden_size, len(request.rows))
+        workspace_nbytes(problem.num_tokens(lengths, bos), request.base.model.hidden_size, len(request.rows))
         for problem in wanted
     )
     return [

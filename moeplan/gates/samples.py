@@ -49,7 +49,7 @@ def _passages(number: int, count: int, request: GateRequest) -> Opaque:
     place = (number, "positive_samples")
     if model.adapter is not None:
         raise PromptError(place, f"{model.label} has an adapter on it, and passages are drawn from whole models alone")
-    if model.sizes["vocab_size"] > request.base.sizes["vocab_size"]:
+    if model.sizes["vocab_size"] > request.base.model.sizes["vocab_size"]:
         raise PromptError(place, f"{model.label} has a larger vocabulary than the base, which must read its passages")
     if model.settings["max_position_embeddings"] <= TOKENS:
         raise PromptError(place, f"{model.label} has a context of no more than {TOKENS} tokens, which passages have")

@@ -52,7 +52,7 @@ def routes_before(
     mode = gates.gate_mode(config.gate_mode)
     request = models.gate_request(config, options, reads_text=True, texts=files)
     with naming_prompts(config):
-        device, found = evaluating(options, lambda device: scored(replace(request, device=device), mode, subject))
+        device, found = evaluating(options, lambda device: scored(request.on(device), mode, subject))
     graph = TensorGraph()
     for layer, (router, scores) in enumerate(zip(found.routers, found.scores, strict=True)):
         graph.add(f"router.{layer}", router)

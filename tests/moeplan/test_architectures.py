@@ -236,7 +236,8 @@ def test_packed_needs_no_more_memory_than_separate(architecture, dtype, large_ll
     experts = [{"source_model": large_llama, "noise_scale": 0.1 * (n % 2)} for n in range(8)]
     config, _ = configure(large_llama, experts, **settings)
     merge_plan = plan(large_llama, experts, **settings)
-    request = gates.GateRequest("random", merge_plan.sources.base, config.experts, config.shared_experts)
+    base = gates.Base(merge_plan.sources.base)
+    request = gates.GateRequest("random", base, config.experts, config.shared_experts)
     graphs = {
         layout: Lowering(
             config=config,

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_router_weights import MANY, SHARED_PROMPTS, case_of, has_gate, router_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from moeplan import gates
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import CheckpointError, open_checkpoint
 from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
-from moeplan.gates import GateRequest
 from moeplan.gates import ridge as ridge_mode
 from moeplan.gates import samples as sampling
 from moeplan.gates.folds import folds, kept
@@ -402,7 +402,9 @@ def test_passages_that_experts_write_are_those_that_transformers_draws(recipe, c
 
 def test_a_model_without_the_base_s_bos_token_begins_with_its_own(checkpoint):
     model = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
-    request = GateRequest("ridge", model, (Expert(source_model="model", positive_samples=2),), models=(model,))
+    request = gates.GateRequest(
+        "ridge", gates.Base(model), (Expert(source_model="model", positive_samples=2),), models=(model,)
+    )
     own, size = model.settings["bos_token_id"], model.sizes["vocab_size"]
     for of_base, expected_start in ((size, own), (size - 1, size - 1)):
         (drawn,) = samples(replace(request, prompts=Prompts((), ((),), ((),), (), (of_base,))))
@@ -417,7 +419,9 @@ def test_a_model_writes_by_the_output_matrix_that_it_stores_though_its_config_ti
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     model = as_dense_model(open_checkpoint(path))
-    request = GateRequest("ridge", model, (Expert(source_model="model", positive_samples=2),), models=(model,))
+    request = gates.GateRequest(
+        "ridge", gates.Base(model), (Expert(source_model="model", positive_samples=2),), models=(model,)
+    )
     (drawn,) = samples(replace(request, prompts=Prompts((), ((),), ((),), (), (1,))))
     assert ("lm_head.weight" in json.loads(drawn.params)["matrices"]) is has_own
 
