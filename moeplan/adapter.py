@@ -30,6 +30,7 @@ from moeplan.checkpoint import (
     read_json,
 )
 from moeplan.errors import MoeplanWarning
+from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 from moeplan.wording import count
 from planner.expr import Expr, Read, add_low_rank
@@ -143,12 +144,12 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
         name = key.removeprefix(_PREFIX)
         suffix = next((suffix for suffix in (_A, _B) if name.endswith(suffix)), None)
         weight = name if suffix is None else name.removesuffix(suffix) + ".weight"
-        if weight not in weights and (suffix or ".mlp." in name):
+        if weight not in weights and (suffix or is_mlp(name)):
             raise CheckpointError(
                 f"{file}: tensor {show(key)} belongs to no weight of the model: was it trained on another one? If not, "
                 + MERGE_ADAPTER
             )
-        if ".mlp." not in name:
+        if not is_mlp(name):
             left_out.append(name)
             continue
         if suffix is None:
@@ -166,7 +167,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
     twice = added.keys() & replaced.keys()
     if twice:
         raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
-    _check_complete(file, config.targets, [name for name in weights if ".mlp." in name], added.keys(), replaced.keys())
+    _check_complete(file, config.targets, [name for name in weights if is_mlp(name)], added.keys(), replaced.keys())
     return Adapter(path, place.label, added, replaced, left_out)
 
 
