@@ -34,6 +34,7 @@ class Limit:
 LIMITS = [
     Limit(tuple(OUTPUTS), ("gelu",)),  # its experts are always SiLU
     Limit(("deepseek",), ("rope-old-linear",)),
+    Limit(("mixtral",), ("rope-longrope",)),
     Limit(("qwen2-moe", "qwen3-moe"), LLAMA3),
     Limit(("granite",), LLAMA3, "Missing <MODEL_TENSOR.ROPE_FREQS"),
     Limit(("qwen2-moe", "granite"), ("wide-heads",), "attn_q.weight' has wrong shape"),
@@ -42,7 +43,8 @@ REFUSED_LAYOUTS = [case for case in CASES if case.output == "mixtral" and case.l
 WITHOUT_SHARED = [case for case in CASES if case.output == "deepseek" and not case.shared]
 TAKEN = [case for case in CASES if case not in REFUSED_LAYOUTS + WITHOUT_SHARED]
 
-NOT_IN_DEEPSEEK = (*LLAMA3, *YARN, "wide-heads")  # nor a sliding window: moeplan refuses them
+# moeplan refuses them, and a sliding window.
+NOT_IN_DEEPSEEK = (*LLAMA3, *YARN, "rope-yarn-in-two-places", "rope-longrope", "wide-heads")
 
 # Every recipe of one source for each output. What another source or layout could still get wrong, a few show.
 FULLY_TESTED = {
