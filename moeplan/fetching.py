@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from executor.errors import RunError
 from moeplan.disk import free_nbytes, on_one_disk
-from moeplan.gates.special_tokens import ADDED_TOKENS, SPECIAL_TOKENS_MAP
 from moeplan.hub import Snapshot
-from moeplan.tokenizer_files import MAX_NBYTES, MAX_READ_NBYTES, TOKENIZER_CONFIG, is_tokenizer_file
+from moeplan.tokenizer_files import FAST, MAX_NBYTES, MAX_READ_NBYTES, READ_WITH_FAST, is_tokenizer_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,16 +18,13 @@ if TYPE_CHECKING:
     from executor.engine import Progress
     from moeplan.planning import MergePlan
 
-FAST_TOKENIZER = ("tokenizer.json", TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
-"""What prompts are read with, where the first is there."""
-
 OnProgress = Callable[["Progress"], None]
 
 
 def fetch_tokenizer(base: Snapshot, *, with_code: bool) -> None:
     """Have in the cache what prompts need, code that the model brings with it included. Raises CheckpointError."""
-    only_fast = base.has(FAST_TOKENIZER[0]) and not with_code
-    wanted = FAST_TOKENIZER if only_fast else [n for n in base.names() if is_tokenizer_file(n)]
+    only_fast = base.has(FAST) and not with_code
+    wanted = READ_WITH_FAST if only_fast else [n for n in base.names() if is_tokenizer_file(n)]
     wanted = [*wanted, *(n for n in base.names() if with_code and n.endswith(".py"))]
     base.fetch(wanted, MAX_READ_NBYTES)
 

@@ -19,13 +19,13 @@ from executor.manifest import Segment, manifest
 from executor.reader import name_of
 from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
-from moeplan.fetching import FAST_TOKENIZER
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
 from moeplan.safetensors_header import LENGTH_NBYTES
 from moeplan.staging import COMMITS, PLAN
-from moeplan.tokenizer_files import TOKENIZER_FILES
+from moeplan.tokenizer_files import FAST, READ_WITH_FAST, TOKENIZER_FILES
 from planner.expr import RemoteFile, Source
+from planner.layout import PAGE
 from planner.plan import FileSink
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_HEADER_NBYTES = 16 << 20
 BEGINNING_NBYTES = 64 << 10
 """How much of a file without a header, such as a `.bin`, stands for it."""
 
-SAMPLE_PAGES, PAGE_NBYTES = 9, 4096
+SAMPLE_PAGES = 9
 """What is read of a source's weights to tell it from another one of its size, time and header."""
 
 CHECKSUM = "sum modulo 2^64 of XXH3-64 of blocks of 16384 elements, the first of `head`, seeded with the block's number"
@@ -144,8 +144,7 @@ def _deciding_files(merge_plan: MergePlan) -> list[Path]:
     files = [adapter.path / ADAPTER_CONFIG for adapter in adapters]
     if merge_plan.config.reads_text:
         base = merge_plan.sources.base.checkpoint.path
-        is_fast = (base / FAST_TOKENIZER[0]).exists()
-        files += [base / name for name in (FAST_TOKENIZER if is_fast else TOKENIZER_FILES)]
+        files += [base / name for name in (READ_WITH_FAST if (base / FAST).exists() else TOKENIZER_FILES)]
     return [file for file in files if file.is_file()]
 
 
@@ -186,10 +185,10 @@ def sample_sha256(path: Path) -> str:
     """The SHA-256 of a few pages of a file, from behind its header to its end. Raises OSError."""
     begin, digest = sum(map(len, header(path))), hashlib.sha256()
     with open(path, "rb") as file:
-        last = max(begin, os.fstat(file.fileno()).st_size - PAGE_NBYTES)
+        last = max(begin, os.fstat(file.fileno()).st_size - PAGE)
         for number in range(SAMPLE_PAGES):
             file.seek(begin + (last - begin) * number // (SAMPLE_PAGES - 1))
-            digest.update(file.read(PAGE_NBYTES))
+            digest.update(file.read(PAGE))
     return digest.hexdigest()
 
 

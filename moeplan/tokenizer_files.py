@@ -11,10 +11,15 @@ from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, 
 from moeplan.errors import MoeplanWarning
 from moeplan.untrusted_json import show
 
+FAST, SLOW = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+READ_WITH_FAST = (FAST, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
+"""What prompts are read with, where the first is there."""
+
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    FAST,
+    SLOW,
     "tokenizer.model.v3",  # Mistral's, for mistral-common
     "tokenizer.model.v7",
     "tekken.json",
@@ -22,8 +27,8 @@ TOKENIZER_FILES = (
     "spm.model",
     "sentencepiece.bpe.model",
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    SPECIAL_TOKENS_MAP,
+    ADDED_TOKENS,
     "vocab.json",
     "vocab.txt",
     "merges.txt",

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.checkpoint import CheckpointError, read_json
-from moeplan.tokenizer_files import MAX_READ_NBYTES, TOKENIZER_CONFIG
+from moeplan.tokenizer_files import ADDED_TOKENS, MAX_READ_NBYTES, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from moeplan.untrusted_json import show
-
-SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 
 LLAMA_CLASSES, LLAMA_BOS = ("LlamaTokenizer", "LlamaTokenizerFast"), "<s>"
 """Where tokenizer_config.json does not speak of BOS, these classes of transformers have one, unless the tokenizer works

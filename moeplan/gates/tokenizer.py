@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.gates.special_tokens import special_tokens
-from moeplan.tokenizer_files import MAX_READ_NBYTES, TOKENIZER_CONFIG, TOKENIZER_FILES
+from moeplan.tokenizer_files import FAST, MAX_READ_NBYTES, SLOW, TOKENIZER_CONFIG, TOKENIZER_FILES
 from moeplan.untrusted_json import show
 
-FAST, SLOW = "tokenizer.json", "tokenizer.model"
 SENTENCEPIECE = b"\n"
 """The first byte of a sentencepiece model: the tag of its first piece, in a protocol buffer."""
 READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}

@@ -19,7 +19,6 @@ from moeplan.checkpoint import CONFIG, Checkpoint, CheckpointError, open_checkpo
 from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates.prompts import GATE_TOKENS, Prompts, tokenize
-from moeplan.gates.tokenizer import FAST, SLOW
 from moeplan.memory import MIB, limit_nbytes
 from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
@@ -27,6 +26,7 @@ from moeplan.output import CONFIG_COPY
 from moeplan.progress import ROUTING
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from moeplan.staging import PARTIAL
+from moeplan.tokenizer_files import FAST, SLOW
 from moeplan.untrusted_json import show
 from planner.expr import Read
 
