@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import io
 import os
 import re
 import time
@@ -32,6 +31,7 @@ from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, CheckpointError, LocalPlace, Place
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
+from moeplan.hub_stream import HEADS_AT_ONCE, RemoteStream
 from moeplan.output import CARD
 from moeplan.untrusted_json import show
 from planner.expr import RemoteFile, Source, SourceFile
@@ -47,7 +47,6 @@ HEAD_NBYTES = 32 << 10
 MAX_CARD_NBYTES = 128 << 10
 """A larger one is not worth fetching to know a licence."""
 
-HEADS_AT_ONCE = 8
 MAX_HEADS = 256
 DOWNLOAD_NBYTES = 40 << 20
 """Memory that one download may take: huggingface_hub reads 10 MB at a time, and where the processor is short, four such
@@ -129,7 +128,7 @@ class Snapshot:
             return
         try:
             head = self.hub.head(first)
-            with _RemoteStream(self.hub, first, head) as stream:
+            with RemoteStream(self.hub, first, head) as stream:
                 yield stream, first
         except RunError as error:
             raise CheckpointError(str(error)) from None
@@ -451,52 +450,6 @@ class Hub:
             names = [ref.name for ref in (*refs.branches, *refs.tags)]
             return f"; it has {', '.join(map(show, get_close_matches(revision, names, 3) or names[:5]))}"
         return ""
-
-
-class _RangeStream(io.RawIOBase):
-    """A file on the Hub as a file to read from, whose beginning, `head`, is here."""
-
-    def __init__(self, hub: Hub, file: RemoteFile, head: bytes) -> None:
-        super().__init__()
-        self._hub = hub
-        self._file = file
-        self._head = head
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.nbytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, memory: Any) -> int:
-        begin = self._position
-        end = min(begin + len(memory), self._file.nbytes)
-        if begin >= end:
-            return 0
-        data = self._head[begin:end] or self._hub.read(self._file, begin, end - begin)
-        memory[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-class _RemoteStream(io.BufferedReader):
-    """The same, for reading as much as is asked for; of a file that takes many small reads, several at once."""
-
-    def __init__(self, hub: Hub, file: RemoteFile, head: bytes) -> None:
-        super().__init__(_RangeStream(hub, file, head), 1)  # a larger buffer would be filled each time
-        self._hub = hub
-        self._file = file
-
-    def read_each(self, offsets: Collection[int], nbytes: int) -> list[bytes]:
-        """`nbytes` bytes from each offset. Raises RunError."""
-        with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
-            return list(workers.map(lambda offset: self._hub.read(self._file, offset, nbytes), offsets))
 
 
 def _check_endpoint(reference: str) -> None:
