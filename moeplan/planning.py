@@ -162,7 +162,15 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
             MoeplanWarning,
             stacklevel=2,
         )
-    _warn_of_readers(config, family, models.families[1:])
+    settings = model_config(
+        family,
+        sources.base,
+        num_experts=count,
+        with_shared=bool(config.shared_experts),
+        experts_per_token=config.experts_per_token,
+        dtype=dtype,
+    )
+    _warn_of_readers(config, family, settings, models.families[1:])
     mode = gates.gate_mode(config.gate_mode)
     request = models.gate_request(config, options, reads_text=config.reads_text)
     with naming_prompts(config):
@@ -196,14 +204,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         merged=merged,
         dtype=dtype,
         device=device,
-        model_config=model_config(
-            family,
-            sources.base,
-            num_experts=count,
-            with_shared=bool(config.shared_experts),
-            experts_per_token=config.experts_per_token,
-            dtype=dtype,
-        ),
+        model_config=settings,
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
         missing=files_to_fetch(snapshot) if snapshot is not None and options.copy_tokenizer else {},
         hub=hub,
@@ -245,12 +246,13 @@ def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
             raise OutputError(f"{out}: is a source of this merge; give another directory")
 
 
-def _warn_of_readers(config: MergeConfig, family: Family, alternatives: tuple[Family, ...]) -> None:
+def _warn_of_readers(
+    config: MergeConfig, family: Family, settings: Mapping[str, Any], alternatives: tuple[Family, ...]
+) -> None:
+    """Say which programs cannot read a model of `family` with these `settings` in its config.json as it is meant."""
+    said = [caveat.words for caveat in family.caveats if caveat.applies(settings)]
     if family.readers is not None:
         others = "".join(f"; `architecture: {other.name}` would fit, too" for other in alternatives)
-        warnings.warn(
-            f"{config.where('architecture')}: transformers 5 cannot load a {family.name} model: use {family.readers}"
-            f"{others}",
-            MoeplanWarning,
-            stacklevel=3,
-        )
+        said.append(f"transformers 5 cannot load a {family.name} model: use {family.readers}{others}")
+    for words in said:
+        warnings.warn(f"{config.where('architecture')}: {words}", MoeplanWarning, stacklevel=3)

@@ -6,11 +6,16 @@ linear and dynamic RoPE scaling, no sliding window. vLLM (`deepseek_v2.py`) does
 embeddings: where it is not there, anything is in it.
 """
 
-from moeplan.architectures.family import SAME_NAMES, Family, Layout, SharedExpert, separate
+from moeplan.architectures.family import ACTIVATION, SAME_NAMES, Caveat, Family, Layout, SharedExpert, separate
 from moeplan.architectures.llama import LLAMA, MISTRAL
 from moeplan.tensor_names import MLP
 
 CODE = "deepseek-ai/deepseek-moe-16b-base--"
+
+ONE_EXPERT = Caveat(
+    "with one expert per token, DeepSeek's code scales it by the router's softmax, and vLLM does not: have two or more",
+    lambda config: config["num_experts_per_tok"] == 1,
+)
 
 DEEPSEEK = Family(
     names=("DeepSeek MoE",),
@@ -45,4 +50,5 @@ DEEPSEEK = Family(
     free_head_dim=False,
     tied=False,
     readers="transformers 4.57 with use_cache=False, or vLLM, both with trust_remote_code=True",
+    caveats=(ACTIVATION, ONE_EXPERT),
 )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,28 @@ class SharedExpert:
 
 
 @dataclass(frozen=True, slots=True)
+class Caveat:
+    """What some program that reads a family refuses or computes wrong: see docs/compatibility.md."""
+
+    words: str
+
+    applies: Callable[[Mapping[str, Any]], bool]
+    """Whether it does so to a model with this config.json."""
+
+
+ACTIVATION = Caveat(
+    "the activation is not SiLU: llama.cpp computes SiLU all the same, and vLLM does, too, or refuses the model",
+    lambda config: config["hidden_act"] != "silu",
+)
+
+HEAD_DIM = Caveat(
+    "heads are not hidden_size / num_attention_heads wide: in this family transformers 5 alone reads that, and other "
+    "programs refuse it or compute another model",
+    lambda config: config["head_dim"] * config["num_attention_heads"] != config["hidden_size"],
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A family of MoE models that merges can be written as. Tensors outside the MLPs keep their names."""
 
@@ -126,6 +148,8 @@ class Family:
 
     readers: str | None = None
     """What to load it with, in words, where transformers has no class of its own for it; None: it has one."""
+
+    caveats: tuple[Caveat, ...] = (ACTIVATION,)
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ Granite scales its embeddings, attention, residual stream and logits by settings
 """
 
 from moeplan.architectures.dense import COMMON_DEFAULTS, DenseFamily
-from moeplan.architectures.family import CARRIED, Family, Layout, MlpTensor, SharedExpert
+from moeplan.architectures.family import ACTIVATION, CARRIED, HEAD_DIM, Family, Layout, MlpTensor, SharedExpert
 from moeplan.architectures.setting_values import DIVISOR, MULTIPLIER
 from moeplan.tensor_names import LAYER
 
@@ -43,4 +43,5 @@ GRANITE_MOE_SHARED = Family(
     ),
     carried=(*CARRIED, *MULTIPLIERS),
     constants={"attention_bias": False, "output_router_logits": False, "router_aux_loss_coef": 0.001},
+    caveats=(ACTIVATION, HEAD_DIM),
 )

@@ -4,7 +4,16 @@ It has biases on the query, key and value projections, zero where the base has n
 out, because llama.cpp's Qwen2-MoE needs one.
 """
 
-from moeplan.architectures.family import PACKED, SAME_NAMES, Family, Layout, SharedExpert, separate
+from moeplan.architectures.family import (
+    ACTIVATION,
+    HEAD_DIM,
+    PACKED,
+    SAME_NAMES,
+    Family,
+    Layout,
+    SharedExpert,
+    separate,
+)
 from moeplan.architectures.llama import LLAMA, MISTRAL
 from moeplan.architectures.qwen import QKV_BIASES, QWEN2
 from moeplan.tensor_names import MLP
@@ -39,4 +48,5 @@ QWEN2_MOE = Family(
     zeros=QKV_BIASES,
     tied=False,
     reads_tokenizers_of=(QWEN2,),
+    caveats=(ACTIVATION, HEAD_DIM),
 )

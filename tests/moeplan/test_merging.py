@@ -534,6 +534,32 @@ def test_a_family_that_transformers_5_cannot_load_is_a_warning_that_says_what_ca
     )
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "words"),
+    [
+        ("llama-gelu", {}, "the activation is not SiLU: llama.cpp"),
+        ("llama-wide-heads", {"architecture": "qwen2 moe"}, "heads are not hidden_size / num_attention_heads wide"),
+        ("granite-wide-heads", {}, "heads are not hidden_size / num_attention_heads wide"),
+        ("llama-plain", {"architecture": "deepseek", "experts_per_token": 1}, "with one expert per token, DeepSeek's"),
+    ],
+)
+def test_what_readers_get_wrong_is_a_warning(checkpoint, tmp_path, recipe, settings, words):
+    models = [checkpoint(recipe, seed) for seed in range(2)]
+    shared = [{"source_model": models[0]}] if "architecture" in settings else []
+    config = write_config(tmp_path / "config.yml", models[0], models, shared_experts=shared, **settings)
+    assert warned(moeplan(config, "--plan"))[0].startswith(f"{config}:1: architecture: {words}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [("llama-wide-heads", {}), ("qwen3-wide-heads", {}), ("llama-plain", {"experts_per_token": 1})],
+)
+def test_what_every_reader_of_the_family_gets_right_is_none(checkpoint, tmp_path, recipe, settings):
+    models = [checkpoint(recipe, seed) for seed in range(2)]
+    config = write_config(tmp_path / "config.yml", models[0], models, **settings)
+    assert warned(moeplan(config, "--plan")) == []
+
+
 def test_layers_whose_router_cannot_tell_experts_apart_are_named(models, tmp_path):
     prompts = [{"positive_prompts": ["the same"]}, {"positive_prompts": ["the same", "the same"]}]
     experts = [{"source_model": path, **given} for path, given in zip(models, prompts, strict=True)]
