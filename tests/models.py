@@ -204,9 +204,10 @@ def save_checkpoint(recipe: Recipe, path: Path, seed: int) -> None:
     # A copy, because transformers 5 adds to the RoPE parameters that it is given.
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.family, **deepcopy(config)))
     generator = torch.Generator().manual_seed(seed)
+    std = 1.6 / config["hidden_size"] ** 0.5  # so that wide models do not drown in their own rounding
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2, generator=generator)
+            parameter.normal_(std=std, generator=generator)
             if name.endswith("norm.weight"):
                 parameter += 1
     model.to(getattr(torch, recipe.dtype)).save_pretrained(path, max_shard_size=recipe.max_shard_size)

@@ -1,6 +1,7 @@
 """Programs that read merged models, each a process in an environment of its own.
 
-`make test-gguf` and `make test-transformers4` install the environments; READER_PYTHON says which interpreter to use.
+`make test-gguf`, `make test-transformers4` and `make test-vllm` install the environments; READER_PYTHON says which
+interpreter to use.
 """
 
 import json
@@ -61,7 +62,9 @@ class Reader:
 
 def reader_python() -> str:
     if "READER_PYTHON" not in os.environ:
-        pytest.fail("run these tests with `make test-gguf` or `make test-transformers4`, which install what they need")
+        pytest.fail(
+            "run these tests with `make test-gguf`, `make test-transformers4` or `make test-vllm`: each installs one"
+        )
     interpreter = Path(os.environ["READER_PYTHON"])
     return str(interpreter.absolute())  # not resolved, because the link leads out of the environment
 
@@ -76,6 +79,12 @@ def logits_here(model: Path, tokens: list[int]) -> np.ndarray:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager")
     with torch.inference_mode():
         return loaded(torch.tensor([tokens])).logits[0].numpy()
+
+
+def error_of(reader: Reader, out: Path, source: Path, num_tokens: int = NUM_TOKENS) -> float:
+    """The `relative_error` of the reader's logits of the model `out`: `source`'s, computed here, are expected."""
+    tokens = some_tokens(source, num_tokens)
+    return relative_error(reader.logits(out, tokens), logits_here(source, tokens))
 
 
 def relative_error(logits: np.ndarray, expected: np.ndarray) -> float:

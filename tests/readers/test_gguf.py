@@ -7,29 +7,17 @@ llama.cpp that can shows.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 
+import matrix
 import pytest
-from families import CASES, OUTPUTS, Case, recipes_of
-from reading import NUM_TOKENS, ReaderError, logits_here, relative_error, some_tokens
+from families import CASES, OUTPUTS
+from matrix import LLAMA3, Limit, Matrix, is_first, named
+from reading import NUM_TOKENS, ReaderError, error_of, logits_here, relative_error, some_tokens
 from transformers import AutoConfig
 
 NUM_EXPERTS = 4
 TOLERANCE = 1e-3
 NOT_NORMALISED = ("deepseek", "qwen2-moe")
-LLAMA3 = ("rope-old-llama3", "rope-new-llama3")
-YARN = ("rope-old-yarn", "rope-new-yarn")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What llama.cpp cannot do: these variants of a source in these outputs. Without a message it is computed wrong."""
-
-    outputs: Sequence[str]
-    variants: Sequence[str]
-    message: str | None = None
-
 
 LIMITS = [
     Limit(tuple(OUTPUTS), ("gelu",)),  # its experts are always SiLU
@@ -42,67 +30,16 @@ LIMITS = [
 REFUSED_LAYOUTS = [case for case in CASES if case.output == "mixtral" and case.layout == "packed"]
 WITHOUT_SHARED = [case for case in CASES if case.output == "deepseek" and not case.shared]
 TAKEN = [case for case in CASES if case not in REFUSED_LAYOUTS + WITHOUT_SHARED]
-
-# moeplan refuses them, and a sliding window.
-NOT_IN_DEEPSEEK = (*LLAMA3, *YARN, "rope-yarn-in-two-places", "rope-longrope", "wide-heads")
-
-# Every recipe of one source for each output. What another source or layout could still get wrong, a few show.
-FULLY_TESTED = {
-    "mixtral": "llama",
-    "deepseek": "llama",
-    "qwen2-moe": "qwen2",
-    "qwen3-moe": "qwen3",
-    "granite": "granite",
-}
-FEW = ("plain", "tied", "off-page")
-
-
-def variant_of(case: Case, recipe: str) -> str:
-    return recipe.removeprefix(f"{case.source}-")
-
-
-def limit_of(case: Case, recipe: str) -> Limit | None:
-    variant = variant_of(case, recipe)
-    return next((limit for limit in LIMITS if case.output in limit.outputs and variant in limit.variants), None)
-
-
-def is_first(case: Case) -> bool:
-    """Whether the case has the layout and the shared expert that its family's others differ from."""
-    output = OUTPUTS[case.output]
-    return case.layout == next(iter(output.layouts)) and case.shared == output.shared_experts[0]
-
-
-def recipes_for(case: Case) -> list[str]:
-    if (case.output, case.source) == ("deepseek", "mistral"):
-        return ["mistral-no-window"]
-    recipes = recipes_of(case.source)
-    if case.output == "deepseek":
-        return [recipe for recipe in recipes if variant_of(case, recipe) not in NOT_IN_DEEPSEEK]
-    full = is_first(case) and FULLY_TESTED[case.output] == case.source
-    return recipes if full else [f"{case.source}-{variant}" for variant in FEW]
-
-
-def named(*values) -> object:
-    return pytest.param(*values, id="-".join(str(value) for value in values if not isinstance(value, Limit)))
-
-
-MATRIX = [(case, recipe) for case in TAKEN for recipe in recipes_for(case)]
-RIGHT = [named(case, recipe) for case, recipe in MATRIX if limit_of(case, recipe) is None]
-LIMITED = [named(case, recipe, limit) for case, recipe in MATRIX if (limit := limit_of(case, recipe))]
+MATRIX = Matrix(TAKEN, LIMITS)
 
 
 def merge_copies(merge, source, case, **settings):
-    """Merge copies of `source`, with a shared expert that adds nothing where the case has one."""
+    """`matrix.merge_copies`, so that the weights of the chosen experts sum to 1."""
     settings.setdefault("experts_per_token", NUM_EXPERTS if case.output in NOT_NORMALISED else 2)
-    return merge(source, [source] * NUM_EXPERTS, **case.settings(source, residual_scale=0), **settings)
+    return matrix.merge_copies(merge, source, case, NUM_EXPERTS, **settings)
 
 
-def error_of(llama_cpp, out, source, num_tokens=NUM_TOKENS):
-    tokens = some_tokens(source, num_tokens)
-    return relative_error(llama_cpp.logits(out, tokens), logits_here(source, tokens))
-
-
-@pytest.mark.parametrize(("case", "recipe"), RIGHT)
+@pytest.mark.parametrize(("case", "recipe"), MATRIX.right)
 def test_llama_cpp_computes_the_dense_model_s_logits(case, recipe, gpt2_checkpoint, merge, llama_cpp):
     source = gpt2_checkpoint(recipe)
     window = getattr(AutoConfig.from_pretrained(source), "sliding_window", None)
@@ -120,7 +57,7 @@ def test_llama_cpp_mixes_distinct_experts_as_transformers_does(case, gpt2_checkp
     assert relative_error(llama_cpp.logits(out, tokens), logits_here(out, tokens)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("case", "recipe", "limit"), LIMITED)
+@pytest.mark.parametrize(("case", "recipe", "limit"), MATRIX.limited)
 def test_what_llama_cpp_cannot_do_is_refused_or_wrong(case, recipe, limit, gpt2_checkpoint, merge, llama_cpp):
     source = gpt2_checkpoint(recipe)
     out = merge_copies(merge, source, case)

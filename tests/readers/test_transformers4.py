@@ -2,7 +2,8 @@
 
 import pytest
 from families import OUTPUTS, READABLE_CASES, recipes_of
-from reading import ReaderError, logits_here, relative_error, some_tokens
+from matrix import merge_copies
+from reading import ReaderError, error_of, logits_here, relative_error, some_tokens
 
 TOLERANCE = 1e-5
 NOT_READ = [case for case in READABLE_CASES if case.layout == "packed" and "separate" in OUTPUTS[case.output].layouts]
@@ -20,17 +21,11 @@ def recipes_for(case, *, wide_heads):
     return refused if wide_heads else [recipe for recipe in recipes if recipe not in refused]
 
 
-def merge_copies(merge, source, case):
-    """Merge copies of `source`, with a shared expert that adds nothing where the case has one."""
-    return merge(source, [source] * 4, **case.settings(source, residual_scale=0))
-
-
 @pytest.mark.parametrize(("case", "recipe"), [(c, r) for c in READ for r in recipes_for(c, wide_heads=False)], ids=ids)
 def test_transformers_4_computes_the_dense_model_s_logits(case, recipe, checkpoint, merge, transformers4):
     source = checkpoint(recipe)
     out = merge_copies(merge, source, case)
-    tokens = some_tokens(source)
-    assert relative_error(transformers4.logits(out, tokens), logits_here(source, tokens)) <= TOLERANCE
+    assert error_of(transformers4, out, source) <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", READ, ids=ids)
