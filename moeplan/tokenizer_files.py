@@ -12,6 +12,9 @@ from moeplan.errors import MoeplanWarning
 from moeplan.untrusted_json import show
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
+SLOW_CLASS = "LlamaTokenizer"
+"""What transformers is to read the second with, where the first is not there, and no file names a class."""
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 READ_WITH_FAST = (FAST, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from moeplan.architectures.dense import DenseModel
 from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.gates.special_tokens import special_tokens
-from moeplan.tokenizer_files import FAST, MAX_READ_NBYTES, SLOW, TOKENIZER_CONFIG, TOKENIZER_FILES
+from moeplan.tokenizer_files import FAST, MAX_READ_NBYTES, SLOW, SLOW_CLASS, TOKENIZER_CONFIG, TOKENIZER_FILES
 from moeplan.untrusted_json import show
 
 SENTENCEPIECE = b"\n"
@@ -63,7 +63,9 @@ def encode(
                 f"{path / SLOW}: is a sentencepiece model, and what reads it is not installed: "
                 f"`pip install {' '.join(missing)}`, or put the tokenizer's {FAST} beside it"
             )
-        answer = _ask(path / SLOW, {**request, **TRANSFORMERS_LIMITS, "directory": str(path), "own_code": False})
+        named = model.settings["tokenizer_class"] or SLOW_CLASS
+        about = {"directory": str(path), "own_code": False, "tokenizer_class": named}
+        answer = _ask(path / SLOW, {**request, **TRANSFORMERS_LIMITS, **about})
     else:
         raise CheckpointError(
             f"{path}: there is no tokenizer ({FAST} or {SLOW}), and this gate mode reads prompts; "

@@ -9,6 +9,7 @@ A request is a JSON object on standard input:
 
     file                  a descriptor of tokenizer.json; without it, transformers reads `directory`
     own_code              beside `directory`: whether to run the tokenizer code that is in it
+    tokenizer_class       beside `directory`, without its code: the tokenizer's class, where its own config names none
     texts                 what to tokenise
     bos_token             beside `file`: the token whose id is wanted, or null; then
     bos_of_class          the one that it is where the tokenizer does not work on bytes, or null
@@ -85,17 +86,22 @@ def _fast(request: dict[str, Any]) -> tuple[Encode, int | None]:
 
 
 def _with_transformers(request: dict[str, Any]) -> tuple[Encode, int | None]:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
+    own_code, config = request["own_code"], None
+    if not own_code:
+        # One without a model type: for Mistral's and others, transformers 5 takes no class that is named, but one that
+        # leaves out the space before a text, which sentencepiece adds.
+        config = PretrainedConfig.from_dict({"tokenizer_class": request["tokenizer_class"]})
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            request["directory"], local_files_only=True, trust_remote_code=request["own_code"]
+            request["directory"], config=config, local_files_only=True, trust_remote_code=own_code
         )
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise _TakesCodeError from None
         raise
-    if request["own_code"]:  # which may go about it in a way of its own
+    if own_code:  # which may go about it in a way of its own
         return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id
     return _whole(tokenizer.backend_tokenizer), tokenizer.bos_token_id
 

@@ -10,7 +10,7 @@ import pytest
 from commands import moeplan, write_config
 from models import use_sentencepiece
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
@@ -34,14 +34,44 @@ def change_tokenizer_config(model: Path, **settings: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
-def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives(model: Path) -> None:
+def name_class(model: Path, file: str | None, name: str) -> None:
+    """Have `file` name the tokenizer's class, and no other file of the model."""
+    for each in ("tokenizer_config.json", "config.json"):
+        said = json.loads((model / each).read_text())
+        said.pop("tokenizer_class", None)
+        (model / each).write_text(json.dumps({**said, **({"tokenizer_class": name} if each == file else {})}))
+
+
+@pytest.mark.parametrize("named_in", ["tokenizer_config.json", "config.json", None])
+@pytest.mark.parametrize("recipe", ["llama-plain", "mistral-plain", "granite-plain"])
+def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives_whatever_names_its_class(
+    checkpoint: Callable[..., Path], tmp_path: Path, recipe: str, named_in: str | None
+) -> None:
+    model = shutil.copytree(checkpoint(recipe), tmp_path / "model")
     use_sentencepiece(model)
+    name_class(model, named_in, "LlamaTokenizer")
     expert = Expert(source_model="model", positive_prompts=TEXTS)
     tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
     assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
         (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
     ]
+
+
+@pytest.mark.parametrize("named_in", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("recipe", ["llama-plain", "mistral-plain"])
+def test_a_sentencepiece_model_is_read_by_the_class_that_is_named(
+    checkpoint: Callable[..., Path], tmp_path: Path, recipe: str, named_in: str
+) -> None:
+    model = shutil.copytree(checkpoint(recipe), tmp_path / "model")
+    use_sentencepiece(model)
+    name_class(model, named_in, "GemmaTokenizer")
+    expert = Expert(source_model="model", positive_prompts=TEXTS)
+    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
+    oracle = GemmaTokenizer.from_pretrained(model)
+    found = [tokenized.tokens[index][1:] for index in tokenized.positive[0]]
+    assert found == [tuple(oracle.encode(text, add_special_tokens=False)) for text in TEXTS]
+    assert found[0] != tuple(LlamaTokenizer.from_pretrained(model).encode(TEXTS[0], add_special_tokens=False))
 
 
 @pytest.mark.parametrize(
