@@ -164,6 +164,7 @@ OWN_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no-window": {"config": {"sliding_window": None}},
         "window-by-layer": {"config": {"layer_types": ["sliding_attention"] * 3}},
         "window-in-no-layer": {"config": {"layer_types": ["full_attention"] * 3}},
+        "window-with-qwen-s-key": {"config": {"max_window_layers": 2}},
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN,

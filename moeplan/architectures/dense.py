@@ -171,7 +171,9 @@ class DenseModel:
         kinds = given.get("layer_types")
         if isinstance(kinds, list) and len(kinds) == self.num_layers:
             return [window if kind == "sliding_attention" else None for kind in kinds]
-        first = self.checkpoint.integer("max_window_layers", default=given.get("max_window_layers", 0), minimum=0)
+        first = 0
+        if "max_window_layers" in given:  # which not every family has, though a config.json may name it
+            first = self.checkpoint.integer("max_window_layers", default=given["max_window_layers"], minimum=0)
         return [window if layer >= first else None for layer in range(self.num_layers)]
 
     def specs(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
