@@ -19,13 +19,25 @@ DTYPE_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16
 
 
 def model_config(
-    family: Family, base: DenseModel, *, num_experts: int, with_shared: bool, experts_per_token: int, dtype: DType
+    family: Family,
+    base: DenseModel,
+    *,
+    num_experts: int,
+    with_shared: bool,
+    with_output_matrix: bool,
+    experts_per_token: int,
+    dtype: DType,
 ) -> dict[str, Any]:
-    """The contents of config.json. Raises CheckpointError for settings of the base that `family` cannot hold."""
+    """The contents of config.json. Raises CheckpointError for settings of the base that `family` cannot hold.
+
+    An output matrix that is written is never said to be tied, whatever the base says: in the place of one that is,
+    transformers 4 and vLLM take the embeddings.
+    """
     config = {
         "architectures": [family.model_class],
         "model_type": family.model_type,
         **{key: base.settings.get(key) for key in family.carried},
+        "tie_word_embeddings": not with_output_matrix,
         family.num_experts_key: num_experts,
         "num_experts_per_tok": experts_per_token,
         **{key: base.settings[other] for key, other in family.derived.items()},
@@ -39,8 +51,6 @@ def model_config(
         config |= {**family.shared.present, **present} if with_shared else family.shared.absent
     if (tokenizer := _tokenizer_class(family, base)) is not None:
         config["tokenizer_class"] = tokenizer
-    if not family.tied:
-        config["tie_word_embeddings"] = False
     return config
 
 

@@ -26,6 +26,7 @@ from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
 from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
+from moeplan.tensor_names import OUTPUT_MATRIX
 from moeplan.tokenizer_files import tokenizer_files
 from planner.expr import DType, RemoteFile
 from planner.plan import Plan
@@ -162,15 +163,6 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
             MoeplanWarning,
             stacklevel=2,
         )
-    settings = model_config(
-        family,
-        sources.base,
-        num_experts=count,
-        with_shared=bool(config.shared_experts),
-        experts_per_token=config.experts_per_token,
-        dtype=dtype,
-    )
-    _warn_of_readers(config, family, settings, models.families[1:])
     mode = gates.gate_mode(config.gate_mode)
     request = models.gate_request(config, options, reads_text=config.reads_text)
     with naming_prompts(config):
@@ -188,6 +180,16 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         seed=options.random_seed,
         averaged=request.base.averaged,
     ).graph()
+    settings = model_config(
+        family,
+        sources.base,
+        num_experts=count,
+        with_shared=bool(config.shared_experts),
+        with_output_matrix=OUTPUT_MATRIX in graph.outputs,
+        experts_per_token=config.experts_per_token,
+        dtype=dtype,
+    )
+    _warn_of_readers(config, family, settings, models.families[1:])
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:
         warn_of_licences(merged)

@@ -56,12 +56,14 @@ class Recipe:
     """How to make a checkpoint.
 
     `terse`: its config.json says what the recipe says, and no defaults beside it. `bos`: its tokenizer has a BOS token.
+    `own_head`: the output matrix that it stores is not its embeddings, whatever its config says.
     """
 
     family: str
     config: Mapping[str, Any] = field(default_factory=dict)
     terse: bool = False
     bos: bool = True
+    own_head: bool = False
     dtype: str = "float32"
     max_shard_size: str = "1GB"
     extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -99,6 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": {"tie_word_embeddings": True},
         "renamed": {"model.embed_tokens.weight": "lm_head.weight"},
     },
+    "tied-own-head": {"config": {"tie_word_embeddings": True}, "own_head": True},
     "f16": {"dtype": "float16"},
     "bf16": {"dtype": "bfloat16"},
     "gelu": {"config": {"hidden_act": "gelu"}},
@@ -212,9 +215,11 @@ def save_checkpoint(recipe: Recipe, path: Path, seed: int) -> None:
             if name.endswith("norm.weight"):
                 parameter += 1
     model.to(getattr(torch, recipe.dtype)).save_pretrained(path, max_shard_size=recipe.max_shard_size)
-    if recipe.extra_tensors or recipe.renamed:
+    if recipe.extra_tensors or recipe.renamed or recipe.own_head:
         file = path / "model.safetensors"
         saved = {recipe.renamed.get(name, name): tensor for name, tensor in load_file(file).items()}
+        if recipe.own_head:
+            saved["lm_head.weight"] = saved["model.embed_tokens.weight"].flip(0)
         save_file({**saved, **recipe.extra_tensors}, file, metadata={"format": "pt"})
     if recipe.terse:
         saved = json.loads((path / "config.json").read_text())

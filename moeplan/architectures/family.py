@@ -28,7 +28,6 @@ CARRIED = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
-    "tie_word_embeddings",
     "attention_dropout",
 )
 """Settings that every family calls what the dense families call them."""

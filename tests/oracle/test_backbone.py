@@ -112,6 +112,7 @@ def test_an_output_matrix_that_is_stored_is_averaged_though_its_config_ties_it(c
     out = merge(base, experts, backbone="average")
     expected = float32_mean([own, read_tensors(experts[1])["model.embed_tokens.weight"]])
     assert torch.equal(read_tensors(out)["lm_head.weight"], expected)
+    assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("recipe", ["llama-plain", "llama-tied", "mistral-sharded", "qwen2-bf16", "granite-off-page"])
