@@ -2,8 +2,8 @@
 
 transformers has no class for it; `auto_map` names the modelling code in DeepSeek's own repository, which transformers 5
 cannot run (docs/compatibility.md). That code says what the family can hold: heads of hidden_size / num_attention_heads,
-linear and dynamic RoPE scaling, no sliding window. vLLM (`deepseek_v2.py`) does not tie the output matrix to the
-embeddings: where it is not there, anything is in it.
+linear and dynamic RoPE scaling, no sliding window. Of its configuration class transformers 4 knows no tokenizer. vLLM
+(`deepseek_v2.py`) does not tie the output matrix to the embeddings: where it is not there, anything is in it.
 """
 
 from moeplan.architectures.family import ACTIVATION, SAME_NAMES, Caveat, Family, Layout, SharedExpert, separate
@@ -49,6 +49,7 @@ DEEPSEEK = Family(
     rope_types=("default", "linear", "dynamic"),
     free_head_dim=False,
     tied=False,
+    reads_tokenizers_of=(),
     readers="transformers 4.57 with use_cache=False, or vLLM, both with trust_remote_code=True",
     caveats=(ACTIVATION, ONE_EXPERT),
 )

@@ -104,6 +104,19 @@ def test_a_tokenizer_that_names_no_class_is_read_as_the_base_s_is(case, checkpoi
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(source)(text)
 
 
+OF_FOREIGN_TOKENIZERS = [case for case in CASES if case.source in ("llama", "mistral") and case.output != "mixtral"]
+
+
+@pytest.mark.parametrize("case", OF_FOREIGN_TOKENIZERS, ids=str)
+def test_the_class_of_a_tokenizer_that_names_none_is_named_where_the_family_s_own_does_not_read_it(
+    case, checkpoint, plan
+):
+    """Of DeepSeek's own configuration class transformers 4 knows no tokenizer; tests/readers has it read one."""
+    source = checkpoint(plain_recipe(case))
+    config = plan(source, [source] * 2, **case.settings(source)).model_config
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_no_tokenizer_is_copied_where_none_is_wanted(checkpoint, merge):
     source = checkpoint("llama-plain")
     out = merge(source, [source] * 2, copy_tokenizer=False)

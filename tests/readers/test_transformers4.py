@@ -1,13 +1,21 @@
 """The newest transformers 4 loads the classic layouts strictly, and computes the dense model's logits."""
 
+import json
+import shutil
+import subprocess
+
 import pytest
-from families import OUTPUTS, READABLE_CASES, recipes_of
+from families import CASES, OUTPUTS, READABLE_CASES, plain_recipe, recipes_of
 from matrix import merge_copies
-from reading import ReaderError, error_of, logits_here, relative_error, some_tokens
+from models import use_sentencepiece
+from reading import ReaderError, error_of, logits_here, reader_python, relative_error, some_tokens
+from sentencepiece import SentencePieceProcessor
+from transformers import LlamaTokenizer
 
 TOLERANCE = 1e-5
 NOT_READ = [case for case in READABLE_CASES if case.layout == "packed" and "separate" in OUTPUTS[case.output].layouts]
 READ = [case for case in READABLE_CASES if case not in NOT_READ]
+OF_LLAMAS = [c for c in CASES if c.source in ("llama", "mistral") and c.layout == "separate"]
 FIXED_HEADS = ("qwen2-moe", "granite")  # their heads are always hidden_size / num_attention_heads wide
 
 
@@ -50,3 +58,38 @@ def test_transformers_4_does_not_know_the_packed_layout(case, checkpoint, merge,
     source = checkpoint(f"{case.source}-plain")
     with pytest.raises(ReaderError, match="missing_keys"):
         transformers4.logits(merge_copies(merge, source, case), some_tokens(source))
+
+
+DEEPSEEK_CONFIG = """from transformers import PretrainedConfig
+class DeepseekConfig(PretrainedConfig):
+    model_type = "deepseek"
+"""
+ENCODE = """import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(tokenizer.encode(sys.argv[2], add_special_tokens=False))
+"""
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json"])
+@pytest.mark.parametrize("case", OF_LLAMAS, ids=ids)
+def test_transformers_4_reads_the_tokenizer_of_a_base_that_names_no_class(case, kind, checkpoint, merge, tmp_path):
+    source = shutil.copytree(checkpoint(plain_recipe(case)), tmp_path / "source")
+    use_sentencepiece(source)
+    expected = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    if kind == "tokenizer.json":
+        LlamaTokenizer.from_pretrained(source).backend_tokenizer.save(str(source / kind))
+        (source / "tokenizer.model").unlink()
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = merge(source, [source] * 2, **case.settings(source))
+    if case.output == "deepseek":  # whose own configuration class is on the Hub
+        config = json.loads((out / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
+        (out / "config.json").write_text(json.dumps(config))
+        (out / "configuration_deepseek.py").write_text(DEEPSEEK_CONFIG)
+    text = "Ein Doktor  für den Brötchenbäcker"
+    ran = subprocess.run([reader_python(), "-c", ENCODE, out, text], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == expected.encode(text)
