@@ -2,8 +2,8 @@
 
 Shortcuts are taken at once, before anything is streamed, so what is left tells how much space the output really takes.
 Reflinks cost no time; a file server's copies do, and are done again after a run that was stopped. A tensor that lies in
-the output several times is streamed to the first place; where the file system can share extents, the others become
-*aliases*, made of the first when all is streamed.
+the output several times is streamed to the first place; where the file system can share extents, and there are whole
+pages of it to share, the others become *aliases*, made of the first when all is streamed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from executor.reader import SourceReader
-from executor.shortcuts import SHORTCUTS, Reflink, can_reflink
+from executor.shortcuts import SHORTCUTS, Reflink, can_reflink, whole_pages
 from executor.writer import ShardWriter
 from planner.expr import SourceFile
-from planner.layout import PAGE
 from planner.plan import Branch, BufferSink, FileRoot, FileSink, Plan, StreamStep
 
 
@@ -43,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """`nbytes` bytes at `target` that are the same as those at `origin`."""
+    """`nbytes` bytes at `target` that are the same as those at `origin`, with pages that can be shared among them."""
 
     origin: FileSink
     target: FileSink
@@ -117,7 +116,7 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
                 if begin < end:
                     routes.shortcut_nbytes += end - begin
                     edges += _edges(replace(branch, sinks=(sink,)), begin, end, nbytes)
-                elif aliasing and origin is not None and (origin.offset - sink.offset) % PAGE == 0:
+                elif aliasing and origin is not None and any(whole_pages(origin.offset, sink.offset, nbytes)):
                     routes.aliases.append(Alias(origin, sink, nbytes))
                 else:
                     origin = origin or sink

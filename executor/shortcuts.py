@@ -58,6 +58,8 @@ class Reflink:
         return whole_pages(source_offset, target_offset, nbytes) if is_cut_between_elements else (0, 0)
 
     def move(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+        if nbytes == 0:  # which the system takes for all up to the end of the source
+            return 0
         try:
             fcntl.ioctl(target, FICLONERANGE, struct.pack("qQQQ", source, source_offset, nbytes, target_offset))
         except OSError:

@@ -132,6 +132,38 @@ def test_a_source_on_another_file_system_is_streamed_once_and_then_shared(
     shutil.rmtree(reflinking / "out")
 
 
+def test_nothing_is_shared_of_a_tensor_without_a_whole_page_and_what_follows_it_stays(
+    reflinking: Path, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(*shape, generator=generator)
+        for name, shape in {"a": (512, 512), "b": (512, 512), "norm": (16,), "c": (100,), "d": (100,)}.items()
+    }
+    read = {name: cast(read, DType.BF16) for name, read in source(tmp_path / "model.safetensors", tensors).items()}
+    # In each of two shards of their own, the norm begins at a page, and something else follows.
+    first, second = ({f"{of}.large": read[of], f"{of}.norm": read["norm"]} for of in "ab")
+    plan = planned(first | {"a.rest": read["c"]} | second | {"b.rest": read["d"]}, shard=MIB // 2 + 300)
+    norms = [tensor for shard in plan.shards for tensor in shard.tensors if tensor.name.endswith("norm")]
+    assert [norm.offset % PAGE for norm in norms] == [0, 0]
+    assert len(plan.shards) == 2
+    merged(plan, tmp_path / "usual")
+    result = merged(plan, reflinking / "out")
+    assert digest(reflinking / "out") == digest(tmp_path / "usual")
+    assert result.nbytes_by_path.keys() <= {"direct", "buffered"}
+    shutil.rmtree(reflinking / "out")
+
+
+def test_a_reflink_of_no_bytes_moves_none(reflinking: Path) -> None:
+    with open(reflinking / "source", "w+b") as file, open(reflinking / "target", "w+b") as target:
+        file.write(bytes(2 * PAGE))
+        target.write(b"what is there" + bytes(2 * PAGE))
+        target.flush()
+        file.flush()
+        assert shortcuts.Reflink().move(file.fileno(), 0, target.fileno(), 0, 0) == 0
+        assert (reflinking / "target").read_bytes() == b"what is there" + bytes(2 * PAGE)
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.EPERM])
 def test_where_reflinks_are_refused_bytes_are_copied(
     code: int, reflinking: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
