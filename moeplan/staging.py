@@ -349,16 +349,21 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
         new = sorted(journal.finished.publishing or (), key=_lateness)
         # One that is not in `model/` any more is in its place already.
         left = [name for name in new if (model / name).exists()]
-        appeared = [name for name in left if name not in journal.finished.replacing and (directory / name).exists()]
+        # What was taken away is not taken again: what is there under its name since, somebody has put there.
+        old = [
+            name
+            for name in journal.finished.replacing
+            if left and (name in left or name not in new) and not os.path.lexists(replaced / name)
+        ]
+        appeared = [name for name in left if name not in old and (directory / name).exists()]
         if appeared and not overwrite:
             raise _has_appeared(directory / appeared[0])
-        old = [name for name in (*journal.finished.replacing, *appeared) if name not in new or name in left]
         gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
         if gone:
             raise _GoneError(
                 f"{model / gone[0]}: is gone, though it was finished; remove {model.parent} and merge again"
             )
-        moves = [(directory / name, replaced / name) for name in sorted(old, key=_lateness, reverse=True)]
+        moves = [(directory / name, replaced / name) for name in sorted([*old, *appeared], key=_lateness, reverse=True)]
         moves += [(model / name, directory / name) for name in new]
         replaced.mkdir(exist_ok=True)
         _move(directory, moves)

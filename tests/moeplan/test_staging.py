@@ -10,6 +10,7 @@ from commands import snapshot
 
 from executor.errors import HopelessError, RunError
 from executor.journal import Journal
+from moeplan import staging
 from moeplan.output import OutputError
 from moeplan.staging import PARTIAL, Stage, check_output, check_unfinished, finish_publication, staged
 from planner.plan import FileSink
@@ -444,12 +445,12 @@ def test_a_process_that_dies_while_it_moves_files_leaves_a_finish_that_can_be_do
     assert not status
 
 
-def stop_in_the_middle_of_the_finish(out: Path) -> None:
-    """Leaves half of a new model in the place of an old one, which had a file more."""
+def stop_in_the_middle_of_the_finish(out: Path, at_move: int = 8) -> None:
+    """Leaves half of a new model in the place of an old one, which had a file more: 6 moves away, 5 to the place."""
     put_old_model(out)
     (out / "pytorch_model.bin").write_text("old")
     if os.fork() == 0:
-        left, rename = 8, os.rename
+        left, rename = at_move, os.rename
 
         def dying(source: Path, target: Path) -> None:
             nonlocal left
@@ -465,6 +466,47 @@ def stop_in_the_middle_of_the_finish(out: Path) -> None:
         os._exit(0)
     assert os.wait()[1] != 0
     assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("at_move", [7, 9, 11])
+def test_what_is_put_where_an_old_file_was_is_not_taken_away_when_a_stopped_finish_is_gone_on_with(tmp_path, at_move):
+    stop_in_the_middle_of_the_finish(tmp_path, at_move)
+    (tmp_path / "pytorch_model.bin").write_text("a user's")
+    finish_publication(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").read_text() == "a user's"
+    assert {(tmp_path / name).read_text() for name in (*MODEL, INDEX)} == {"new"}
+
+
+def test_what_is_put_where_an_old_file_was_and_a_new_one_is_to_be_is_in_the_way(tmp_path):
+    stop_in_the_middle_of_the_finish(tmp_path)
+    (tmp_path / "config.json").write_text("a user's")
+    with pytest.raises(OutputError, match=r"config\.json: has appeared there since the merge began"):
+        finish_publication(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "a user's"
+    finish_publication(tmp_path, overwrite=True)
+    assert {(tmp_path / name).read_text() for name in (*MODEL, INDEX)} == {"new"}
+
+
+def test_nothing_is_taken_away_when_all_was_moved_and_only_the_clearing_was_left(tmp_path, monkeypatch):
+    def stop() -> None:
+        with staged(tmp_path, SAME, overwrite=True) as stage:
+            write_model(stage, "new")
+            monkeypatch.setattr(staging, "_clear_away", interrupt)
+
+    def interrupt(partial: Path) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(partial / "replaced")
+        raise KeyboardInterrupt
+
+    put_old_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    (tmp_path / "pytorch_model.bin").write_text("a user's")
+    with staged(tmp_path, SAME) as stage:
+        assert stage.is_complete
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX, "pytorch_model.bin"}
+    assert (tmp_path / "pytorch_model.bin").read_text() == "a user's"
 
 
 @pytest.mark.parametrize(("now", "restart"), [(OTHER, False), (OTHER, True), (SAME, True)])
