@@ -105,18 +105,18 @@ def run(
     if any(step.workspace_nbytes for step in plan.kernels):
         give_back_what_is_freed()
     torch_threads = TorchThreads(plan, threads, imports)
+    confirm(plan, directory, journal)
     tensors = WholeTensors(plan.buffer_nbytes, plan.tensors_nbytes)
     with (
         _switching_often,
         closing(SourceReader(plan.sources, headers)) as reader,
-        closing(_shards(directory, plan, journal)) as writer,
+        closing(ShardWriter(directory, plan.shards)) as writer,
         ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,
         ThreadPoolExecutor(
             max((step.workers for step in plan.kernels), default=1), initializer=torch_threads.use_one
         ) as kernel_workers,
     ):
-        confirm(plan, directory, journal)
         routes = route(plan, reader, writer, directory if share_extents else None)
         work = remaining(plan, routes, journal)
         chunk_runner = ChunkRunner(reader, writer, tensors, journal, torch_threads, check_sources)
@@ -176,17 +176,6 @@ def _switching_often() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-def _shards(directory: Path, plan: Plan, journal: Journal) -> ShardWriter:
-    """The shards in `directory`. Where one is not there any more, nothing that the journal says of them counts."""
-    if not all(_has_size(directory / shard.filename, shard.nbytes) for shard in plan.shards):
-        journal.forget_streams()
-    return ShardWriter(directory, plan.shards)
-
-
-def _has_size(path: Path, nbytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == nbytes
 
 
 def finished(plan: Plan) -> RunResult:

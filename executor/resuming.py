@@ -36,7 +36,13 @@ class Work:
 
 
 def confirm(plan: Plan, directory: Path, journal: Journal) -> None:
-    """Read again what earlier runs wrote when they synced no more: as much as is written in some seconds."""
+    """See whether the shards in `directory` are what the journal says of them, before they are opened to be written.
+
+    Where one is not there any more, nothing counts. What earlier runs wrote when they synced no more is read again: as
+    much as is written in some seconds.
+    """
+    if not all(_has_size(directory / shard.filename, shard.nbytes) for shard in plan.shards):
+        journal.forget_streams()
     if not journal.unsure:
         return
     streams = {
@@ -57,6 +63,10 @@ def confirm(plan: Plan, directory: Path, journal: Journal) -> None:
     # Each worker takes two chunks, which are as large as its slab, that is not there yet.
     differing = wrong(ranges, num_workers=plan.pool.workers, chunk_nbytes=plan.pool.slab_nbytes // 2)
     journal.confirm({chunk_of[index] for index in differing})
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -307,6 +308,17 @@ def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
     assert digest(stopped / "model") == whole[0]
     assert result.checksums == whole[1].checksums
     assert result.nbytes_by_path["resumed"] >= 4_000_000
+
+
+def test_more_shards_are_gone_on_with_than_files_may_be_open(tmp_path: Path, few_open_files: None) -> None:
+    tensors = {f"{number:03}": torch.full((2048,), float(number)) for number in range(150)}
+    reads = source(tmp_path / "source.safetensors", tensors)
+    plan = planned({name: cast(read, DType.BF16) for name, read in reads.items()}, shard=4096)
+    assert len(plan.shards) == 150
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", on_progress=stopping_after(plan.written_nbytes))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    assert go_on(plan, tmp_path / "place").nbytes_by_path["resumed"] == 150 * 4096
 
 
 def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
