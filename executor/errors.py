@@ -1,5 +1,6 @@
 """What can go wrong while a plan runs."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,17 @@ class HopelessError(RunError):
     """One that the same run would meet again, so what it wrote until then is of no use."""
 
 
+def reason(error: OSError) -> str:
+    """What went wrong, in words, with what can be done about it where that is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space"
+    return error.strerror or str(error)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Turns an OSError within into a RunError that names `path`."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
+        raise RunError(f"{path}: {reason(error)}") from error

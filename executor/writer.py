@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 
-from executor.errors import RunError
-from executor.files import fsync, reserve, sync
+from executor.errors import RunError, naming
+from executor.files import fsync, reserve, sync, write_all
 from executor.local import MIN_DIRECT_NBYTES
 from executor.shortcuts import Reflink, whole_pages
 from planner.layout import PAGE, Shard
@@ -60,10 +60,8 @@ class ShardWriter:
     def reserve(self, shard: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Have the space for byte ranges (begin, end) now: a disk that is too small shows before an hour is spent."""
         for begin, end in _merged(ranges):
-            try:
+            with naming(self._paths[shard]):
                 reserve(self._fds[shard], begin, end - begin)
-            except OSError as error:
-                raise self._failed(shard, error) from error
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Put `data` at byte `offset` of a shard."""
@@ -87,25 +85,19 @@ class ShardWriter:
     def read_back(self, shard: int, offset: int, memory: memoryview) -> None:
         """Fill `memory` with what was written at byte `offset` of a shard."""
         while len(memory):
-            try:
+            with naming(self._paths[shard]):
                 count = os.preadv(self._fds[shard], [memory], offset)
-            except OSError as error:
-                raise self._failed(shard, error) from error
             if count == 0:
                 raise RunError(f"{self._paths[shard]}: ends at byte {offset}; it was changed during the run")
             memory, offset = memory[count:], offset + count
 
     def sync(self) -> None:
         """Wait until every shard, and its name, is on the disk."""
-        for number, fd in enumerate(self._fds):
-            try:
+        for path, fd in zip(self._paths, self._fds, strict=True):
+            with naming(path):
                 fsync(fd)
-            except OSError as error:
-                raise self._failed(number, error) from error
-        try:
+        with naming(self._directory):
             sync(self._directory)
-        except OSError as error:
-            raise RunError(f"{self._directory}: writing failed: {error.strerror}") from error
 
     def close(self) -> None:
         for fd in (*self._fds, *self._direct_fds):
@@ -116,36 +108,31 @@ class ShardWriter:
 
     def _create(self, number: int, nbytes: int) -> None:
         path = self._paths[number]
-        try:
+        with naming(path):
             self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
             os.ftruncate(self._fds[number], nbytes)
-        except OSError as error:
-            raise self._failed(number, error) from error
         try:
             self._direct_fds.append(os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC))
         except (OSError, AttributeError):  # a file system, or a system, without it
             self._direct_fds.append(None)
 
     def _write(self, shard: int, offset: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data):
-            try:
-                done += os.pwrite(self._fds[shard], data[done:], offset + done)
-            except OSError as error:
-                raise self._failed(shard, error) from error
-        self._count("buffered", done)
+        with naming(self._paths[shard]):
+            write_all(self._fds[shard], data, offset)
+        self._count("buffered", len(data))
 
     def _write_direct(self, shard: int, offset: int, data: memoryview) -> int:
         """Write whole pages from the start of `data`; returns how many bytes, fewer where direct I/O is refused."""
         done = 0
         fd = self._direct_fds[shard]
         while fd is not None and done < len(data):
-            try:
-                count = os.pwrite(fd, data[done:], offset + done)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise self._failed(shard, error) from error
-                break
+            with naming(self._paths[shard]):
+                try:
+                    count = os.pwrite(fd, data[done:], offset + done)
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                        raise
+                    break
             done += count
             if count % PAGE:  # what follows is no longer aligned
                 break
@@ -156,12 +143,6 @@ class ShardWriter:
     def _count(self, way: str, nbytes: int) -> None:
         with self._lock:
             self.nbytes[way] += nbytes
-
-    def _failed(self, shard: int, error: OSError) -> RunError:
-        path = self._paths[shard]
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return RunError(f"{path}: the disk is full. Free some space and start again")
-        return RunError(f"{path}: writing failed: {error.strerror}")
 
 
 def _address(memory: memoryview) -> int:

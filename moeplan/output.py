@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from executor.errors import RunError
+from executor.errors import RunError, naming
 from executor.files import copy_file, sync, write_file
 from moeplan.errors import UserError
 
@@ -22,18 +22,20 @@ class OutputError(UserError):
 
 def write_beside(directory: Path, texts: Mapping[str, str], copied: Sequence[Path], source: Path) -> None:
     """Put `texts` and copies of `copied`, files below `source`, into `directory`, durably."""
-    try:
-        for name, text in texts.items():
+    for name, text in texts.items():
+        with naming(directory / name):
             write_file(directory / name, text.encode())
-        for file in copied:
-            target = directory / file.relative_to(source)
+    for file in copied:
+        target = directory / file.relative_to(source)
+        with naming(target):
             target.parent.mkdir(exist_ok=True)
-            copy_file(file, target)
+            try:
+                copy_file(file, target)
+            except OSError as error:
+                if error.filename != str(file):
+                    raise
+                raise RunError(f"{file}: cannot be read: {error.strerror}") from error
             sync(target.parent)
-    except OSError as error:
-        if error.filename in map(str, copied):
-            raise RunError(f"{error.filename}: cannot be read: {error.strerror}") from error
-        raise RunError(f"{error.filename or directory}: writing failed: {error.strerror}") from error
 
 
 def to_json(value: Mapping[str, Any]) -> str:

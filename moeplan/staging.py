@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from executor.errors import HopelessError, RunError
+from executor.errors import HopelessError, RunError, reason
 from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
 from moeplan.adapter import CONFIG as ADAPTER_CONFIG
@@ -186,7 +186,7 @@ def staged(
                 shutil.rmtree(partial, ignore_errors=True)
             (partial / MODEL).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"{directory}: cannot be made: {error.strerror}") from error
+            raise RunError(f"{directory}: cannot be made: {reason(error)}") from error
         journal: Journal | None = None
         is_begun = read_identity(partial) is not None
         try:
@@ -372,7 +372,7 @@ def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
 
 
 def _not_moved(directory: Path, error: OSError) -> RunError:
-    return RunError(f"{directory}: the finished files could not be moved here: {error.strerror}")
+    return RunError(f"{directory}: the finished files could not be moved here: {reason(error)}")
 
 
 def _has_appeared(path: Path) -> OutputError:

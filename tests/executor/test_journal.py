@@ -97,7 +97,7 @@ def test_a_result_that_could_not_be_synced_fails_the_run_and_costs_nothing_else(
     kept.save_result("first", memoryview(bytes(100)))
     with closing(ShardWriter(tmp_path, [])) as writer, ThreadPoolExecutor(1) as worker, monkeypatch.context() as broken:
         broken.setattr(os, "fsync", failing)
-        with pytest.raises(RunError, match=f"{journal.RESULTS}/first: No space left on device"):
+        with pytest.raises(RunError, match=f"{journal.RESULTS}/first: the disk is full"):
             Durability(writer, kept, worker).finish()
     kept.close()
     again = Journal(tmp_path, {})

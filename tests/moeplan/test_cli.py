@@ -217,7 +217,7 @@ def test_writing_that_fails_is_status_1_and_leaves_nothing(config, tmp_path):
     result = outcome(start(config, tmp_path / "out", code=limit + "from moeplan.__main__ import main; main()"))
     assert result.status == 1
     file = tmp_path / "out" / ".moeplan-partial" / "model" / "model.safetensors"
-    assert result.error == f"{file}: writing failed: File too large"
+    assert result.error == f"{file}: File too large"
     assert "Traceback" not in result.stderr
     assert snapshot(tmp_path) == before
 

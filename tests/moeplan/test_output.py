@@ -1,5 +1,6 @@
 """What stands beside the weights."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 from commands import snapshot
 
 from executor.errors import RunError
+from executor.journal import Journal
+from executor.writer import ShardWriter
 from moeplan.disk import free_nbytes
 from moeplan.errors import MoeplanWarning
 from moeplan.output import write_beside
 from moeplan.tokenizer_files import MAX_READ_NBYTES, missing_code, tokenizer_files
+from planner.layout import Shard
 
 
 @pytest.mark.parametrize("nbytes", [0, MAX_READ_NBYTES - 100])
@@ -43,6 +47,33 @@ def test_a_file_that_fails_while_it_is_copied_is_named(tmp_path):
     unreadable = Path("/proc/self/mem")  # can be opened, and has nothing at its start
     with pytest.raises(RunError, match=r"^/proc/self/mem: cannot be read: Input/output error$"):
         write_beside(tmp_path, {}, [unreadable], unreadable.parent)
+
+
+def test_a_full_disk_is_said_in_the_same_words_of_shards_the_journal_and_what_stands_beside(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "tokenizer.json").touch()
+    shard = Shard("model.safetensors", 16, 16, ())
+    journal = Journal(tmp_path, {})
+    writing = {
+        "journal": lambda: journal.drop_result("key"),
+        "results/key": lambda: journal.save_result("key", memoryview(b"result")),
+        "model.safetensors": lambda: ShardWriter(tmp_path, [shard]),
+        "config.json": lambda: write_beside(tmp_path, {"config.json": "{}"}, [], tmp_path),
+        "tokenizer.json": lambda: write_beside(
+            tmp_path, {}, [tmp_path / "source" / "tokenizer.json"], tmp_path / "source"
+        ),
+    }
+    journal.finished.results["key"] = 1
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "fsync", full)
+    for name, write in writing.items():
+        with pytest.raises(RunError) as error:
+            write()
+        assert str(error.value) == f"{tmp_path / name}: the disk is full; free some space"
+    journal.close()
 
 
 def test_free_space_is_that_of_the_directory_that_will_hold_the_output(tmp_path):
