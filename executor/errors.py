@@ -22,6 +22,8 @@ def reason(error: OSError) -> str:
     """What went wrong, in words, with what can be done about it where that is known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space"
+    if error.errno == errno.EMFILE:
+        return "more files would be open than this process may have; raise the limit (`ulimit -n`)"
     return error.strerror or str(error)
 
 

@@ -11,7 +11,7 @@ import os
 import resource
 from contextlib import suppress
 
-from executor.errors import RunError
+from executor.errors import RunError, reason
 from planner.layout import PAGE
 
 MIN_DIRECT_NBYTES = 64 << 10
@@ -35,7 +35,7 @@ class LocalFile:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise RunError(f"{path}: cannot be opened any more: {error.strerror}") from error
+            raise RunError(f"{path}: cannot be opened any more: {reason(error)}") from error
         self._advise(0, 0, RANDOM)
         self._direct_fd: int | None = None
         with suppress(OSError, AttributeError):  # a file system, or a system, without it

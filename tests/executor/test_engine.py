@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from executor import writer
+from executor import engine, writer
 from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.reader import SourceReader
@@ -485,6 +485,21 @@ def test_more_sources_are_read_than_files_may_be_open(tmp_path: Path, few_open_f
     (tmp_path / "out").mkdir()
     run(plan, tmp_path / "out")
     assert len(load(plan, tmp_path / "out")) == 150
+
+
+@pytest.mark.parametrize(("sources", "shards"), [(150, 1), (1, 300)])
+def test_where_the_system_allows_no_more_open_files_it_is_said_how_it_does(
+    tmp_path: Path, few_open_files: None, monkeypatch: pytest.MonkeyPatch, sources: int, shards: int
+) -> None:
+    monkeypatch.setattr(engine, "allow_open_files", lambda count: None)
+    names = [f"{number:03}" for number in range(max(sources, shards))]
+    files = {of: {name: torch.ones(4) for name in names[of::sources]} for of in range(sources)}
+    reads = {name: read for of, held in files.items() for name, read in source(tmp_path / str(of), held).items()}
+    plan = planned(dict(reads), shard=16 if shards > 1 else 1 << 40)
+    assert (len(plan.sources), len(plan.shards)) == (sources, shards)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match=r"/\S+: .*more files would be open than .*; raise the limit \(`ulimit -n`\)$"):
+        run(plan, tmp_path / "out")
 
 
 def test_buffers_that_take_more_than_the_plan_forecast_end_the_run(tmp_path: Path, outputs: dict[str, Expr]) -> None:
