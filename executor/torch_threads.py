@@ -33,6 +33,8 @@ class TorchThreads:
         self._worker = local()
         if self.uses_torch and any(map(_computes, plan.steps)):
             Thread(target=self._load, name="import torch", daemon=True).start()
+        else:
+            self._loaded.set()  # who uses torch for all that, as low-rank products do, imports it there
 
     def _load(self) -> None:
         # Threads that wait for each other's part of a sum are not to keep a core from those that copy.

@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_engine import planned, source
 
+from executor.engine import RunResult, run
 from executor.torch_threads import TorchThreads
-from planner.expr import Opaque
+from planner.expr import Opaque, add_low_rank
 
 PROGRAM = """
 import sys
@@ -38,6 +39,17 @@ def load(tmp_path: Path, module: str) -> None:
     for thread in threading.enumerate():
         if thread.name == "import torch":
             thread.join()
+
+
+def test_a_product_is_computed_where_nothing_was_to_be_imported(tmp_path: Path) -> None:
+    shapes = {"weight": (64, 32), "b": (64, 2), "a": (2, 32)}
+    reads = source(tmp_path / "source.safetensors", {name: torch.ones(*shape) for name, shape in shapes.items()})
+    plan = planned({"sum": add_low_rank(reads["weight"], reads["b"], reads["a"], 1.0)})
+    done: list[RunResult] = []
+    running = threading.Thread(target=lambda: done.append(run(plan, tmp_path, imports=())), daemon=True)
+    running.start()
+    running.join(20)
+    assert [result.written_nbytes for result in done] == [plan.written_nbytes]
 
 
 def test_what_cannot_be_loaded_in_the_background_says_so_where_it_is_used_and_not_before(
