@@ -24,6 +24,9 @@ from moeplan.untrusted_json import JSONError, parse_object, show
 MAX_RECORD_NBYTES = 64 << 20
 MAX_RECORD_VALUES = 4_000_000
 
+MAX_COUNT = 1 << 60
+"""More than any file has elements or bytes, and still an offset that the system takes."""
+
 
 class RecordError(UserError):
     """A directory has no `moeplan.json` that a model can be verified by."""
@@ -129,7 +132,9 @@ def _check_file(path: Path, name: str, expected: str, found: Verification) -> No
 def _check_segments(segments: list[dict[str, Any]], numel: int) -> None:
     """See that a record's segments of a tensor make up all of it, in whole numbers. Raises ValueError."""
     counts = [segment.get(key, 0) for segment in segments for key in ("numel", "head", "offset")]
-    if any(type(count) is not int or count < 0 for count in counts) or sum(s["numel"] for s in segments) != numel:
+    if any(type(count) is not int or not 0 <= count < MAX_COUNT for count in counts):
+        raise ValueError("segments of what no file has")
+    if sum(segment["numel"] for segment in segments) != numel:
         raise ValueError("segments that are not the tensor")
 
 

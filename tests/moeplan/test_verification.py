@@ -5,7 +5,9 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import moeplan, snapshot, sparse_llama, write_config
@@ -181,15 +183,28 @@ def test_without_a_record_that_can_be_read_nothing_is_verified(tmp_path, content
     ],
 )
 def test_a_record_whose_segments_are_not_the_tensor_is_told_to_be_damaged(model, damage):
+    assert_said_to_be_damaged(model, lambda record: damage(next(iter(record["tensors"].values()))))
+
+
+def assert_said_to_be_damaged(model: Path, damage: Callable[[dict[str, Any]], None]) -> None:
     before = (model / "moeplan.json").read_bytes()
     record = json.loads(before)
-    damage(next(iter(record["tensors"].values())))
+    damage(record)
     try:
         (model / "moeplan.json").write_text(json.dumps(record))
         result = moeplan("verify", model)
     finally:
         (model / "moeplan.json").write_bytes(before)
     assert (result.status, result.error) == (2, f"{model}/moeplan.json: is not what moeplan writes")
+
+
+@pytest.mark.parametrize("offset", [-1, 1.0, 1 << 60, 1 << 63, 1 << 64])
+def test_a_record_of_a_place_in_a_source_that_no_file_has_is_told_to_be_damaged(model, offset):
+    def damage(record: dict[str, Any]) -> None:
+        (source, *_), segments = record["made_from"]["source"], next(iter(record["tensors"].values()))
+        segments[0] = {"numel": segments[0]["numel"], "source": source, "offset": offset}
+
+    assert_said_to_be_damaged(model, damage)
 
 
 def test_paths_that_are_not_utf_8_are_recorded_and_read_again(checkpoint, tmp_path, monkeypatch):
@@ -214,13 +229,7 @@ def test_of_a_file_without_a_header_its_beginning_is_told_from_another(tmp_path)
 
 
 def test_a_record_that_leaves_out_a_shard_is_told_to_be_damaged(model):
-    before = (model / "moeplan.json").read_bytes()
-    try:
-        (model / "moeplan.json").write_text(json.dumps(json.loads(before) | {"shards": {}}))
-        result = moeplan("verify", model)
-    finally:
-        (model / "moeplan.json").write_bytes(before)
-    assert (result.status, result.error) == (2, f"{model}/moeplan.json: is not what moeplan writes")
+    assert_said_to_be_damaged(model, lambda record: record["shards"].clear())
 
 
 def test_a_model_is_not_verified_while_a_merge_writes_there_nor_does_a_merge_begin_while_it_is(model):
