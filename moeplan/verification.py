@@ -142,7 +142,7 @@ def _tensors(
     directory: Path, shard: str, facts: dict[str, Any], found: Verification
 ) -> list[tuple[str, int, int, int]]:
     """Of each tensor of a shard whose header is what was written: name, offset, size of an element, and how many it
-    has. Else none."""
+    has. Else none; and none that lie beyond its end, where it was cut."""
     path = directory / shard
     if not path.is_file():
         found.wrong.append(f"{shard}: is not there")
@@ -156,7 +156,11 @@ def _tensors(
         found.wrong.append(f"{shard}: has {nbytes:,} bytes, and {facts['nbytes']:,} were written")
     start = len(length) + len(text)
     infos = parse_header(text, facts["nbytes"] - start)
-    return [(name, start + info.begin, info.dtype.itemsize, math.prod(info.shape)) for name, info in infos.items()]
+    return [
+        (name, start + info.begin, info.dtype.itemsize, math.prod(info.shape))
+        for name, info in infos.items()
+        if start + info.end <= nbytes
+    ]
 
 
 def _range(file: Path, offset: int, itemsize: int, segment: dict[str, Any]) -> Range:

@@ -161,6 +161,19 @@ def test_a_shard_that_is_gone_cut_or_of_another_header_is_named(model):
         shard.write_bytes(before)
 
 
+def test_nothing_is_read_beyond_the_end_of_a_shard_that_was_cut(model):
+    shard = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    before, nbytes = shard.read_bytes(), []
+    try:
+        verify(model, nbytes.append)
+        shard.write_bytes(before[: len(before) // 2])
+        found = verify(model, nbytes.append)
+    finally:
+        shard.write_bytes(before)
+    assert nbytes[1] <= nbytes[0] - len(before) // 2
+    assert found.wrong == [f"{shard.name}: has {len(before) // 2:,} bytes, and {len(before):,} were written"]
+
+
 @pytest.mark.parametrize(
     "content", [None, b"{", b"[]", b'{"format": 2}', b'{"format": 1}', b'{"format": 1, "files": 3}']
 )
