@@ -89,8 +89,9 @@ class Journal:
 
     def forget(self) -> None:
         """Nothing that was finished is what it should be."""
-        for key in list(self.finished.results):
-            self.drop_result(key)
+        with self._lock:
+            for key in list(self.finished.results):
+                self._drop(key)
         self.forget_streams()
 
     def forget_stream(self, content: FileSink) -> None:
@@ -116,7 +117,8 @@ class Journal:
         """Elements `first` to `first + numel` of the stream known as `content` are written to all of `sinks`."""
         with self._lock:
             self.finished.streams[content].count(numel, checksum)
-            self._append(Chunk(content, first, numel, checksum, frozenset(sinks)).record())
+            if not self._is_lost:
+                self._append(Chunk(content, first, numel, checksum, frozenset(sinks)).record())
 
     def mark_safe(self, position: int) -> None:
         """What the journal says up to `position` is on the disk, but for saved results, which are put there now."""
@@ -133,7 +135,7 @@ class Journal:
         with self._lock:
             with suppress(RunError):
                 self._append({"lost": True})
-            self._is_lost = True  # nor does anybody know of what is under way
+            self._is_lost = True  # nor does anybody know of what is under way: it counts no more
 
     def save_result(self, key: str, memory: memoryview) -> None:
         """Save a kernel's result, under a name that the plan gives it."""
@@ -142,7 +144,8 @@ class Journal:
         checksum = self._results.save(key, memory)
         with self._lock:
             self.finished.results[key] = checksum
-            self._append({"result": key, "checksum": checksum})
+            if not self._is_lost:
+                self._append({"result": key, "checksum": checksum})
 
     def load_result(self, key: str, memory: memoryview) -> None:
         """Fill `memory` with a result that an earlier run saved."""
@@ -154,9 +157,12 @@ class Journal:
 
         It is removed when what took its place is sure to count: after a restart of the machine this line might not.
         """
-        if self._results is None or self.finished.results.pop(key, None) is None:
-            return
         with self._lock:
+            if not self._is_lost:  # or what took its place does not count
+                self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        if self._results is not None and self.finished.results.pop(key, None) is not None:
             self._append({"dropped": key})
             self._results.drop(key, self._position)
 
@@ -174,7 +180,7 @@ class Journal:
             self._fd = None
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        if self._fd is None or self._directory is None or self._is_lost:
+        if self._fd is None or self._directory is None:
             return
         line = _line(record)
         with naming(self._directory / NAME):
@@ -243,7 +249,7 @@ def _trusted(directory: Path) -> tuple[Finished, list[dict[str, Any]]]:
             while rest and rest[0][1] <= record["safe"]:
                 certain.add(rest.popleft()[0])
         elif "lost" in record:
-            rest.clear()
+            rest = deque(entry for entry in rest if "forgotten" in entry[0])
         else:
             rest.append((record, end))
     if not machine or machine != _machine_start():

@@ -137,6 +137,48 @@ def test_what_is_noted_after_a_failure_to_sync_does_not_count_either(tmp_path: P
     assert Journal(tmp_path, {}).is_empty
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_after_a_failure_to_sync_what_was_sure_can_still_be_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    kept = Journal(tmp_path, {})
+    kept.add_chunk(FileSink(0, 8), 0, 4, 1, [FileSink(0, 8)])
+    kept.save_result("first", memoryview(bytes(100)))
+    kept.mark_safe(kept.position)
+    kept.distrust()
+    kept.forget()
+    kept.close()
+    if restarted:
+        monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    assert Journal(tmp_path, {}).is_empty
+
+
+def test_what_was_forgotten_before_a_failure_to_sync_does_not_count_again(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    for content in (FileSink(0, 8), FileSink(1, 8)):
+        kept.add_chunk(content, 0, 4, 1, [content])
+    kept.mark_safe(kept.position)
+    kept.forget_stream(FileSink(0, 8))
+    kept.distrust()
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.close()
+    assert list(again.finished.streams) == [FileSink(1, 8)]
+
+
+def test_after_a_failure_to_sync_a_result_counts_until_what_was_made_of_it_does(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    kept.save_result("first", memoryview(bytes(100)))
+    kept.mark_safe(kept.position)
+    kept.distrust()
+    kept.save_result("second", memoryview(bytes(100)))
+    kept.drop_result("first")
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.close()
+    assert list(again.finished.results) == ["first"]
+
+
 def test_where_restarts_of_the_machine_cannot_be_told_only_what_is_on_the_disk_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
