@@ -40,7 +40,10 @@ _clearing: list[Callable[[], None]] = []
 
 
 def watch() -> None:
-    """From now on, Ctrl-C ends this process: at once, but for what runs `in_order`."""
+    """From now on, Ctrl-C ends this process: at once, but for what runs `in_order`. Who started it may have it ignored,
+    as shells have of what a script leaves in the background: then it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
     awaited, woken = os.pipe()
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)

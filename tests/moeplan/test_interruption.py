@@ -192,6 +192,17 @@ def test_it_is_not_taken_for_the_error_that_a_library_makes_of_it(config, tmp_pa
     assert interrupted(process) == "error: interrupted\n"
 
 
+def test_a_process_that_was_started_to_ignore_it_goes_on(config, tmp_path):
+    """As a shell starts what a script leaves in the background."""
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    process = start(config, tmp_path / "out", **ignoring)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert outcome(process).status == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_pressing_it_twice_is_not_worse_than_pressing_it_once(config, tmp_path):
     process = start(config, tmp_path / "out", code=STANDING_STILL + IN_A_KERNEL + MAIN)
     wait_until(process, (tmp_path / "standing still").exists)
