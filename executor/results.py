@@ -61,7 +61,7 @@ class Results:
         with naming(path), open(path, "rb") as file:
             file.readinto(memory)
         if xxh3_64_intdigest(memory) != checksum:
-            raise RunError(f"{path}: is not what was saved there; start again with --restart")
+            raise RunError(f"{path}: is not what was saved there any more; the next run computes it again")
 
     def drop(self, key: str, position: int) -> None:
         """Nothing needs this result any more, as the journal says up to `position`."""

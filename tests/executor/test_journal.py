@@ -54,6 +54,18 @@ def test_a_result_stands_until_that_of_the_next_kernel_is_sure_to_count(
     assert [file.name for file in (tmp_path / journal.RESULTS).iterdir()] == ["second"]
 
 
+def test_a_result_that_fails_before_it_is_used_is_computed_by_the_next_run(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    kept.save_result("first", memoryview(bytes(100)))
+    (tmp_path / journal.RESULTS / "first").write_bytes(b"y" * 100)
+    with pytest.raises(RunError, match="/first: is not what was saved there any more; the next run computes it again"):
+        kept.load_result("first", memoryview(bytearray(100)))
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.close()
+    assert not again.finished.results
+
+
 def test_results_are_put_on_the_disk_when_they_are_to_count_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
