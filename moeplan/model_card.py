@@ -25,6 +25,7 @@ from moeplan.gates import gate_mode
 from moeplan.model_ref import parse_model_ref
 from moeplan.options import DECISIVE, EVALUATION, flag
 from moeplan.output import CARD, CONFIG_COPY
+from moeplan.tokenizer_files import has_tokenizer
 from moeplan.wording import runs
 
 if TYPE_CHECKING:
@@ -240,18 +241,21 @@ def _how_to_load_it(plan: MergePlan) -> list[str]:
         needs = ["Its experts are the fused tensors of transformers 5, which transformers 4 cannot load.", ""]
     else:
         needs = []
+    with_tokenizer = has_tokenizer(file.name for file in plan.copied)
     lines = [
         "## How to load it",
         "",
         *needs,
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * with_tokenizer}",
         "",
         'path = "."  # this directory, or the model\'s name on the Hub',
         f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{remote})',
-        f"tokenizer = AutoTokenizer.from_pretrained(path{of_tokenizer})",
+        *[f"tokenizer = AutoTokenizer.from_pretrained(path{of_tokenizer})"] * with_tokenizer,
         "```",
     ]
+    if not with_tokenizer:
+        lines += ["", "It has no tokenizer of its own: use the base's."]
     if not plan.config.reads_text:
         lines += ["", "Its routers are random: they choose experts by chance until the model is trained."]
     return lines

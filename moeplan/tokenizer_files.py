@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
@@ -20,7 +21,7 @@ SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json
 READ_WITH_FAST = (FAST, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
 """What prompts are read with, where the first is there."""
 
-TOKENIZER_FILES = (
+VOCABULARIES = (
     FAST,
     SLOW,
     "tokenizer.model.v3",  # Mistral's, for mistral-common
@@ -29,12 +30,17 @@ TOKENIZER_FILES = (
     "spiece.model",
     "spm.model",
     "sentencepiece.bpe.model",
-    TOKENIZER_CONFIG,
-    SPECIAL_TOKENS_MAP,
-    ADDED_TOKENS,
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+)
+"""Of these a tokenizer is made; the others say how it is used."""
+
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    ADDED_TOKENS,
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -58,6 +64,11 @@ WITHOUT = "use --no-copy-tokenizer to go without"
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model on the Hub, by its path there, is one that `tokenizer_files` would take."""
     return name in TOKENIZER_FILES or any(pattern.fullmatch(name) for pattern in (TEMPLATE, CODE))
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether files of these names make a tokenizer, of a vocabulary or of code, and are not just beside one."""
+    return any(name in VOCABULARIES or CODE.fullmatch(name) for name in names)
 
 
 def tokenizer_files(source: Path) -> list[Path]:

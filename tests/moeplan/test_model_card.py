@@ -157,6 +157,30 @@ def test_the_card_says_with_which_versions_the_model_loads_where_not_with_all(li
         assert said in how.partition("```python")[0]
 
 
+@pytest.mark.parametrize(
+    ("base_files", "options"),
+    [
+        (["config.json", "model.safetensors", "tokenizer.json"], ["--no-copy-tokenizer"]),
+        (["config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"], []),
+    ],
+    ids=["not-copied", "base-without"],
+)
+def test_the_card_names_no_tokenizer_where_the_model_has_none(linked, base_files, options):
+    model = linked("model")
+    for file in Path(model).iterdir():
+        if file.name not in base_files:
+            file.unlink()
+    config = write_config(Path("config.yml"), model, [model] * 2)
+    assert moeplan(config, "out", *options).status == 0
+    content = Path("out/README.md").read_text()
+    assert "AutoTokenizer" not in content
+    assert "It has no tokenizer of its own: use the base's." in content
+
+    loaded = {}
+    exec(re.search(r"```python\n(.*?)```", content, re.DOTALL)[1].replace('"."', '"out"'), loaded)
+    assert type(loaded["model"]).__name__ == "MixtralForCausalLM"
+
+
 def test_options_that_do_not_reach_the_model_s_bytes_are_not_on_the_card(linked):
     model = linked("model")
     config = write_config(Path("config.yml"), model, [model, linked("other", 1)], gate_mode="cheap_embed")
