@@ -26,7 +26,7 @@ from moeplan.model_ref import parse_model_ref
 from moeplan.options import DECISIVE, EVALUATION, flag
 from moeplan.output import CARD, CONFIG_COPY
 from moeplan.tokenizer_files import has_tokenizer
-from moeplan.wording import runs
+from moeplan.wording import count, runs
 
 if TYPE_CHECKING:
     from moeplan.planning import MergePlan
@@ -82,22 +82,23 @@ class Source:
 
 
 def sources_of(config: MergeConfig, directories: Sequence[Sequence[Path]]) -> tuple[Source, ...]:
-    """The models and adapters that `config` names, each once.
+    """The models and adapters that `config` names, each once, by its first name.
 
     `directories` are those of the base, the experts, the shared experts: of each the model's, and its adapter's.
     """
     named = [("base", config.base_model)]
     named += [(f"expert {number}", expert.source_model) for number, expert in enumerate(config.experts)]
     named += [("shared expert", expert.source_model) for expert in config.shared_experts]
-    found: dict[str, Source] = {}
+    found: dict[str, Source] = {}  # by the directory, which a YAML file may spell in several ways
     for (role, reference), paths in zip(named, directories, strict=True):
         ref = parse_model_ref(reference)
         parts = [(role, ref.model), *([] if ref.adapter is None else [(f"adapter of {role}", ref.adapter)])]
         for (use, name), path in zip(parts, paths, strict=True):
-            if name in found:
-                found[name] = replace(found[name], roles=(*found[name].roles, use))
+            directory = os.path.realpath(path)
+            if directory in found:
+                found[directory] = replace(found[directory], roles=(*found[directory].roles, use))
             else:
-                found[name] = Source(name, (use,), hub_name(name), read_licence(path))
+                found[directory] = Source(name, (use,), hub_name(name), read_licence(path))
     return tuple(found.values())
 
 
@@ -160,14 +161,14 @@ def is_own_card(text: str) -> bool:
 def model_card(plan: MergePlan) -> str:
     """The text of the card of what `plan` merges, in Markdown."""
     config, family = plan.config, plan.family.name
+    experts, active = len(config.experts), config.experts_per_token
     backbone = "the base's" if config.backbone == "base" else "the mean over the experts'"
     lines = [
-        f"# {family} of {len(config.experts)} experts",
+        f"# {family} of {count(experts, 'expert')}",
         "",
         f"A {family} model, {_MERGED} {version('moeplan')} from the models below: attention, norms and",
-        f"embeddings are {backbone}, and each expert is the MLPs of one model. Of the "
-        f"{len(config.experts)} experts, {config.experts_per_token}",
-        f"work{'s' * (config.experts_per_token == 1)} on a token.",
+        f"embeddings are {backbone}, and each expert is the MLPs of one model.",
+        *[f"Of the {experts} experts, {active} work{'s' * (active == 1)} on a token."] * (experts > 1),
         "",
         *_models(plan.merged),
         *_how_to_load_it(plan),

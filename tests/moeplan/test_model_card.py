@@ -93,6 +93,29 @@ def test_adapters_are_listed_beside_their_models_and_their_licences_count(linked
     assert ModelCard.load("differs/README.md").data.license is None
 
 
+def test_a_model_that_the_yaml_spells_in_several_ways_is_listed_once_by_the_first(linked):
+    model = linked("models/assistant")
+    Path("link").symlink_to(model)
+    spellings = ["models/assistant", "./models/assistant/", "link", Path(model).resolve()]
+    config = write_config(Path("config.yml"), model, [*spellings, linked("models/other", 1)])
+    assert moeplan(config, "out").status == 0
+    rows = [line for line in Path("out/README.md").read_text().splitlines() if line.endswith("| not known |")]
+    assert rows == [
+        "| base, experts 0-3 | `models/assistant` | not known |",
+        "| expert 4 | `models/other` | not known |",
+    ]
+
+
+def test_a_model_of_one_expert_is_spoken_of_in_the_singular(linked):
+    model = linked("model")
+    config = write_config(Path("config.yml"), model, [model], experts_per_token=1)
+    assert moeplan(config, "out").status == 0
+    content = Path("out/README.md").read_text()
+    assert "# Mixtral of 1 expert\n" in content
+    assert "1 experts" not in content
+    assert "on a token" not in content
+
+
 def test_the_yaml_is_beside_the_weights_byte_for_byte_and_in_the_card(linked):
     model = linked("models/a|b`c")
     text = f"base_model: '{model}'  # ```` näive\r\nexperts:\r\n- source_model: '{model}'\r\ngate_mode: random\n"
