@@ -7,6 +7,8 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from executor.errors import RunError
 from moeplan.disk import free_nbytes, on_one_disk
 from moeplan.hub import Snapshot
@@ -75,6 +77,6 @@ def _check_space(merge_plan: MergePlan, out: Path) -> None:
     free = free_nbytes(cache)
     if needed > free:
         raise RunError(
-            f"{cache}: the models to download and what is made of them take {needed / 1e9:.2f} GB, and "
-            f"{free / 1e9:.2f} GB are free there: free some, give another --transformers-cache, or use --stream"
+            f"{cache}: the models to download and what is made of them take {decimal(needed)}, and "
+            f"{decimal(free)} are free there: free some, give another --transformers-cache, or use --stream"
         )

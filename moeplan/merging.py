@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from executor.errors import RunError
 from moeplan import gates
 from moeplan.checkpoint import CONFIG, INDEX
@@ -140,7 +142,7 @@ def _with_sources_here(merge_plan: MergePlan, out: str | Path) -> MergePlan:
 def _check_space(merge_plan: MergePlan, directory: Path) -> None:
     needed, free = merge_plan.needed_nbytes(directory), free_nbytes(directory)
     if needed > free:
-        raise RunError(f"{directory}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+        raise RunError(f"{directory}: the model takes {decimal(needed)}, and {decimal(free)} are free there")
 
 
 def _write_beside(merge_plan: MergePlan, made_from: Identity, result: RunResult, directory: Path) -> None:

@@ -206,8 +206,14 @@ def test_a_disk_that_is_too_small_is_told_by_the_plan_and_refused_by_the_merge(e
     before = sorted(tmp_path.rglob("*"))
     merged = moeplan(enormous, tmp_path / "out")
     assert merged.status == 1
-    assert merged.error.startswith(f"{tmp_path}/out: the model takes 4398.05 GB, and ")
+    assert merged.error.startswith(f"{tmp_path}/out: the model takes 4.4 TB, and ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_how_little_space_there_is_is_said_in_sizes_that_tell_the_numbers_apart(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "free_nbytes", lambda directory: 102_400)
+    error = moeplan(config, tmp_path / "out").error
+    assert re.fullmatch(r".*/out: the model takes \d{3}\.\d kB, and 102\.4 kB are free there", error)
 
 
 def test_writing_that_fails_is_status_1_and_leaves_nothing(config, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from commands import moeplan, outcome, snapshot, sparse_llama, start, write_config
 from hub_server import TOKEN, Fault, Hub, serving
 from huggingface_hub import constants, file_download
+from rich.filesize import decimal
 
 import moeplan as api
 from executor import remote
@@ -669,7 +670,9 @@ def test_nothing_is_downloaded_where_there_is_no_space_for_it(
     monkeypatch.setattr(fetching, "free_nbytes", lambda directory: needed - 1)
     ran = moeplan(config, tmp_path / "out", "--no-copy-tokenizer")
     assert ran.status == 1
-    assert ran.error.startswith(f"{cache}: the models to download and what is made of them take {needed / 1e9:.2f} GB")
+    assert ran.error.startswith(
+        f"{cache}: the models to download and what is made of them take {decimal(needed)}, and "
+    )
     assert large_files(cache) == []
     monkeypatch.setattr(fetching, "free_nbytes", lambda directory: needed)
     assert moeplan(config, tmp_path / "out", "--no-copy-tokenizer").status == 0
