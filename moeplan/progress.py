@@ -86,8 +86,9 @@ class ProgressLines:
 
 
 def progress_on(console: Console, total_nbytes: int) -> ProgressBar | ProgressLines:
-    """What fits `console`."""
-    return (ProgressBar if console.is_terminal else ProgressLines)(console, total_nbytes)
+    """What fits `console`. A file is no terminal, though the environment may have rich write colours into it."""
+    shows_bars = console.is_interactive and console.file.isatty()
+    return (ProgressBar if shows_bars else ProgressLines)(console, total_nbytes)
 
 
 def _doing(state: Progress) -> str:

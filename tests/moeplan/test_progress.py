@@ -24,14 +24,34 @@ def clock(monkeypatch):
     return Clock
 
 
-def console(**options) -> tuple[Console, StringIO]:
-    stream = StringIO()
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def console(stream: StringIO | None = None, **options) -> tuple[Console, StringIO]:
+    stream = stream or StringIO()
     return Console(file=stream, highlight=False, markup=False, **options), stream
 
 
-def test_a_terminal_gets_a_bar_and_everything_else_gets_lines():
-    assert isinstance(progress_on(console(force_terminal=True)[0], 1), ProgressBar)
-    assert isinstance(progress_on(console()[0], 1), ProgressLines)
+@pytest.mark.parametrize(
+    ("stream", "environment", "kind"),
+    [
+        (Terminal, {}, ProgressBar),
+        (Terminal, {"TERM": "dumb"}, ProgressLines),
+        (StringIO, {}, ProgressLines),
+        (StringIO, {"FORCE_COLOR": "1"}, ProgressLines),
+        (StringIO, {"TTY_COMPATIBLE": "1"}, ProgressLines),
+    ],
+)
+def test_a_terminal_that_can_show_one_gets_a_bar_and_everything_else_gets_lines(monkeypatch, stream, environment, kind):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm"} | environment).items():
+        monkeypatch.setenv(name, value)
+    shown = progress_on(console(stream())[0], 1)
+    shown.stop()
+    assert type(shown) is kind
 
 
 def test_lines_come_now_and_then_with_bytes_rate_and_time_left(clock):
