@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from moeplan.errors import MoeplanWarning
@@ -17,7 +18,7 @@ def check_routers(merge_plan: MergePlan, directory: Path) -> RouterFacts:
     layers = range(merge_plan.sources.base.num_layers)
     router = merge_plan.family.layouts[merge_plan.layout].router
     names = [router.format(layer=layer) for layer in layers]
-    facts = router_facts(stored_routers(directory, merge_plan.plan.shards, names))
+    facts = router_facts(partial(stored_routers, directory, merge_plan.plan.shards, names))
     for message in (*_of_routers(merge_plan, facts), *_of_shared_gates(merge_plan, directory)):
         warnings.warn(message, MoeplanWarning, stacklevel=3)
     return facts

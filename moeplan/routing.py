@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,11 @@ MAX_CONDITION = 5.0
 
 EQUAL = 2.0**-8
 """Rows that differ by less than this share of their length are equal to what bfloat16 rounds."""
+
+_COLUMNS = 256
+"""So many columns of a router are in float64 at a time."""
+_COSINES = 1 << 20
+"""So many cosines between rows are kept at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,54 +48,86 @@ def condition(router: np.ndarray) -> float:
     """
     import numpy as np
 
-    num_experts = len(router)
+    num_experts, width = router.shape
     if num_experts == 1:
         return 1.0
-    rows = np.asarray(router, dtype=np.float64)
-    if not np.isfinite(rows).all():
+    if num_experts - 1 > width or not np.isfinite(router).all():
         return math.inf
-    sizes = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
-    if len(sizes) < num_experts - 1 or sizes[0] <= EQUAL * np.linalg.norm(rows):
+    length, products = 0.0, np.zeros((num_experts, num_experts))
+    for part in _parts(router):
+        length += float((part**2).sum())
+        part -= part.mean(axis=0)
+        products += part @ part.T
+    # The squares of singular values, from the least, which is that of the mean: zero. What rounding may leave is none.
+    squares = np.linalg.eigvalsh(products)
+    least, largest = float(squares[1]), float(squares[-1])
+    if largest <= EQUAL**2 * length or least <= max(router.shape) * np.finfo(np.float64).eps * largest:
         return math.inf
-    smallest = float(sizes[num_experts - 2])
-    return float(sizes[0]) / smallest if smallest > 0 else math.inf
+    return math.sqrt(largest / least)
 
 
-def cosines(router: np.ndarray) -> np.ndarray:
-    """Between a router's rows, `[num_experts, num_experts]`; NaN where a row is zero or not finite."""
+def cosines(router: np.ndarray, most: int | None = None) -> np.ndarray:
+    """Between a router's rows, the first `most` of them, and all: `[most, num_experts]`; NaN where a row is zero or not
+    finite."""
     import numpy as np
 
-    rows = np.asarray(router, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        return np.asarray(np.clip(rows @ rows.T, -1, 1))
+        lengths = np.sqrt(sum((part**2).sum(axis=1) for part in _parts(router)))
+        found = np.asarray(sum(part[:most] @ part.T for part in _parts(router)))
+        found /= lengths[:most, np.newaxis]
+        found /= lengths
+        return np.clip(found, -1, 1, out=found)
 
 
-def router_facts(routers: Iterable[np.ndarray]) -> RouterFacts:
-    """What `routers`, those of a model's layers, are like."""
+def _parts(router: np.ndarray) -> Iterator[np.ndarray]:
+    """A router's columns, some at a time, in float64."""
+    return (router[:, begin : begin + _COLUMNS].astype("float64") for begin in range(0, router.shape[1], _COLUMNS))
+
+
+def router_facts(read: Callable[[], Iterable[np.ndarray]]) -> RouterFacts:
+    """What the routers that `read` gives, those of a model's layers, are like. They are read several times."""
     import numpy as np
 
-    degenerate, not_finite, alike, zero = [], [], [], set[int]()
-    for layer, router in enumerate(routers):
+    degenerate, not_finite, zero = [], [], set[int]()
+    num_layers = num_experts = 0
+    for layer, router in enumerate(read()):
+        num_layers, num_experts = layer + 1, len(router)
         if not condition(router) <= MAX_CONDITION:
             degenerate.append(layer)
         if not np.isfinite(router).all():
             not_finite.append(layer)
-        alike.append(cosines(router))
-        if len(router) > 1:
-            zero.update(row for row, values in enumerate(router) if not values.any())
-    mean = np.mean(alike, axis=0)
-    pairs = [(float(mean[pair]), pair) for pair in combinations(range(len(mean)), 2) if np.isfinite(mean[pair])]
-    cosine, closest = max(pairs, default=(math.nan, None))
-    return RouterFacts(tuple(degenerate), len(alike), closest, cosine, tuple(sorted(zero)), tuple(not_finite))
+        if num_experts > 1:
+            zero.update(np.flatnonzero(~router.any(axis=1)).tolist())
+    closest, cosine = _most_alike(read, num_layers, num_experts)
+    return RouterFacts(tuple(degenerate), num_layers, closest, cosine, tuple(sorted(zero)), tuple(not_finite))
+
+
+def _most_alike(
+    read: Callable[[], Iterable[np.ndarray]], num_layers: int, num_experts: int
+) -> tuple[tuple[int, int] | None, float]:
+    """The two experts whose rows are most alike, and the mean of the cosine between these, if any is known.
+
+    Where experts are many, some of them are compared with all that follow, and then the next.
+    """
+    import numpy as np
+
+    closest, cosine = None, -math.inf
+    most = max(1, _COSINES // num_experts)
+    for begin in range(0, num_experts, most):
+        mean = np.asarray(sum(cosines(router[begin:], most) for router in read())) / num_layers
+        mean[~np.triu(np.isfinite(mean), 1)] = -math.inf
+        first, second = map(int, np.unravel_index(mean.argmax(), mean.shape))
+        if mean[first, second] > cosine:
+            closest, cosine = (begin + first, begin + second), float(mean[first, second])
+    return closest, cosine if closest else math.nan
 
 
 def stored_routers(directory: Path, shards: Iterable[Shard], names: Sequence[str]) -> Iterator[np.ndarray]:
-    """The routers of these `names`, in float32, as they stand in the `shards` in `directory`."""
+    """The routers of these `names`, as they stand in the `shards` in `directory`."""
     import ml_dtypes  # noqa: F401 - with which numpy knows bfloat16
     from safetensors import safe_open
 
     places = {tensor.name: shard.filename for shard in shards for tensor in shard.tensors}
     for name in names:
         with safe_open(directory / places[name], framework="np") as tensors:
-            yield tensors.get_tensor(name).astype("float32")
+            yield tensors.get_tensor(name)
