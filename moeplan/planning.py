@@ -16,6 +16,7 @@ from moeplan.disk import existing, on_one_disk
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import files_to_fetch
 from moeplan.gates.device import CPU, Device, evaluating
+from moeplan.gates.tokenizer import NoTokenizerError
 from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
 from moeplan.lowering import Lowering, Sources
 from moeplan.memory import MemoryCap, compile_within, memory_cap
@@ -164,7 +165,10 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
             stacklevel=2,
         )
     mode = gates.gate_mode(config.gate_mode)
-    request = models.gate_request(config, options, reads_text=config.reads_text)
+    try:
+        request = models.gate_request(config, options, reads_text=config.reads_text)
+    except NoTokenizerError as error:
+        raise NoTokenizerError(f"{error}, or use gate_mode: random") from None
     with naming_prompts(config):
         if mode.evaluates:
             device, routers = evaluating(options, lambda device: mode.routers(request.on(device)))

@@ -34,6 +34,10 @@ TEXT_WEIGHT = 64
 TRANSFORMERS_LIMITS = {"seconds": 120.0, "data_nbytes": 4 << 30}
 
 
+class NoTokenizerError(CheckpointError):
+    """A model has no tokenizer that text could be read with."""
+
+
 def encode(
     model: DenseModel, texts: Sequence[str], trust_remote_code: bool
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -67,9 +71,9 @@ def encode(
         about = {"directory": str(path), "own_code": False, "tokenizer_class": named}
         answer = _ask(path / SLOW, {**request, **TRANSFORMERS_LIMITS, **about})
     else:
-        raise CheckpointError(
-            f"{path}: there is no tokenizer ({FAST} or {SLOW}), and this gate mode reads prompts; "
-            "copy the model's tokenizer files there, or use gate_mode: random"
+        raise NoTokenizerError(
+            f"{path}: there is no tokenizer ({FAST} or {SLOW}) to read text with; copy the model's tokenizer files "
+            "there"
         )
     start = () if answer["bos_id"] is None else (answer["bos_id"],)
     return start, [tuple(ids) for ids in answer["tokens"]]

@@ -559,7 +559,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no tokenizer": (
         lambda root: (root / "model" / "tokenizer.json").unlink(),
         "model",
-        "there is no tokenizer (tokenizer.json or tokenizer.model), and this gate mode reads prompts",
+        "there is no tokenizer (tokenizer.json or tokenizer.model) to read text with",
     ),
     "a BOS token that is a list": (
         content("model/tokenizer_config.json", '{"bos_token":["<s>"]}'),

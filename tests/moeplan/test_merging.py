@@ -235,8 +235,8 @@ def test_rope_that_the_merged_model_would_compute_otherwise_is_refused(models, r
 def test_prompts_need_a_tokenizer(models, refused):
     (models[0] / "tokenizer.json").unlink()
     assert refused(gate_mode="cheap_embed") == (
-        "base: there is no tokenizer (tokenizer.json or tokenizer.model), and this gate mode reads prompts; copy the "
-        "model's tokenizer files there, or use gate_mode: random"
+        "base: there is no tokenizer (tokenizer.json or tokenizer.model) to read text with; copy the model's "
+        "tokenizer files there, or use gate_mode: random"
     )
 
 

@@ -293,6 +293,17 @@ def test_why_there_is_no_text_beside_a_finished_model_is_said(checkpoint, merge,
             routes_after(out, Options())
 
 
+def test_a_finished_model_without_a_tokenizer_is_to_be_given_one(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    out = merge(source, [{"source_model": source, "positive_prompts": each} for each in PROMPTS], copy_tokenizer=False)
+    with pytest.raises(CheckpointError) as refused:
+        routes_after(out, Options())
+    assert str(refused.value) == (
+        f"{out}: there is no tokenizer (tokenizer.json or tokenizer.model) to read text with; copy the model's "
+        "tokenizer files there"
+    )
+
+
 def test_a_finished_deepseek_is_refused(checkpoint, merge):
     source = checkpoint("llama-plain")
     out = merge(source, [source, source], architecture="deepseek")
