@@ -10,29 +10,20 @@ and to no other.
 
 from __future__ import annotations
 
-import random
 import re
 import ssl
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from threading import Event, Lock
-from time import time
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from executor.errors import RunError
+from executor.patience import ATTEMPTS, BUSY, pause_seconds, retry_after
 from planner.expr import RemoteFile
-
-ATTEMPTS = 8
-"""How often in a row nothing may come of a request."""
-
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 300.0
-"""Before the next attempt. The Hub counts requests in windows of five minutes."""
 
 TIMEOUT_SECONDS = 30.0
 MAX_REDIRECTS = 5
@@ -41,7 +32,6 @@ PIECE_NBYTES = 64 << 10
 """How much is waited for at a time. When a connection breaks, nobody says how much of it came."""
 
 _REDIRECTS = {301, 302, 303, 307, 308}
-_WORTH_ANOTHER_TRY = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {400, 401, 403, 404, 410}
 """How a host to which readers were sent no longer gives a file: mostly, since the signed URL has expired."""
 
@@ -108,7 +98,7 @@ class RemoteReader:
                     raise RunError(
                         f"{file.url}: byte {offset} could not be read in {ATTEMPTS} attempts: {error}"
                     ) from None
-                self._pause(max(_backoff(failures), error.seconds or 0.0))
+                self._pause(pause_seconds(failures, error.seconds))
             else:
                 failures = 0
                 memory, offset = memory[count:], offset + count
@@ -136,7 +126,7 @@ class RemoteReader:
             self._idle.clear()
 
     def _pause(self, seconds: float) -> None:
-        if self._interrupted.wait(min(seconds, LONGEST_PAUSE_SECONDS)):
+        if self._interrupted.wait(seconds):
             raise RunError("interrupted")
 
     def _read_some(self, file: RemoteFile, offset: int, memory: memoryview) -> int:
@@ -198,8 +188,9 @@ class RemoteReader:
 
     def _check_range(self, file: RemoteFile, response: HTTPResponse, offset: int, nbytes: int) -> None:
         status = response.status
-        if status in _WORTH_ANOTHER_TRY:
-            raise _TryAgainError(f"the server answers with HTTP {status}", _retry_after(response))
+        if status in BUSY:
+            asked = retry_after(response.headers.get("Retry-After"))
+            raise _TryAgainError(f"the server answers with HTTP {status}", asked)
         if status in (401, 403):
             raise RunError(f"{file.url}: access is refused (HTTP {status}); is the token still valid?")
         if status in (404, 410):
@@ -331,22 +322,6 @@ def _etag(response: HTTPResponse, header: str) -> str | None:
 
 def _changed(file: RemoteFile) -> RunError:
     return RunError(f"{file.url}: the file was changed since the merge was planned. Start again")
-
-
-def _retry_after(response: HTTPResponse) -> float | None:
-    """The seconds that the server asks to wait: RFC 9110, 10.2.3, allows a number and a date."""
-    value = response.headers.get("Retry-After", "").strip()
-    if value.isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _backoff(failures: int) -> float:
-    """Twice as long each time, less a random part, so that many readers do not come back together."""
-    return FIRST_PAUSE_SECONDS * 2.0 ** (failures - 1) * random.uniform(0.5, 1)
 
 
 def _reason(error: Exception) -> str:

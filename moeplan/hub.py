@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from executor.errors import RunError
+from executor.patience import ATTEMPTS, BUSY, pause_seconds, retry_after
 from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, CheckpointError, LocalPlace, Place
 from moeplan.errors import MoeplanWarning
@@ -53,12 +54,9 @@ DOWNLOAD_NBYTES = 40 << 20
 blocks are there at once."""
 
 DOWNLOADS_AT_ONCE = 4
-ATTEMPTS = 4
-LONGEST_PAUSE_SECONDS = 60.0
 
 _INDEX = ".index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BUSY = {408, 429, 500, 502, 503, 504}
 
 T = TypeVar("T")
 
@@ -259,7 +257,7 @@ class Hub:
         try:
             info = _patiently(lambda: api.model_info(repository, revision=revision, files_metadata=True))
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
-            is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in _BUSY
+            is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY
             cached = None if is_answer else self._cached(reference, repository, revision, config)
             why = self._why(error, repository, revision)
             if cached is None:
@@ -422,7 +420,7 @@ class Hub:
                 status = error.response.status_code
                 if status in (401, 403):
                     return f"{self.endpoint} refuses access (HTTP {status}): {login}"
-                busy = ": it is busy, try again later" if status in _BUSY else ""
+                busy = ": it is busy, try again later" if status in BUSY else ""
                 return f"{self.endpoint} answers with HTTP {status}{busy}"
             case OSError(errno=errno.ENOSPC | errno.EDQUOT):
                 return f"cannot be stored: the disk of the cache, {self.cache}, is full"
@@ -478,12 +476,12 @@ def _patiently(ask: Callable[[], T]) -> T:
     """What `ask` returns, which is asked again while the Hub says that it is busy."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for attempt in range(ATTEMPTS - 1):
+    for failures in range(1, ATTEMPTS):
         try:
             return ask()
         except HfHubHTTPError as error:
-            if error.response.status_code not in _BUSY:
+            if error.response.status_code not in BUSY:
                 raise
-            seconds = error.response.headers.get("Retry-After", "")
-            time.sleep(min(float(seconds) if seconds.isdecimal() else 2.0**attempt, LONGEST_PAUSE_SECONDS))
+            asked = retry_after(error.response.headers.get("Retry-After"))
+        time.sleep(pause_seconds(failures, asked))
     return ask()

@@ -12,7 +12,7 @@ import torch
 from hub_server import TOKEN, Fault, Hub, serving
 from test_engine import digest, planned, source
 
-from executor import remote
+from executor import patience
 from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.remote import RemoteReader
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _without_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_link_that_resets_every_connection_is_slow_and_no_more(
 def test_a_server_that_fails_often_is_asked_again_as_long_as_something_comes_in_between(
     hub: Hub, local: dict[str, Read], file: RemoteFile
 ) -> None:
-    for _ in range(remote.ATTEMPTS):
+    for _ in range(patience.ATTEMPTS):
         hub.faults += [Fault("cdn", "model", status=503, times=2), Fault("cdn", "model", cut_after=100_001)]
     read = local["large"]
     data = RemoteReader(HEADERS).read(file, read.offset, 3_000_000)

@@ -8,6 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from huggingface_hub import constants, file_download
 from rich.filesize import decimal
 
 import moeplan as api
-from executor import remote
+from executor import patience
 from executor.engine import Progress
 from moeplan import fetching, planning
 from moeplan.checkpoint import open_checkpoint
@@ -55,7 +57,7 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 @pytest.fixture
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that huggingface_hub takes for the real one."""
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.001)
     with serving() as hub:
         set_endpoint(monkeypatch, hub.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -618,10 +620,17 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_says_or_longer_each_time(
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers={"Retry-After": "7"}))
-    hub.faults.append(Fault("hub", "/api/models/org/base", status=503, times=2))
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 1)
+    at = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    for asked in ("200", "1000", at):
+        hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers={"Retry-After": asked}))
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=425))
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=503, times=patience.ATTEMPTS - 5))
     assert moeplan(config, "--plan").status == 0
-    assert pauses == [7, 2, 4]
+    assert pauses[:2] == [200, patience.LONGEST_PAUSE_SECONDS]
+    assert 60 < pauses[2] <= 100
+    assert all(2**failures / 2 <= pause <= 2**failures for failures, pause in enumerate(pauses[3:], 3))
+    assert len(pauses) == patience.ATTEMPTS - 1
 
 
 def test_a_hub_that_stays_busy_is_one_message(hub: Hub, config: Path) -> None:

@@ -1,0 +1,41 @@
+"""How long a server that is busy is waited for, and how often it is asked again.
+
+No request is made here, so whoever makes them in another way can be as patient without importing TLS.
+"""
+
+from __future__ import annotations
+
+import random
+from email.utils import parsedate_to_datetime
+from time import time
+
+ATTEMPTS = 8
+"""How often in a row nothing may come of a request."""
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 300.0
+"""Before the next attempt. The Hub counts requests in windows of five minutes."""
+
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP's statuses for what may work later."""
+
+
+def pause_seconds(failures: int, asked: float | None = None) -> float:
+    """How long to wait when nothing came of the last `failures` requests, 1 or more: what the server has asked for, or
+    twice as long each time.
+
+    Less a random part, so that many readers do not come back together.
+    """
+    backoff = FIRST_PAUSE_SECONDS * 2.0 ** (failures - 1) * random.uniform(0.5, 1)
+    return min(max(backoff, asked or 0.0), LONGEST_PAUSE_SECONDS)
+
+
+def retry_after(header: str | None) -> float | None:
+    """The seconds that a server asks to wait in `Retry-After`: RFC 9110, 10.2.3, allows a number and a date."""
+    value = (header or "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+    except (ValueError, OverflowError):
+        return None
