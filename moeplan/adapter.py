@@ -57,6 +57,49 @@ _VARIANTS = (
 )
 """Settings that make a LoRA adapter something else than one product added to each matrix."""
 
+_KNOWN = {
+    # what is read here
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    # what says where the adapter is from
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+    # what counts in training alone, or only beside a variant, or shows in the tensors' names
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "trainable_token_indices",
+    # the same of peft before 0.4
+    "enable_lora",
+    "merge_weights",
+}
+"""Every other setting of peft 0.21: what it says is applied, or changes nothing in an expert."""
+
+_MAX_LISTED = 3
+
 _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """The ways to begin training after which the base's weights are what they were. The others take from them what they put
 into the adapter, so the adapter belongs on a base that is not stored anywhere."""
@@ -289,6 +332,7 @@ def _read_config(path: Path) -> _Config:
         raise CheckpointError(
             f"{file}: `{variant}` is {show(config[variant])}, which is more than a product to add; {MERGE_ADAPTER}"
         )
+    _warn_of_unknown(file, config)
     pattern = next((key for key in ("rank_pattern", "alpha_pattern") if config.get(key)), None)
     if config.get("target_parameters") and pattern is not None:
         raise CheckpointError(
@@ -311,6 +355,20 @@ def _read_config(path: Path) -> _Config:
         rank_stabilized=config.get("use_rslora") is True,
         targets=_read_targets(config),
     )
+
+
+def _warn_of_unknown(file: Path, config: Mapping[str, Any]) -> None:
+    """Warn of settings that another peft has written, and which may make of the adapter what `_VARIANTS` do."""
+    unknown = [key for key, value in config.items() if value and key not in _KNOWN]
+    if unknown:
+        listed = ", ".join(f"{show(key)} is {show(config[key])}" for key in unknown[:_MAX_LISTED])
+        more = f" (and {len(unknown) - _MAX_LISTED:,} more)" if len(unknown) > _MAX_LISTED else ""
+        warnings.warn(
+            f"{file}: {listed}{more}, which moeplan does not know: if that changes what the adapter does, "
+            + MERGE_ADAPTER,
+            MoeplanWarning,
+            stacklevel=2,
+        )
 
 
 def _rank(file: Path, key: str, value: Any) -> int:

@@ -6,6 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,40 @@ def test_an_adapter_of_another_kind_or_with_a_broken_config_is_refused(
     message = refusal(write_adapter(tmp_path / "lora", **config))
     assert message.startswith(f"lora/{WEIGHTS if 'make it' in reason else CONFIG}: ")
     assert reason in message
+
+
+def test_a_setting_that_is_not_known_is_a_warning_where_it_says_something(model: DenseModel, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "lora", use_lora_of_2027=True, another=None, a_third=False, a_fourth={})
+    with pytest.warns(MoeplanWarning) as given:
+        model.with_adapter(path)
+    assert [str(warning.message) for warning in given] == [
+        f"{path / CONFIG}: 'use_lora_of_2027' is True, which moeplan does not know: if that changes what the adapter "
+        f"does, {MERGE_ADAPTER}"
+    ]
+
+
+def test_of_many_unknown_settings_a_few_are_named(model: DenseModel, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "lora", **{f"{n}\x1b[2J{'x' * 500}": "y" * 500 for n in range(1000)})
+    with pytest.warns(MoeplanWarning, match=r"\(and 997 more\), which moeplan does not know") as given:
+        model.with_adapter(path)
+    (message,) = (str(warning.message) for warning in given)
+    assert message.isprintable()
+    assert len(message) < 1000
+
+
+def test_what_peft_saves_is_known(model: DenseModel, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    path = write_adapter(tmp_path / "lora")
+    LoraConfig(r=4, target_modules=["up_proj"], layers_to_transform=[0]).save_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.with_adapter(path)
+    for setting in json.loads((path / CONFIG).read_text()):
+        with warnings.catch_warnings(record=True) as given, suppress(CheckpointError):
+            warnings.simplefilter("always")
+            model.with_adapter(write_adapter(path, **{setting: True}))
+        assert not [warning for warning in given if "does not know" in str(warning.message)], setting
 
 
 # name: tensors to add, or to take away with None, what the message says
