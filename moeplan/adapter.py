@@ -18,18 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moeplan.checkpoint import (
-    MAX_CONFIG_NBYTES,
-    MERGE_ADAPTER,
-    CheckpointError,
-    LocalPlace,
-    Place,
-    Tensors,
-    check_is_directory,
-    open_weights,
-    read_json,
-)
+from moeplan.checkpoint import MAX_CONFIG_NBYTES, MERGE_ADAPTER, Tensors, open_weights
 from moeplan.errors import MoeplanWarning
+from moeplan.places import CheckpointError, LocalPlace, Place, check_is_directory, read_json
 from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 from moeplan.wording import count

@@ -11,9 +11,10 @@ from typing import Any
 from moeplan.architectures.attention import rope
 from moeplan.architectures.dense import DenseModel, TensorSpec
 from moeplan.architectures.family import Family, MlpTensor
-from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError
+from moeplan.checkpoint import MERGE_ADAPTER
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
+from moeplan.places import CheckpointError
 from moeplan.tensor_names import EMBEDDING, OUTPUT_MATRIX, is_mlp
 from moeplan.untrusted_json import show
 from planner.expr import Concat, DType, Expr, Opaque, Read, Zeros, add_noise, cast, mean, rows, scale, stack

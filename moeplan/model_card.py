@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moeplan.architectures.family import PACKED
-from moeplan.checkpoint import CheckpointError, opened
 from moeplan.config import ALLOW_ALL_SAME_FLAG, MergeConfig, is_useless_without_training
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import gate_mode
 from moeplan.model_ref import parse_model_ref
 from moeplan.options import DECISIVE, EVALUATION, flag
 from moeplan.output import CARD, CONFIG_COPY
+from moeplan.places import CheckpointError, opened
 from moeplan.tokenizer_files import has_tokenizer
 from moeplan.wording import count, runs
 

@@ -11,7 +11,7 @@ from moeplan import architectures, gates, lowering
 from moeplan.adapter import CONFIG as ADAPTER_CONFIG
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
-from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
+from moeplan.checkpoint import MERGE_ADAPTER, open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import fetch_tokenizer
@@ -21,6 +21,7 @@ from moeplan.lowering import Sources
 from moeplan.model_config import DTYPE_NAMES, stored_dtype
 from moeplan.model_ref import ModelRef, parse_model_ref
 from moeplan.options import Options
+from moeplan.places import CheckpointError
 from planner.expr import DType
 
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from moeplan.checkpoint import CONFIG, CheckpointError, opened
+from moeplan.checkpoint import CONFIG
 from moeplan.model_card import is_own_card
 from moeplan.output import CARD, CONFIG_COPY, RECORD
+from moeplan.places import CheckpointError, opened
 from moeplan.tokenizer_files import TEMPLATES, is_tokenizer_file
 
 WEIGHTS_FILES = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model(-.*)?\.bin(\.index\.json)?")

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from moeplan.checkpoint import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.errors import MoeplanWarning
+from moeplan.places import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.untrusted_json import show
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"

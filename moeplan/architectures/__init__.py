@@ -12,8 +12,9 @@ from moeplan.architectures.granite_moe_shared import GRANITE_MOE_SHARED
 from moeplan.architectures.mixtral import MIXTRAL
 from moeplan.architectures.qwen2_moe import QWEN2_MOE
 from moeplan.architectures.qwen3_moe import QWEN3_MOE
-from moeplan.checkpoint import Checkpoint, CheckpointError
+from moeplan.checkpoint import Checkpoint
 from moeplan.config import MergeConfig
+from moeplan.places import CheckpointError
 from moeplan.untrusted_json import show
 from moeplan.yaml_file import ConfigError
 

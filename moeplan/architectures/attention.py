@@ -11,7 +11,8 @@ from typing import Any
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import ROPE_TYPES, Family
 from moeplan.architectures.setting_values import MAX_NUMBER, is_number
-from moeplan.checkpoint import CONFIG, CheckpointError
+from moeplan.checkpoint import CONFIG
+from moeplan.places import CheckpointError
 from moeplan.untrusted_json import show
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"

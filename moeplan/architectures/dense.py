@@ -15,7 +15,8 @@ from typing import Any
 
 from moeplan.adapter import Adapter, open_adapter
 from moeplan.architectures.setting_values import Kind, complete_settings
-from moeplan.checkpoint import Checkpoint, CheckpointError, Place
+from moeplan.checkpoint import Checkpoint
+from moeplan.places import CheckpointError, Place
 from moeplan.tensor_names import EMBEDDING, LAYER, MLP, NORM, OUTPUT_MATRIX, is_mlp
 from planner.expr import Expr, Read, Source
 

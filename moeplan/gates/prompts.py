@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CheckpointError
 from moeplan.config import Expert
 from moeplan.errors import UserError
 from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.tokenizer import encode
+from moeplan.places import CheckpointError
 from planner.expr import Concat, Expr, rows
 
 GATE_TOKENS = 4096

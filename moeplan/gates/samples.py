@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CheckpointError
 from moeplan.gates import GateRequest
 from moeplan.gates.layers import layer_weights, matrix_block_nbytes, model_params, skeleton_of, token_nbytes
 from moeplan.gates.prompts import PromptError, PromptPlace, Prompts
+from moeplan.places import CheckpointError
 from moeplan.tensor_names import EMBEDDING, NORM, OUTPUT_MATRIX
 from moeplan.untrusted_json import show
 from planner.expr import DType, Expr, Opaque

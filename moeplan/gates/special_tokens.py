@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeplan.checkpoint import CheckpointError, read_json
+from moeplan.places import CheckpointError, read_json
 from moeplan.tokenizer_files import ADDED_TOKENS, MAX_READ_NBYTES, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from moeplan.untrusted_json import show
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CONFIG, LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
+from moeplan.checkpoint import CONFIG
 from moeplan.gates.special_tokens import special_tokens
+from moeplan.places import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
 from moeplan.tokenizer_files import FAST, MAX_READ_NBYTES, SLOW, SLOW_CLASS, TOKENIZER_CONFIG, TOKENIZER_FILES
 from moeplan.untrusted_json import show
 

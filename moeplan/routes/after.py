@@ -15,7 +15,7 @@ from executor.reader import name_of
 from moeplan import architectures
 from moeplan.architectures.dense import DenseModel, dense_model
 from moeplan.architectures.family import Family
-from moeplan.checkpoint import CONFIG, Checkpoint, CheckpointError, open_checkpoint
+from moeplan.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from moeplan.config import Expert, MergeConfig, load_config
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.gates.prompts import GATE_TOKENS, Prompts, tokenize
@@ -23,6 +23,7 @@ from moeplan.memory import MIB, limit_nbytes
 from moeplan.opening import naming_prompts
 from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbytes
 from moeplan.output import CONFIG_COPY
+from moeplan.places import CheckpointError
 from moeplan.progress import ROUTING
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from moeplan.staging import PARTIAL

@@ -18,10 +18,11 @@ import safetensors
 from hostile.corpus import CASES, make_merge, safetensors_bytes, scalars
 
 from moeplan.architectures import as_dense_model, choose
-from moeplan.checkpoint import CONFIG, INDEX, WEIGHTS, CheckpointError, open_checkpoint
+from moeplan.checkpoint import CONFIG, INDEX, WEIGHTS, open_checkpoint
 from moeplan.config import load_config
 from moeplan.gates.passages import PassageError, passages
 from moeplan.gates.special_tokens import special_tokens
+from moeplan.places import CheckpointError
 from moeplan.safetensors_header import LENGTH_NBYTES
 from moeplan.tokenizer_files import TOKENIZER_CONFIG
 from moeplan.yaml_file import ConfigError

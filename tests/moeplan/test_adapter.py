@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from moeplan.adapter import BIN_WEIGHTS, CONFIG, WEIGHTS
 from moeplan.architectures import as_dense_model
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import MERGE_ADAPTER, CheckpointError, open_checkpoint
+from moeplan.checkpoint import MERGE_ADAPTER, open_checkpoint
 from moeplan.errors import MoeplanWarning
+from moeplan.places import CheckpointError
 from planner.expr import DType, Read
 
 UP = "base_model.model.model.layers.0.mlp.up_proj."

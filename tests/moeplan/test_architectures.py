@@ -13,9 +13,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moeplan import gates
 from moeplan.architectures import DENSE_FAMILIES, FAMILIES, as_dense_model, attention
-from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.checkpoint import open_checkpoint
 from moeplan.errors import UserError
 from moeplan.lowering import Lowering
+from moeplan.places import CheckpointError
 from moeplan.report import plan_data
 from planner.errors import BudgetError
 from planner.schedule import compile as compile_plan

@@ -21,17 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moeplan.checkpoint import (
-    BIN_INDEX,
-    CONFIG,
-    INDEX,
-    MAX_HEADERS_NBYTES,
-    WEIGHTS,
-    Checkpoint,
-    CheckpointError,
-    open_checkpoint,
-)
+from moeplan.checkpoint import BIN_INDEX, CONFIG, INDEX, MAX_HEADERS_NBYTES, WEIGHTS, Checkpoint, open_checkpoint
 from moeplan.errors import UserError
+from moeplan.places import CheckpointError
 from moeplan.untrusted_json import MAX_VALUES
 from planner.expr import DType, Read
 
@@ -465,7 +457,8 @@ def test_128_experts_of_a_70b_model_open_in_under_two_seconds(path: Path) -> Non
 # Opens checkpoints that are refused: the processor time of each and the refusal, then the peak of the process's memory.
 MEASURE = """
 import sys, time
-from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.checkpoint import open_checkpoint
+from moeplan.places import CheckpointError
 for path in sys.argv[1:]:
     start = time.process_time()
     try:

@@ -19,15 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moeplan.checkpoint import (
-    BIN_INDEX,
-    BIN_WEIGHTS,
-    CONFIG,
-    MAX_HEADERS_NBYTES,
-    WEIGHTS,
-    CheckpointError,
-    open_checkpoint,
-)
+from moeplan.checkpoint import BIN_INDEX, BIN_WEIGHTS, CONFIG, MAX_HEADERS_NBYTES, WEIGHTS, open_checkpoint
+from moeplan.places import CheckpointError
 from moeplan.torch_archive import MAX_INSTRUCTIONS, ArchiveError, read_archive
 from planner.expr import DType
 
@@ -415,7 +408,8 @@ def test_no_program_brings_anything_but_a_refusal(parts: list[bytes]) -> None:
 
 MEASURE = """
 import sys, time
-from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.checkpoint import open_checkpoint
+from moeplan.places import CheckpointError
 for path in sys.argv[1:]:
     start = time.process_time()
     try:

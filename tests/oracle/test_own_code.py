@@ -8,7 +8,7 @@ import pytest
 import transformers.dynamic_module_utils
 from test_router_weights import MIXTRAL, PROMPTS, assert_same_directions, computed_by_transformers, merged_router
 
-from moeplan.checkpoint import CheckpointError
+from moeplan.places import CheckpointError
 
 MODELLING = """
 import os

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from moeplan import gates
 from moeplan.architectures import as_dense_model
-from moeplan.checkpoint import CheckpointError, open_checkpoint
+from moeplan.checkpoint import open_checkpoint
 from moeplan.config import Expert
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import ridge as ridge_mode
@@ -23,6 +23,7 @@ from moeplan.gates import samples as sampling
 from moeplan.gates.folds import folds, kept
 from moeplan.gates.prompts import PromptError, Prompts, tokenize
 from moeplan.gates.samples import samples
+from moeplan.places import CheckpointError
 from moeplan.yaml_file import ConfigError
 
 FEW = [

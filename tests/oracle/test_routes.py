@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moeplan as api
 from moeplan import Options
-from moeplan.checkpoint import CheckpointError
 from moeplan.errors import MoeplanWarning, UserError
+from moeplan.places import CheckpointError
 from moeplan.routes import statistics
 from moeplan.routes.after import routes_after
 from moeplan.routes.before import routes_before
