@@ -157,14 +157,13 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
         place = LocalPlace(Path(place))
     if isinstance(place, LocalPlace):
         check_is_directory(place.path)
-    path = place.path
     if not place.has(CONFIG):
         raise CheckpointError(
             f"{place.label}: is no LoRA adapter; it has no {CONFIG}, as peft's save_pretrained writes it"
         )
-    config = _read_config(path)
+    config = _read_config(place)
     is_bin = not place.has(WEIGHTS) and place.has(BIN_WEIGHTS)
-    file = path / (BIN_WEIGHTS if is_bin else WEIGHTS)
+    file = Path(place.label) / (BIN_WEIGHTS if is_bin else WEIGHTS)
     tensors = Tensors([open_weights(place, file.name)])
     factors: dict[str, dict[str, Read]] = {}
     replaced: dict[str, Read] = {}
@@ -202,7 +201,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
     if twice:
         raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
     _check_complete(file, config.targets, [name for name in weights if is_mlp(name)], added.keys(), replaced.keys())
-    return Adapter(path, place.label, added, replaced, left_out)
+    return Adapter(place.path, place.label, added, replaced, left_out)
 
 
 def _check_complete(
@@ -312,9 +311,9 @@ class _Config:
         return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
-def _read_config(path: Path) -> _Config:
-    config = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
-    file = path / CONFIG
+def _read_config(place: Place) -> _Config:
+    config = read_json(place.path, CONFIG, MAX_CONFIG_NBYTES)
+    file = Path(place.label) / CONFIG
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{file}: `peft_type` is {show(kind)}, and moeplan adds LORA alone; {MERGE_ADAPTER}")

@@ -134,6 +134,11 @@ class Checkpoint:
         return model_type
 
     @property
+    def config_file(self) -> Path:
+        """What messages call its `config.json`."""
+        return Path(self.label) / CONFIG
+
+    @property
     def config_sha256(self) -> str:
         """A digest of what `config.json` says."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
@@ -155,7 +160,7 @@ class Checkpoint:
         """The error that what `config.json` has for `key` is not what is `expected`."""
         value = self.config.get(key)
         found = f"`{key}` is missing" if value is None else f"`{key}` is {show(value)}"
-        return CheckpointError(f"{self.path / CONFIG}: {found}; it must be {expected}")
+        return CheckpointError(f"{self.config_file}: {found}; it must be {expected}")
 
 
 def open_checkpoint(place: str | Path | Place) -> Checkpoint:
@@ -190,7 +195,7 @@ def _why_no_weights(place: Place) -> str:
 
 def _read_config(place: Place, weights: str) -> Mapping[str, Any]:
     config = read_json(place.path, CONFIG, MAX_CONFIG_NBYTES)
-    file = f"{place.label}/{CONFIG}"
+    file = Path(place.label) / CONFIG
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{file}: `model_type` must be text, not {show(config.get('model_type'))}")
     quantization = config.get("quantization_config")
@@ -215,13 +220,13 @@ def _open_shards(place: Place, index: str) -> list[WeightsFile]:
     Of a tensor that a shard holds and the index does not map there, transformers 4 takes no notice, and transformers 5
     loads it; so neither reading is safe.
     """
-    path, where = place.path, Path(place.label)
-    weight_map = _read_weight_map(path, index)
+    where = Path(place.label)
+    weight_map = _read_weight_map(place, index)
     mapped: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         mapped.setdefault(shard, []).append(name)
     if len(mapped) > MAX_SHARDS:
-        raise CheckpointError(f"{path / index}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
+        raise CheckpointError(f"{where / index}: names {len(mapped):,} shards; at most {MAX_SHARDS:,} are read")
     place.prepare(mapped)
     files: list[WeightsFile] = []
     left_nbytes = MAX_HEADERS_NBYTES
@@ -242,11 +247,11 @@ def _open_shards(place: Place, index: str) -> list[WeightsFile]:
     return files
 
 
-def _read_weight_map(path: Path, index: str) -> dict[str, str]:
+def _read_weight_map(place: Place, index: str) -> dict[str, str]:
     """The index: tensor name -> name of a file in the directory."""
-    file = path / index
+    file = Path(place.label) / index
     suffix = Path(index.removesuffix(".index.json")).suffix
-    weight_map = read_json(path, index, MAX_INDEX_NBYTES).get("weight_map")
+    weight_map = read_json(place.path, index, MAX_INDEX_NBYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: has no `weight_map` from tensor names to file names")
     if len(weight_map) > MAX_TENSORS:

@@ -5,13 +5,11 @@ RoPE is written in both spellings: `rope_theta` and `rope_scaling`; `rope_parame
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import ROPE_TYPES, Family
 from moeplan.architectures.setting_values import MAX_NUMBER, is_number
-from moeplan.checkpoint import CONFIG
 from moeplan.places import CheckpointError
 from moeplan.untrusted_json import show
 
@@ -37,15 +35,16 @@ def attention_settings(family: Family, base: DenseModel) -> dict[str, Any]:
 
     Raises CannotHoldError for what `family` lacks, CheckpointError for what no family could hold.
     """
+    path = base.checkpoint.config_file
     if not family.free_head_dim and base.sizes["q_size"] != base.hidden_size:
         raise CannotHoldError(
-            f"{_path(base)}: heads are {base.sizes['head_dim']} wide, and those of {family.name} are always "
+            f"{path}: heads are {base.sizes['head_dim']} wide, and those of {family.name} are always "
             f"hidden_size / num_attention_heads = {base.hidden_size // base.sizes['num_attention_heads']}"
         )
     theta, scaling = rope(base)
     if scaling["rope_type"] not in family.rope_types:
         raise CannotHoldError(
-            f"{_path(base)}: RoPE scaling is of type {scaling['rope_type']!r}, and {family.name} has only "
+            f"{path}: RoPE scaling is of type {scaling['rope_type']!r}, and {family.name} has only "
             f"{', '.join(family.rope_types)}"
         )
     # For longrope transformers 4 looks for it beside the scaling.
@@ -60,17 +59,17 @@ def attention_settings(family: Family, base: DenseModel) -> dict[str, Any]:
 
 
 def _sliding_window(family: Family, base: DenseModel) -> dict[str, Any]:
-    windows = set(base.windows())
+    path, windows = base.checkpoint.config_file, set(base.windows())
     if windows == {None}:
         return {"sliding_window": None}
     if family.windowed is None:
         raise CannotHoldError(
-            f"{_path(base)}: attention has a sliding window of {base.settings['sliding_window']} tokens, and "
+            f"{path}: attention has a sliding window of {base.settings['sliding_window']} tokens, and "
             f"{family.name} has none; set sliding_window to null there if the model is used without it"
         )
     if len(windows) > 1:
         raise CannotHoldError(
-            f"{_path(base)}: some layers have a sliding window and some have none, and {family.name} has one for all"
+            f"{path}: some layers have a sliding window and some have none, and {family.name} has one for all"
         )
     every_layer = ["sliding_attention"] * base.num_layers
     return {"sliding_window": base.settings["sliding_window"], "layer_types": every_layer, **family.windowed}
@@ -82,7 +81,7 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     The scaling has a `rope_type`, `default` where there is none. Raises CheckpointError for what no merged model could
     hold: an unknown type, types that differ between layers, rotation of a part of each head.
     """
-    config, path = model.checkpoint.config, _path(model)
+    config, path = model.checkpoint.config, model.checkpoint.config_file
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise CheckpointError(f"{path}: rope parameters that differ between layers cannot be carried over")
@@ -108,7 +107,7 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
 
 
 def _check_scaling(model: DenseModel, scaling: dict[str, Any]) -> None:
-    path, rope_type = _path(model), scaling["rope_type"]
+    path, rope_type = model.checkpoint.config_file, scaling["rope_type"]
     missing = [key for key in _SCALING_NEEDS[rope_type] if scaling.get(key) is None]
     if missing:
         raise CheckpointError(f"{path}: RoPE scaling of type {rope_type!r} has no {missing[0]}")
@@ -139,7 +138,3 @@ def rope_switch(model: DenseModel) -> int | None:
     _, scaling = rope(model)
     tokens = scaling.get(ORIGINAL_CONTEXT)
     return tokens if scaling["rope_type"] == "longrope" and type(tokens) is int else None
-
-
-def _path(model: DenseModel) -> Path:
-    return model.checkpoint.path / CONFIG

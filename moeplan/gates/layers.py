@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import CONFIG
 from moeplan.errors import MoeplanWarning
 from moeplan.tensor_names import LAYER
 from planner.expr import Expr, reads_of
@@ -68,7 +67,7 @@ def model_params(model: DenseModel, trust_remote_code: bool, otherwise: str = RU
     own = own_model_class(checkpoint.config) is not None
     if own and not trust_remote_code:
         warnings.warn(
-            f"{checkpoint.label}/{CONFIG}: auto_map names code of the model's own, which is not run: prompts are "
+            f"{checkpoint.config_file}: auto_map names code of the model's own, which is not run: prompts are "
             f"evaluated with transformers' {checkpoint.model_type}; {otherwise}",
             MoeplanWarning,
             stacklevel=2,

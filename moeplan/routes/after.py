@@ -121,7 +121,7 @@ def _family(checkpoint: Checkpoint) -> Family:
     if family is None:
         known = ", ".join(sorted(families))
         raise CheckpointError(
-            f"{checkpoint.label}/{CONFIG}: model_type is {checkpoint.model_type!r}, which is no model that moeplan "
+            f"{checkpoint.config_file}: model_type is {checkpoint.model_type!r}, which is no model that moeplan "
             f"makes ({known}); give a merged model, or the YAML file of a merge"
         )
     if family.readers is not None:

@@ -584,6 +584,41 @@ def test_a_model_without_files_is_named(hub: Hub, models: dict[str, Path], tmp_p
     assert refused(config).endswith(f"experts[1].source_model: org/empty: has no files on {hub.url}")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": None}, "`model_type` must be text, not None"),
+        ({"num_attention_heads": "x"}, "`num_attention_heads` is 'x'; it must be a whole number"),
+        (
+            {"rope_scaling": {"rope_type": "unheard-of", "factor": 2.0}},
+            "RoPE scaling of type 'unheard-of' cannot be held",
+        ),
+    ],
+)
+def test_what_a_config_says_wrong_is_told_with_what_the_yaml_calls_the_model(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(models[BASE], tmp_path / "odd")
+    file = tmp_path / "odd" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    hub.add("org/odd", tmp_path / "odd", "v1")
+    config = write_config(tmp_path / "config.yml", "org/odd@v1", [BASE, EXPERT])
+    assert f"org/odd@v1/config.json: {message}" in refused(config)
+
+
+def test_what_an_adapter_says_wrong_is_told_with_what_the_yaml_calls_it(
+    hub: Hub, models: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "lora").mkdir()
+    save_file({}, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    hub.add("org/lora", tmp_path / "lora")
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, f"{EXPERT}+org/lora"])
+    assert ": org/lora/adapter_config.json: `peft_type` is 'LOHA'" in refused(config)
+
+
 def test_offline_what_is_not_in_the_cache_is_one_message(
     hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
