@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: `adapter_config.json`, and a file with the factors of what is added to each matrix.
+"""LoRA adapters in PEFT's format: the factors of what is added to each matrix, beside `adapter_config.json`.
 
 A module's weight becomes W + scale · B · A, where scale is alpha / r, or alpha / √r for rsLoRA (Kalajdzievski, "A Rank
 Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023); a module of `modules_to_save` is replaced. Both as PEFT
@@ -10,102 +10,25 @@ Adapters come from strangers, like checkpoints, and are opened with the same car
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from moeplan.checkpoint import MAX_CONFIG_NBYTES, MERGE_ADAPTER, Tensors, open_weights
+from moeplan.adapter_config import ADAPTER_CONFIG, MERGE_ADAPTER, AdapterConfig, Targets, read_adapter_config
+from moeplan.checkpoint import Tensors, open_weights
 from moeplan.errors import MoeplanWarning
-from moeplan.places import CheckpointError, LocalPlace, Place, check_is_directory, read_json
+from moeplan.places import CheckpointError, LocalPlace, Place, check_is_directory
 from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 from moeplan.wording import count
 from planner.expr import Expr, Read, add_low_rank
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-BIN_WEIGHTS = "adapter_model.bin"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_BIN_WEIGHTS = "adapter_model.bin"
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-
-_VARIANTS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "layer_replication",
-    "megatron_config",
-)
-"""Settings that make a LoRA adapter something else than one product added to each matrix."""
-
-_KNOWN = {
-    # what is read here
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "init_lora_weights",
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    # what says where the adapter is from
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-    # what counts in training alone, or only beside a variant, or shows in the tensors' names
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "fan_in_fan_out",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-    "trainable_token_indices",
-    # the same of peft before 0.4
-    "enable_lora",
-    "merge_weights",
-}
-"""Every other setting of peft 0.21: what it says is applied, or changes nothing in an expert."""
-
-_MAX_LISTED = 3
-
-_INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-"""The ways to begin training after which the base's weights are what they were. The others take from them what they put
-into the adapter, so the adapter belongs on a base that is not stored anywhere."""
-
-T = TypeVar("T", int, str)
-
-_LAYER = re.compile(r"\.(\d+)\.")
-_MAX_SCALE = 1e15
-_MAX_PATTERNS = 1024
-_MAX_EXPRESSIONS = 16
-_NAME = re.compile(r"\^?[\w.-]+")
-_ATOM = r"(?:[\w.-]|\\[.dw]|\[[\w-]+\])"
-_EXPRESSION = re.compile(rf"\^?(?:{_ATOM}[*+?]?)*(?:\((?:\?:)?[\w.]+(?:\|[\w.]+)*\)(?:{_ATOM}[*+?]?)*)?")
-_MAX_EXPRESSION_LENGTH = 100
-_MAX_REPEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,55 +80,77 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
         place = LocalPlace(Path(place))
     if isinstance(place, LocalPlace):
         check_is_directory(place.path)
-    if not place.has(CONFIG):
+    if not place.has(ADAPTER_CONFIG):
         raise CheckpointError(
-            f"{place.label}: is no LoRA adapter; it has no {CONFIG}, as peft's save_pretrained writes it"
+            f"{place.label}: is no LoRA adapter; it has no {ADAPTER_CONFIG}, as peft's save_pretrained writes it"
         )
-    config = _read_config(place)
-    is_bin = not place.has(WEIGHTS) and place.has(BIN_WEIGHTS)
-    file = Path(place.label) / (BIN_WEIGHTS if is_bin else WEIGHTS)
+    config = read_adapter_config(place)
+    is_bin = not place.has(ADAPTER_WEIGHTS) and place.has(ADAPTER_BIN_WEIGHTS)
+    file = Path(place.label) / (ADAPTER_BIN_WEIGHTS if is_bin else ADAPTER_WEIGHTS)
     tensors = Tensors([open_weights(place, file.name)])
+    parts = _parts(file, tensors, weights, config.targets)
+    added = {weight: _delta(file, config, weight, pair, weights[weight]) for weight, pair in parts.factors.items()}
+    twice = added.keys() & parts.replaced.keys()
+    if twice:
+        raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
+    _check_complete(file, config.targets, [name for name in weights if is_mlp(name)], added.keys(), parts.replaced)
+    return Adapter(place.path, place.label, added, parts.replaced, parts.left_out)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """An adapter's tensors, by what becomes of them.
+
+    `factors` has those of each product, by the weight that it is added to, and the endings of their names. `replaced`
+    are weights that stand in for the model's, `left_out` the names of what is on no MLP.
+    """
+
+    factors: Mapping[str, Mapping[str, Read]]
+    replaced: Mapping[str, Read]
+    left_out: Sequence[str]
+
+
+def _parts(file: Path, tensors: Tensors, weights: Mapping[str, Read], targets: Targets) -> _Parts:
     factors: dict[str, dict[str, Read]] = {}
     replaced: dict[str, Read] = {}
     left_out: list[str] = []
     for key, read in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise CheckpointError(
-                f"{file}: tensor {show(key)} is not named as peft names an adapter's ({_PREFIX}…): save it with peft's "
-                "save_pretrained"
-            )
-        name = key.removeprefix(_PREFIX)
-        suffix = next((suffix for suffix in (_A, _B) if name.endswith(suffix)), None)
-        weight = name if suffix is None else name.removesuffix(suffix) + ".weight"
-        if weight not in weights and (suffix or is_mlp(name)):
+        name, weight, factor = _taken_apart(file, key)
+        if weight not in weights and (factor or is_mlp(name)):
             raise CheckpointError(
                 f"{file}: tensor {show(key)} belongs to no weight of the model: was it trained on another one? If not, "
                 + MERGE_ADAPTER
             )
         if not is_mlp(name):
             left_out.append(name)
-            continue
-        if suffix is None:
+        elif factor is None:
             _check_shape(file, key, read, weights[weight].shape)
             replaced[weight] = read
         else:
-            ignoring = config.targets.ignoring(_module(weight))
+            ignoring = targets.ignoring(_module(weight))
             if ignoring is not None:
                 raise CheckpointError(
-                    f"{file}: {show(key)} is of a module that `{ignoring}` of {CONFIG} leaves out, so peft would "
-                    f"ignore it; mend {CONFIG}, or {MERGE_ADAPTER}"
+                    f"{file}: {show(key)} is of a module that `{ignoring}` of {ADAPTER_CONFIG} leaves out, so peft "
+                    f"would ignore it; mend {ADAPTER_CONFIG}, or {MERGE_ADAPTER}"
                 )
-            factors.setdefault(weight, {})[suffix] = read
-    added = {weight: _delta(file, config, weight, pair, weights[weight]) for weight, pair in factors.items()}
-    twice = added.keys() & replaced.keys()
-    if twice:
-        raise CheckpointError(f"{file}: {show(min(twice))} is replaced and added to at once; {MERGE_ADAPTER}")
-    _check_complete(file, config.targets, [name for name in weights if is_mlp(name)], added.keys(), replaced.keys())
-    return Adapter(place.path, place.label, added, replaced, left_out)
+            factors.setdefault(weight, {})[factor] = read
+    return _Parts(factors, replaced, left_out)
+
+
+def _taken_apart(file: Path, key: str) -> tuple[str, str, str | None]:
+    """A tensor's name without what peft puts before it, the weight that it is for, and, of a factor, its ending."""
+    if not key.startswith(_PREFIX):
+        raise CheckpointError(
+            f"{file}: tensor {show(key)} is not named as peft names an adapter's ({_PREFIX}…): save it with peft's "
+            "save_pretrained"
+        )
+    name = key.removeprefix(_PREFIX)
+    factor = next((ending for ending in (_A, _B) if name.endswith(ending)), None)
+    return name, name if factor is None else name.removesuffix(factor) + ".weight", factor
 
 
 def _check_complete(
-    file: Path, targets: _Targets, matrices: Iterable[str], added: Collection[str], replaced: Collection[str]
+    file: Path, targets: Targets, matrices: Iterable[str], added: Collection[str], replaced: Collection[str]
 ) -> None:
     """Refuse a file without a module that was saved whole, as peft does; warn of one without factors."""
     missing = []
@@ -213,193 +158,25 @@ def _check_complete(
         if targets.saves(_module(weight)):
             if weight not in replaced:
                 raise CheckpointError(
-                    f"{file}: there is no {_PREFIX}{weight}, and `modules_to_save` of {CONFIG} names it; is the file "
-                    "complete?"
+                    f"{file}: there is no {_PREFIX}{weight}, and `modules_to_save` of {ADAPTER_CONFIG} names it; is "
+                    "the file complete?"
                 )
         elif targets.names(_module(weight)) and weight not in added and weight not in replaced:
             missing.append(weight)
     if missing:
         warnings.warn(
             f"{file}: there are no factors for {count(len(missing), 'module')} that `target_modules` of "
-            f"{CONFIG} names, {_module(missing[0])} for one: what is missing stays as the model has it",
+            f"{ADAPTER_CONFIG} names, {_module(missing[0])} for one: what is missing stays as the model has it",
             MoeplanWarning,
             stacklevel=2,
         )
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Which modules `adapter_config.json` says that the adapter is on, and which were saved whole.
-
-    Modules are named by their last parts, as peft has it. None: it does not say, or by an expression.
-    """
-
-    targets: frozenset[str] | None
-    excluded: frozenset[str]
-    layers: frozenset[int] | None
-    saved: frozenset[str]
-
-    def ignoring(self, module: str) -> str | None:
-        """The setting for which peft ignores factors of `module`; None where there is none."""
-        endings = _endings(module)
-        if not self.excluded.isdisjoint(endings):
-            return "exclude_modules"
-        if self.targets is None or module in self.targets:
-            return None
-        if self.targets.isdisjoint(endings):
-            return "target_modules"
-        layer = _LAYER.search(module)
-        is_of_another = self.layers is not None and (layer is None or int(layer[1]) not in self.layers)
-        return "layers_to_transform" if is_of_another else None
-
-    def names(self, module: str) -> bool:
-        """Whether `module` is one that must have factors."""
-        return self.targets is not None and self.ignoring(module) is None
-
-    def saves(self, module: str) -> bool:
-        """Whether `module`, or one that it is in, was saved whole."""
-        parts = module.split(".")
-        return any(not self.saved.isdisjoint(_endings(".".join(parts[: n + 1]))) for n in range(len(parts)))
-
-
-def _endings(module: str) -> list[str]:
-    """`a.b.c` → `a.b.c`, `b.c`, `c`"""
-    parts = module.split(".")
-    return [".".join(parts[n:]) for n in range(len(parts))]
 
 
 def _module(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def _read_targets(config: Mapping[str, Any]) -> _Targets:
-    """As peft understands it (peft/tuners/tuners_utils.py, `check_target_module_exists`), where that takes no matching
-    of expressions, which are a stranger's, and no knowledge of `target_parameters`."""
-    layers = config.get("layers_to_transform")
-    numbers = [layers] if type(layers) is int else layers
-    plain = config.get("layers_pattern") in (None, [], "", "layers", ["layers"])
-    return _Targets(
-        targets=None if config.get("target_parameters") else _items(config.get("target_modules"), str),
-        excluded=_items(config.get("exclude_modules"), str) or frozenset(),
-        layers=(_items(numbers, int) or None) if plain else None,
-        saved=_items(config.get("modules_to_save"), str) or frozenset(),
-    )
-
-
-def _items(value: Any, kind: type[T]) -> frozenset[T] | None:
-    """A list of `kind`, as a set; None for anything else."""
-    is_list = isinstance(value, list) and all(type(item) is kind for item in value)
-    return frozenset(value) if is_list else None
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What `adapter_config.json` says of scales and ranks, where values by pattern come before the general one, and of
-    the modules that they are for."""
-
-    rank: int
-    alpha: float
-    rank_pattern: list[tuple[re.Pattern[str], int]]
-    alpha_pattern: list[tuple[re.Pattern[str], float]]
-    rank_stabilized: bool
-    targets: _Targets
-
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """The rank of a module, such as `model.layers.0.mlp.up_proj`, and its scale."""
-        rank = next((value for pattern, value in self.rank_pattern if pattern.match(module)), self.rank)
-        alpha = next((value for pattern, value in self.alpha_pattern if pattern.match(module)), self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-
-
-def _read_config(place: Place) -> _Config:
-    config = read_json(place.path, CONFIG, MAX_CONFIG_NBYTES)
-    file = Path(place.label) / CONFIG
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{file}: `peft_type` is {show(kind)}, and moeplan adds LORA alone; {MERGE_ADAPTER}")
-    variant = next((key for key in _VARIANTS if config.get(key)), None)
-    if variant is not None:
-        raise CheckpointError(
-            f"{file}: `{variant}` is {show(config[variant])}, which is more than a product to add; {MERGE_ADAPTER}"
-        )
-    _warn_of_unknown(file, config)
-    pattern = next((key for key in ("rank_pattern", "alpha_pattern") if config.get(key)), None)
-    if config.get("target_parameters") and pattern is not None:
-        raise CheckpointError(
-            f"{file}: `{pattern}` is matched with other names by peft for `target_parameters` than for modules; "
-            + MERGE_ADAPTER
-        )
-    init = config.get("init_lora_weights", True)
-    if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS_THAT_KEEP_THE_BASE):
-        raise CheckpointError(
-            f"{file}: `init_lora_weights` is {show(init)}: the adapter belongs on a base whose weights were changed "
-            f"when its training began; {MERGE_ADAPTER}"
-        )
-    return _Config(
-        rank=_rank(file, "r", config.get("r", 8)),
-        alpha=_alpha(file, "lora_alpha", config.get("lora_alpha", 8)),
-        rank_pattern=[(p, _rank(file, "rank_pattern", value)) for p, value in _patterns(file, config, "rank_pattern")],
-        alpha_pattern=[
-            (p, _alpha(file, "alpha_pattern", value)) for p, value in _patterns(file, config, "alpha_pattern")
-        ],
-        rank_stabilized=config.get("use_rslora") is True,
-        targets=_read_targets(config),
-    )
-
-
-def _warn_of_unknown(file: Path, config: Mapping[str, Any]) -> None:
-    """Warn of settings that another peft has written, and which may make of the adapter what `_VARIANTS` do."""
-    unknown = [key for key, value in config.items() if value and key not in _KNOWN]
-    if unknown:
-        listed = ", ".join(f"{show(key)} is {show(config[key])}" for key in unknown[:_MAX_LISTED])
-        more = f" (and {len(unknown) - _MAX_LISTED:,} more)" if len(unknown) > _MAX_LISTED else ""
-        warnings.warn(
-            f"{file}: {listed}{more}, which moeplan does not know: if that changes what the adapter does, "
-            + MERGE_ADAPTER,
-            MoeplanWarning,
-            stacklevel=2,
-        )
-
-
-def _rank(file: Path, key: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise CheckpointError(f"{file}: `{key}` has {show(value)} for a rank; it must be a whole number from 1 up")
-    return value
-
-
-def _alpha(file: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= _MAX_SCALE:
-        raise CheckpointError(
-            f"{file}: `{key}` has {show(value)} for a scale; it must be a number up to {_MAX_SCALE:g}"
-        )
-    return float(value)
-
-
-def _patterns(file: Path, config: Mapping[str, Any], key: str) -> list[tuple[re.Pattern[str], Any]]:
-    """The patterns under `key`, in order. Each is matched as PEFT does it (peft/utils/other.py, `get_pattern_key`).
-
-    They are regular expressions from a stranger, which could take centuries to match. So only names are taken, and
-    a few expressions with little to try: `layers\\.\\d+\\.mlp`, `.*(up|down)_proj`.
-    """
-    given = config.get(key) or {}
-    if not isinstance(given, dict) or len(given) > _MAX_PATTERNS:
-        raise CheckpointError(f"{file}: `{key}` must map at most {_MAX_PATTERNS:,} modules to values")
-    expressions = [pattern for pattern in given if not _NAME.fullmatch(pattern)]
-    for pattern in expressions:
-        repeats = sum(pattern.count(mark) for mark in "*+") + pattern.replace("(?:", "").count("?")
-        simple = len(pattern) <= _MAX_EXPRESSION_LENGTH and repeats <= _MAX_REPEATS
-        if not simple or not _EXPRESSION.fullmatch(pattern) or len(expressions) > _MAX_EXPRESSIONS:
-            raise CheckpointError(
-                f"{file}: `{key}` has the pattern {show(pattern)}; moeplan matches names of modules, and up to "
-                f"{_MAX_EXPRESSIONS} simple expressions: write names, or {MERGE_ADAPTER}"
-            )
-    try:
-        return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items()]
-    except re.error as error:
-        raise CheckpointError(f"{file}: `{key}` has a pattern that is no regular expression ({error})") from None
-
-
-def _delta(file: Path, config: _Config, name: str, factors: Mapping[str, Read], weight: Read) -> LowRankDelta:
+def _delta(file: Path, config: AdapterConfig, name: str, factors: Mapping[str, Read], weight: Read) -> LowRankDelta:
     module = _module(name)
     for suffix in (_A, _B):
         if suffix not in factors:
@@ -414,6 +191,6 @@ def _delta(file: Path, config: _Config, name: str, factors: Mapping[str, Read], 
 def _check_shape(file: Path, key: str, read: Read, expected: tuple[int, ...]) -> None:
     if read.shape != expected:
         raise CheckpointError(
-            f"{file}: {show(key)} has shape {list(read.shape)}, and the model and {CONFIG} make it {list(expected)}; "
-            "was the adapter trained on another model?"
+            f"{file}: {show(key)} has shape {list(read.shape)}, and the model and {ADAPTER_CONFIG} make it "
+            f"{list(expected)}; was the adapter trained on another model?"
         )

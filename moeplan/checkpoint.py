@@ -18,9 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.places import (
     INSTEAD_OF_GGUF,
     LFS_POINTER,
+    MAX_CONFIG_NBYTES,
     CheckpointError,
     LocalPlace,
     Place,
@@ -41,7 +43,6 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 PREFERRED = (WEIGHTS, INDEX, BIN_WEIGHTS, BIN_INDEX)
 """What may say where the weights are. The first that is there counts, as in transformers."""
 
-MAX_CONFIG_NBYTES = 2**20
 MAX_INDEX_NBYTES = 8 * 2**20
 MAX_HEADERS_NBYTES = 8 * 2**20
 """The most bytes of headers, over all shards, that a checkpoint may have.
@@ -53,11 +54,6 @@ MAX_TENSORS = 2**16
 MAX_SHARDS = 2**12
 MAX_REMEMBERED_HEADERS = 2**8
 """Models that were trained from one and saved alike have the same headers: each is parsed once. 405B has 191 shards."""
-
-MERGE_ADAPTER = (
-    "merge the adapter into its base model first (peft's merge_and_unload), save the result, and give its directory"
-)
-"""What to do with an adapter that moeplan does not take."""
 
 MISTRAL_WEIGHTS = "consolidated.safetensors"
 _INSTEAD_OF_PICKLE = "convert it to safetensors first (load it with transformers, then save_pretrained)"
@@ -184,7 +180,7 @@ def open_checkpoint(place: str | Path | Place) -> Checkpoint:
 def _why_no_weights(place: Place) -> str:
     """What a place without weights is instead, and what to do about it."""
     by_suffix = {Path(name).suffix: name for name in sorted(place.names(), reverse=True) if "/" not in name}
-    if place.has("adapter_config.json"):
+    if place.has(ADAPTER_CONFIG):
         return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{place.label})"
     if place.has(MISTRAL_WEIGHTS):
         return f"has {MISTRAL_WEIGHTS}, Mistral's own format, alone: give the model in that of transformers"

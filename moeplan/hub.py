@@ -29,12 +29,12 @@ from urllib.parse import urlsplit
 from executor.errors import RunError
 from executor.patience import ATTEMPTS, BUSY, pause_seconds, retry_after
 from moeplan import interruption
-from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
+from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
 from moeplan.hub_stream import HEADS_AT_ONCE, RemoteStream
 from moeplan.output import CARD
-from moeplan.places import CheckpointError, LocalPlace, Place
+from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, LocalPlace, Place
 from moeplan.untrusted_json import show
 from planner.expr import RemoteFile, Source, SourceFile
 

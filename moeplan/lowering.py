@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeplan.adapter_config import MERGE_ADAPTER
 from moeplan.architectures.attention import rope
 from moeplan.architectures.dense import DenseModel, TensorSpec
 from moeplan.architectures.family import Family, MlpTensor
-from moeplan.checkpoint import MERGE_ADAPTER
 from moeplan.config import Expert, MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.places import CheckpointError

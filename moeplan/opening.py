@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moeplan import architectures, gates, lowering
-from moeplan.adapter import CONFIG as ADAPTER_CONFIG
+from moeplan.adapter_config import ADAPTER_CONFIG, MERGE_ADAPTER
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
-from moeplan.checkpoint import MERGE_ADAPTER, open_checkpoint
+from moeplan.checkpoint import open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import fetch_tokenizer

@@ -17,6 +17,9 @@ from moeplan.errors import UserError
 from moeplan.untrusted_json import JSONError, parse_object, show
 from planner.expr import Source, SourceFile
 
+MAX_CONFIG_NBYTES = 2**20
+"""The most that is read of a config, a model's or an adapter's."""
+
 LFS_POINTER = b"version https://git-lfs"
 INSTEAD_OF_GGUF = "give the model that the GGUF was converted from"
 

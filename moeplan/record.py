@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.manifest import Segment, manifest
 from executor.reader import name_of
-from moeplan.adapter import CONFIG as ADAPTER_CONFIG
+from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
 from moeplan.gates import gate_mode
 from moeplan.options import DECISIVE, EVALUATION, Options, flag

@@ -28,7 +28,7 @@ from typing import Any
 from executor.errors import HopelessError, RunError, reason
 from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
-from moeplan.adapter import CONFIG as ADAPTER_CONFIG
+from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG, INDEX
 from moeplan.output import OutputError
 from moeplan.replacing import replaced_by

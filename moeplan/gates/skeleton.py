@@ -31,10 +31,10 @@ from transformers import (
 from executor.weights import Matrix, Weights
 from moeplan.architectures import DENSE_FAMILIES
 from moeplan.architectures.attention import ORIGINAL_CONTEXT
-from moeplan.checkpoint import CONFIG, MAX_CONFIG_NBYTES
+from moeplan.checkpoint import CONFIG
 from moeplan.gates.layers import own_model_class
 from moeplan.gates.linear import BlockedLinear, Padding
-from moeplan.places import CheckpointError, read_json
+from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, read_json
 from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from commands import sparse_llama
 
-from moeplan.checkpoint import CONFIG, INDEX, MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, WEIGHTS
+from moeplan.checkpoint import CONFIG, INDEX, MAX_INDEX_NBYTES, WEIGHTS
+from moeplan.places import MAX_CONFIG_NBYTES
 from moeplan.tokenizer_files import MAX_NBYTES, MAX_READ_NBYTES
 from moeplan.untrusted_json import MAX_VALUES
 

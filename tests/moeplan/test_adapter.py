@@ -15,10 +15,11 @@ import torch
 from commands import moeplan, sparse_llama, write_config
 from safetensors.torch import save_file
 
-from moeplan.adapter import BIN_WEIGHTS, CONFIG, WEIGHTS
+from moeplan.adapter import ADAPTER_BIN_WEIGHTS, ADAPTER_WEIGHTS
+from moeplan.adapter_config import ADAPTER_CONFIG, MERGE_ADAPTER
 from moeplan.architectures import as_dense_model
 from moeplan.architectures.dense import DenseModel
-from moeplan.checkpoint import MERGE_ADAPTER, open_checkpoint
+from moeplan.checkpoint import open_checkpoint
 from moeplan.errors import MoeplanWarning
 from moeplan.places import CheckpointError
 from planner.expr import DType, Read
@@ -46,10 +47,10 @@ def write_adapter(path: Path, shapes: dict[str, Any] = TENSORS, **config: Any) -
     """Write an adapter; `...` leaves a setting out."""
     path.mkdir(exist_ok=True)
     tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    save_file(tensors, path / WEIGHTS)
+    save_file(tensors, path / ADAPTER_WEIGHTS)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
     kept = {key: value for key, value in settings.items() if value is not ...}
-    (path / CONFIG).write_text(json.dumps(kept))
+    (path / ADAPTER_CONFIG).write_text(json.dumps(kept))
     return path
 
 
@@ -101,7 +102,7 @@ def test_an_adapter_s_tensors_lie_where_the_file_has_them(model: DenseModel, tmp
     replacement = adapter.replaced["model.layers.1.mlp.down_proj.weight"]
     assert (replacement.dtype, replacement.shape) == (DType.BF16, (64, 96))
     assert len(adapter.added) == len(adapter.replaced) == 1
-    assert {Path(read.file.path) for read in adapter.reads} == {tmp_path / "lora" / WEIGHTS}
+    assert {Path(read.file.path) for read in adapter.reads} == {tmp_path / "lora" / ADAPTER_WEIGHTS}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank of text": ({"r": "4"}, "`r` has '4' for a rank; it must be a whole number from 1 up"),
     "rank 0": ({"r": 0}, "`r` has 0 for a rank"),
     "rank true": ({"r": True}, "`r` has True for a rank"),
-    "another rank": ({"r": 8}, f"'{UP}lora_A.weight' has shape [4, 64], and the model and {CONFIG} make it [8, 64]"),
+    "another rank": (
+        {"r": 8},
+        f"'{UP}lora_A.weight' has shape [4, 64], and the model and {ADAPTER_CONFIG} make it [8, 64]",
+    ),
     "a rank of a pattern": ({"rank_pattern": {"up_proj": 2}}, "make it [2, 64]"),
     "a pattern's rank of text": ({"rank_pattern": {"up_proj": "2"}}, "`rank_pattern` has '2' for a rank"),
     "an endless scale": ({"lora_alpha": 10**20}, "`lora_alpha` has 1e+20 for a scale"),
@@ -176,7 +180,7 @@ def test_an_adapter_of_another_kind_or_with_a_broken_config_is_refused(
 ) -> None:
     config, reason = CONFIGS[case]
     message = refusal(write_adapter(tmp_path / "lora", **config))
-    assert message.startswith(f"lora/{WEIGHTS if 'make it' in reason else CONFIG}: ")
+    assert message.startswith(f"lora/{ADAPTER_WEIGHTS if 'make it' in reason else ADAPTER_CONFIG}: ")
     assert reason in message
 
 
@@ -185,8 +189,8 @@ def test_a_setting_that_is_not_known_is_a_warning_where_it_says_something(model:
     with pytest.warns(MoeplanWarning) as given:
         model.with_adapter(path)
     assert [str(warning.message) for warning in given] == [
-        f"{path / CONFIG}: 'use_lora_of_2027' is True, which moeplan does not know: if that changes what the adapter "
-        f"does, {MERGE_ADAPTER}"
+        f"{path / ADAPTER_CONFIG}: 'use_lora_of_2027' is True, which moeplan does not know: if that changes what the "
+        f"adapter does, {MERGE_ADAPTER}"
     ]
 
 
@@ -207,7 +211,7 @@ def test_what_peft_saves_is_known(model: DenseModel, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.with_adapter(path)
-    for setting in json.loads((path / CONFIG).read_text()):
+    for setting in json.loads((path / ADAPTER_CONFIG).read_text()):
         with warnings.catch_warnings(record=True) as given, suppress(CheckpointError):
             warnings.simplefilter("always")
             model.with_adapter(write_adapter(path, **{setting: True}))
@@ -220,7 +224,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "the other half": ({UP + "lora_B.weight": None}, f"there is no {UP}lora_B.weight"),
     "a model of other sizes": (
         {UP + "lora_B.weight": (128, 4)},
-        f"'{UP}lora_B.weight' has shape [128, 4], and the model and {CONFIG} make it [96, 4]; was the adapter trained",
+        f"'{UP}lora_B.weight' has shape [128, 4], and the model and {ADAPTER_CONFIG} make it [96, 4]; was the adapter",
     ),
     "a factor with three dimensions": ({UP + "lora_A.weight": (4, 8, 8)}, "has shape [4, 8, 8]"),
     "a replacement of another shape": ({DOWN + "weight": (96, 64)}, "has shape [96, 64]"),
@@ -244,7 +248,7 @@ def test_an_adapter_for_another_model_or_with_more_than_products_is_refused(
     changes, reason = OTHERS[case]
     shapes = {name: shape for name, shape in {**TENSORS, **changes}.items() if shape is not None}
     message = refusal(write_adapter(tmp_path / "lora", shapes))
-    assert message.startswith(f"lora/{WEIGHTS}: ")
+    assert message.startswith(f"lora/{ADAPTER_WEIGHTS}: ")
     assert reason.replace("\\\\", "\\") in message
 
 
@@ -281,7 +285,9 @@ def test_factors_of_a_module_that_the_config_leaves_out_are_refused_since_peft_i
         assert len(adapter.added) == 1
     else:
         message = refusal(path)
-        assert message.startswith(f"lora/{WEIGHTS}: '{UP}lora_A.weight' is of a module that {reason} {CONFIG} leaves")
+        assert message.startswith(
+            f"lora/{ADAPTER_WEIGHTS}: '{UP}lora_A.weight' is of a module that {reason} {ADAPTER_CONFIG} leaves"
+        )
         assert message.endswith(MERGE_ADAPTER)
 
 
@@ -291,14 +297,14 @@ def test_a_module_that_is_said_to_be_saved_whole_and_is_not_there_is_refused(
 ) -> None:
     shapes = {key: shape for key, shape in TENSORS.items() if ".mlp." not in key}
     message = refusal(write_adapter(tmp_path / "lora", shapes, modules_to_save=["lm_head", name]))
-    assert message.startswith(f"lora/{WEIGHTS}: there is no base_model.model.model.layers.")
-    assert message.endswith(f"_proj.weight, and `modules_to_save` of {CONFIG} names it; is the file complete?")
+    assert message.startswith(f"lora/{ADAPTER_WEIGHTS}: there is no base_model.model.model.layers.")
+    assert message.endswith(f"_proj.weight, and `modules_to_save` of {ADAPTER_CONFIG} names it; is the file complete?")
 
 
 def test_a_module_that_the_config_names_without_factors_is_a_warning(model: DenseModel, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "lora", target_modules=["up_proj", "down_proj", "k_proj"])
     message = (
-        f"{WEIGHTS}: there are no factors for 2 modules that `target_modules` of {CONFIG} names, "
+        f"{ADAPTER_WEIGHTS}: there are no factors for 2 modules that `target_modules` of {ADAPTER_CONFIG} names, "
         "model.layers.0.mlp.down_proj for one: what is missing stays as the model has it"
     )
     with pytest.warns(MoeplanWarning, match=re.escape(message)):
@@ -307,22 +313,22 @@ def test_a_module_that_the_config_names_without_factors_is_a_warning(model: Dens
 
 def test_what_is_no_adapter_s_directory_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     assert refusal(tmp_path / "nowhere").startswith("nowhere: no such directory; ")
-    assert refusal(tmp_path / "base").startswith(f"base: is no LoRA adapter; it has no {CONFIG}")
+    assert refusal(tmp_path / "base").startswith(f"base: is no LoRA adapter; it has no {ADAPTER_CONFIG}")
     path = write_adapter(tmp_path / "lora")
-    (path / WEIGHTS).unlink()
-    assert refusal(path) == f"lora/{WEIGHTS}: is not there, or links to nothing; is the download complete?"
-    (path / BIN_WEIGHTS).write_bytes(b"PK")
+    (path / ADAPTER_WEIGHTS).unlink()
+    assert refusal(path) == f"lora/{ADAPTER_WEIGHTS}: is not there, or links to nothing; is the download complete?"
+    (path / ADAPTER_BIN_WEIGHTS).write_bytes(b"PK")
     assert refusal(path) == (
-        f"lora/{BIN_WEIGHTS}: is truncated, or not a zip archive: its list of members is not where it should end. "
-        "Download it again"
+        f"lora/{ADAPTER_BIN_WEIGHTS}: is truncated, or not a zip archive: its list of members is not where it should "
+        "end. Download it again"
     )
-    os.mkfifo(path / WEIGHTS)
-    assert refusal(path) == f"lora/{WEIGHTS}: is not a regular file"
-    (path / CONFIG).write_text("{")
-    assert refusal(path).startswith(f"lora/{CONFIG}: is not JSON")
-    (path / CONFIG).unlink()
-    (path / CONFIG).symlink_to("/dev/zero")
-    assert refusal(path).startswith(f"lora/{CONFIG}: is a symbolic link out of the checkpoint")
+    os.mkfifo(path / ADAPTER_WEIGHTS)
+    assert refusal(path) == f"lora/{ADAPTER_WEIGHTS}: is not a regular file"
+    (path / ADAPTER_CONFIG).write_text("{")
+    assert refusal(path).startswith(f"lora/{ADAPTER_CONFIG}: is not JSON")
+    (path / ADAPTER_CONFIG).unlink()
+    (path / ADAPTER_CONFIG).symlink_to("/dev/zero")
+    assert refusal(path).startswith(f"lora/{ADAPTER_CONFIG}: is a symbolic link out of the checkpoint")
 
 
 def test_the_slowest_patterns_that_are_taken_are_matched_in_seconds(tmp_path: Path) -> None:
@@ -383,7 +389,9 @@ def test_a_refused_adapter_is_named_with_its_line(tmp_path: Path) -> None:
     base, lora = sparse_llama(tmp_path / "base"), write_adapter(tmp_path / "lora", use_dora=True)
     outcome = moeplan(write_config(tmp_path / "config.yml", base, [base, f"{base}+{lora}"]), tmp_path / "out")
     assert outcome.status == 2
-    assert outcome.error.startswith(f"{tmp_path}/config.yml:1: experts[1].source_model: {lora}/{CONFIG}: `use_dora`")
+    assert outcome.error.startswith(
+        f"{tmp_path}/config.yml:1: experts[1].source_model: {lora}/{ADAPTER_CONFIG}: `use_dora`"
+    )
     assert not (tmp_path / "out").exists()
 
 
