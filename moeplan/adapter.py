@@ -18,7 +18,7 @@ from pathlib import Path
 from moeplan.adapter_config import ADAPTER_CONFIG, MERGE_ADAPTER, AdapterConfig, Targets, read_adapter_config
 from moeplan.checkpoint import Tensors, open_weights
 from moeplan.errors import MoeplanWarning
-from moeplan.places import CheckpointError, LocalPlace, Place, check_is_directory
+from moeplan.places import CheckpointError, Place, as_place
 from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 from moeplan.wording import count
@@ -76,10 +76,7 @@ def open_adapter(place: str | Path | Place, weights: Mapping[str, Read]) -> Adap
 
     Raises CheckpointError, also where it was made for another model, or is of a kind that is more than a sum.
     """
-    if isinstance(place, (str, Path)):
-        place = LocalPlace(Path(place))
-    if isinstance(place, LocalPlace):
-        check_is_directory(place.path)
+    place = as_place(place)
     if not place.has(ADAPTER_CONFIG):
         raise CheckpointError(
             f"{place.label}: is no LoRA adapter; it has no {ADAPTER_CONFIG}, as peft's save_pretrained writes it"

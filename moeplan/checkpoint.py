@@ -24,9 +24,8 @@ from moeplan.places import (
     LFS_POINTER,
     MAX_CONFIG_NBYTES,
     CheckpointError,
-    LocalPlace,
     Place,
-    check_is_directory,
+    as_place,
     read_json,
     refuse_lfs_pointer,
 )
@@ -165,10 +164,7 @@ def open_checkpoint(place: str | Path | Place) -> Checkpoint:
     Which files are its weights is decided as transformers does: `model.safetensors`, else the shards that
     `model.safetensors.index.json` names, else the same of `pytorch_model.bin`. Raises CheckpointError.
     """
-    if isinstance(place, (str, Path)):
-        place = LocalPlace(Path(place))
-    if isinstance(place, LocalPlace):
-        check_is_directory(place.path)
+    place = as_place(place)
     weights = next((name for name in PREFERRED if place.has(name)), None)
     if weights is None:
         raise CheckpointError(f"{place.label}: {_why_no_weights(place)}")

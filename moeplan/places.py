@@ -89,8 +89,16 @@ class LocalPlace:
             yield file, SourceFile(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, path)
 
 
-def check_is_directory(path: Path) -> None:
-    """Refuse what is not a local directory, and say what to do about it. Raises CheckpointError."""
+def as_place(place: str | Path | Place) -> Place:
+    """`place`, or the local directory of that path. Raises CheckpointError where there is none, with what to do."""
+    if isinstance(place, (str, Path)):
+        place = LocalPlace(Path(place))
+    if isinstance(place, LocalPlace):
+        _check_is_directory(place.path)
+    return place
+
+
+def _check_is_directory(path: Path) -> None:
     if not str(path).isprintable():
         raise CheckpointError(
             f"{show(str(path))}: is not the path of a directory; it has characters that cannot be shown"
