@@ -15,9 +15,9 @@ from moeplan.checkpoint import open_checkpoint
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import fetch_tokenizer
+from moeplan.fit import Sources, check_fit
 from moeplan.gates.prompts import PromptError, Prompts, tokenize
 from moeplan.hub import Hub
-from moeplan.lowering import Sources
 from moeplan.model_config import DTYPE_NAMES, stored_dtype
 from moeplan.model_ref import ModelRef, parse_model_ref
 from moeplan.options import Options
@@ -79,7 +79,7 @@ def open_models(config: MergeConfig, options: Options, hub: Hub, *, reads_text: 
     `reads_text`. Raises UserError for what cannot be opened or merged."""
     sources = _open_sources(config, hub)
     families = architectures.choose(config, [model for _, model in sources.named()])
-    lowering.check_fit(config, families[0], sources)
+    check_fit(config, families[0], sources)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
     if reads_text:
         _warn_of_empty_prompts(config)

@@ -15,10 +15,11 @@ from moeplan.config import MergeConfig
 from moeplan.disk import existing, on_one_disk
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import files_to_fetch
+from moeplan.fit import Sources
 from moeplan.gates.device import CPU, Device, evaluating
 from moeplan.gates.tokenizer import NoTokenizerError
 from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
-from moeplan.lowering import Lowering, Sources
+from moeplan.lowering import Lowering
 from moeplan.memory import MemoryCap, compile_within, memory_cap
 from moeplan.model_card import Source, sources_of, warn_of_licences
 from moeplan.model_config import model_config

@@ -82,7 +82,7 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     hold: an unknown type, types that differ between layers, rotation of a part of each head.
     """
     config, path = model.checkpoint.config, model.checkpoint.config_file
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = given_rope(model)
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise CheckpointError(f"{path}: rope parameters that differ between layers cannot be carried over")
     scaling = dict(given)
@@ -104,6 +104,12 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
         raise CheckpointError(f"{path}: rope_theta is {show(theta)}; it must be a number above 0, up to {MAX_NUMBER:g}")
     _check_scaling(model, scaling)
     return float(theta), scaling
+
+
+def given_rope(model: DenseModel) -> Any:
+    """RoPE's parameters, in the spelling that counts, as `config.json` has them: a dict, or what no model can have."""
+    config = model.checkpoint.config
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _check_scaling(model: DenseModel, scaling: dict[str, Any]) -> None:
