@@ -19,9 +19,10 @@ from rich.text import Text
 
 import moeplan
 from executor.errors import RunError
-from moeplan import interruption, report
+from moeplan import interruption, report, report_data
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.progress import ProgressBar, ProgressLines, progress_on
+from moeplan.wording import printable
 
 if TYPE_CHECKING:
     from executor.engine import Progress
@@ -42,14 +43,14 @@ class Teller:
         self._progress: ProgressBar | ProgressLines | None = None
 
     def plan(self, merge_plan: moeplan.MergePlan, out: Path | None) -> None:
-        data = report.plan_data(merge_plan, out)
+        data = report_data.plan_data(merge_plan, out)
         self._tell("plan", data, lambda data: report.plan_view(data, with_files=self._verbose))
 
     def result(self, result: moeplan.MergeResult, config: moeplan.MergeConfig, file: Path) -> None:
         self.stop()
         self._tell(
             "result",
-            report.result_data(result),
+            report_data.result_data(result),
             lambda data: report.result_view(data, self._routable(result, config, file)),
         )
 
@@ -77,8 +78,8 @@ class Teller:
         self.stop()
         for what, lines in (("wrong: ", found.wrong), ("unknown: ", found.unknown)):
             for line in lines:
-                self._messages.print(Text.assemble((what, "red"), report.printable(line)))
-        self._tell("verification", report.verification_data(out, found), report.verification_view)
+                self._messages.print(Text.assemble((what, "red"), printable(line)))
+        self._tell("verification", report_data.verification_data(out, found), report.verification_view)
 
     def routes(self, data: dict[str, Any]) -> None:
         from moeplan.routes.view import routes_view
@@ -111,16 +112,16 @@ class Teller:
         if issubclass(category, MoeplanWarning) and str(message) not in self._data["warnings"]:
             self._data["warnings"].append(str(message))
             if not self._quiet:
-                self._messages.print(Text.assemble(("warning: ", "yellow"), report.printable(str(message))))
+                self._messages.print(Text.assemble(("warning: ", "yellow"), printable(str(message))))
 
     def note(self, message: str) -> None:
         """Something that does not matter to the result."""
         if not self._quiet:
-            self._messages.print(Text.assemble(("note: ", "dim"), report.printable(message)))
+            self._messages.print(Text.assemble(("note: ", "dim"), printable(message)))
 
     def error(self, message: str) -> None:
         self.stop()
-        self._messages.print(Text.assemble(("error: ", "red"), report.printable(message)))
+        self._messages.print(Text.assemble(("error: ", "red"), printable(message)))
 
     def finish(self) -> None:
         if self._as_json:

@@ -1,4 +1,4 @@
-"""How numbers are written for people, in messages and on the model card."""
+"""How numbers are written for people, in messages and on the model card, and how text that is a stranger's."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def runs(numbers: Sequence[int]) -> str:
 def count(number: int, thing: str) -> str:
     """`1 text`, `2,000 tokens`."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def printable(text: str) -> str:
+    """`text` with everything escaped that a terminal would obey, and no terminal can show, but line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -15,9 +15,8 @@ import numpy as np
 from executor.errors import RunError
 from executor.files import write_file
 from moeplan.errors import UserError
-from moeplan.report import printable
 from moeplan.routes.wording import CUT, among, best, decimals, layer_cells, layer_columns, percent, shortened
-from moeplan.wording import count
+from moeplan.wording import count, printable
 
 MAX_NAMED_ROWS = 12
 """A plot names so many texts; more are numbered, in the order of the table."""

@@ -18,9 +18,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from moeplan.report import fact, plain_table, printable
 from moeplan.routes.wording import CUT, among, best, layer_cells, layer_columns, percent, shortened
-from moeplan.wording import count
+from moeplan.tables import fact, plain_table
+from moeplan.wording import count, printable
 
 WIDTH = 80
 """What fits most terminals. Nothing is drawn wider."""

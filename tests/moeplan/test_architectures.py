@@ -17,7 +17,7 @@ from moeplan.checkpoint import open_checkpoint
 from moeplan.errors import UserError
 from moeplan.lowering import Lowering
 from moeplan.places import CheckpointError
-from moeplan.report import plan_data
+from moeplan.report_data import plan_data
 from planner.errors import BudgetError
 from planner.schedule import compile as compile_plan
 
