@@ -10,7 +10,6 @@ Names, tokens, the cache's place and offline mode are huggingface_hub's business
 
 from __future__ import annotations
 
-import errno
 import inspect
 import os
 import re
@@ -20,11 +19,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
-from urllib.parse import urlsplit
 
 from executor.errors import RunError
 from executor.patience import ATTEMPTS, BUSY, pause_seconds, retry_after
@@ -32,6 +29,7 @@ from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
+from moeplan.hub_errors import check_endpoint, explanation
 from moeplan.hub_stream import HEADS_AT_ONCE, RemoteStream
 from moeplan.output import CARD
 from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, LocalPlace, Place
@@ -50,11 +48,6 @@ MAX_CARD_NBYTES = 128 << 10
 """A larger one is not worth fetching to know a licence."""
 
 MAX_HEADS = 256
-DOWNLOAD_NBYTES = 40 << 20
-"""Memory that one download may take: huggingface_hub reads 10 MB at a time, and where the processor is short, four such
-blocks are there at once."""
-
-DOWNLOADS_AT_ONCE = 4
 
 _INDEX = ".index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -139,13 +132,15 @@ class Snapshot:
                 continue
             if self.files[name].nbytes > max_nbytes:
                 raise CheckpointError(f"{self.label}/{name}: is larger than {max_nbytes:,} bytes; a real one is not")
-            self.hub.fetch(self, name)
+            self.hub.download_one(self, name)
 
     def _remote(self, name: str) -> RemoteFile:
         from huggingface_hub import constants, hf_hub_url
 
         url = hf_hub_url(self.repository, name, revision=self.commit, endpoint=constants.ENDPOINT)
-        return self.hub.at(RemoteFile(url, self.files[name].digest, self.files[name].nbytes), self, name)
+        file = RemoteFile(url, self.files[name].digest, self.files[name].nbytes)
+        self.hub.remember(file, self, name)
+        return file
 
     def _digest(self, name: str) -> str | None:
         """The digest of a file's content; None where nobody says it."""
@@ -236,7 +231,7 @@ class Hub:
         return next((snapshot for snapshot in self._snapshots.values() if snapshot.path == path), None)
 
     def _found(self, reference: str, repository: str, revision: str, config: str) -> Snapshot:
-        _check_endpoint(reference)
+        check_endpoint(reference)
         from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -260,12 +255,12 @@ class Hub:
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
             is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY
             cached = None if is_answer else self._cached(reference, repository, revision, config)
-            why = self._why(error, repository, revision)
+            reason = explanation(error, repository, revision, endpoint=self.endpoint, cache=self.cache)
             if cached is None:
                 if not is_answer and reference.count("/") == 1:
-                    why += "; if this is meant as a directory, there is none"
-                raise CheckpointError(f"{reference}: {why}") from None
-            warnings.warn(f"{reference}: {why}; what is in the cache is taken", MoeplanWarning, stacklevel=2)
+                    reason += "; if this is meant as a directory, there is none"
+                raise CheckpointError(f"{reference}: {reason}") from None
+            warnings.warn(f"{reference}: {reason}; what is in the cache is taken", MoeplanWarning, stacklevel=2)
             return cached
         if info.sha is None:
             raise CheckpointError(f"{reference}: {self.endpoint} does not say which commit this is; is it a Hub?")
@@ -300,7 +295,7 @@ class Hub:
         path = Path(file).parent
         return Snapshot(self, reference, repository, path.name, path, {})
 
-    def fetch(self, snapshot: Snapshot, name: str, bar: type | None = None) -> None:
+    def download_one(self, snapshot: Snapshot, name: str, bar: type | None = None) -> None:
         """Download the file `name` into the cache; `bar` stands in for tqdm. Raises CheckpointError."""
         from huggingface_hub import hf_hub_download
 
@@ -322,8 +317,8 @@ class Hub:
         except StoppedError:
             raise
         except Exception as error:
-            why = self._why(error, snapshot.repository, snapshot.commit)
-            raise CheckpointError(f"{snapshot.label}/{name}: {why}") from None
+            reason = explanation(error, snapshot.repository, snapshot.commit, endpoint=self.endpoint, cache=self.cache)
+            raise CheckpointError(f"{snapshot.label}/{name}: {reason}") from None
 
     def check_downloadable(self, files: Collection[RemoteFile]) -> None:
         """See that `files` are no larger than huggingface_hub downloads over HTTP. Raises CheckpointError."""
@@ -358,7 +353,7 @@ class Hub:
 
         def download(file: RemoteFile) -> None:
             snapshot, name = self._places[file]
-            self.fetch(snapshot, name, Bar)
+            self.download_one(snapshot, name, Bar)
 
         with plainly, interruption.clearing(remove_halves), ThreadPoolExecutor(workers) as pool:
             try:
@@ -378,10 +373,9 @@ class Hub:
         first = self._sources.setdefault(digest, source)
         return first if first.nbytes == source.nbytes else source
 
-    def at(self, file: RemoteFile, snapshot: Snapshot, name: str) -> RemoteFile:
+    def remember(self, file: RemoteFile, snapshot: Snapshot, name: str) -> None:
         """Remember where `file` is from."""
         self._places[file] = (snapshot, name)
-        return file
 
     def read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
         """Bytes of a file on the Hub. Raises RunError."""
@@ -397,69 +391,6 @@ class Hub:
         if file not in self._heads:
             self._heads[file] = self.read(file, 0, min(file.nbytes, HEAD_NBYTES))
         return self._heads[file]
-
-    def _why(self, error: Exception, repository: str, revision: str) -> str:
-        """What went wrong, and what to do about it: a predicate to the name of a model or file."""
-        from huggingface_hub import errors, get_token
-
-        login = "see that HF_TOKEN is of an account that may" if get_token() else "set HF_TOKEN, or run `hf auth login`"
-        match error:
-            case errors.GatedRepoError():
-                return f"is gated: accept its licence at {self.endpoint}/{repository}, then {login}"
-            case errors.RevisionNotFoundError():
-                return f"has no revision {show(revision)}{self._instead_of_revision(repository, revision)}"
-            case errors.RepositoryNotFoundError():
-                return (
-                    f"there is no such directory, and no such model on {self.endpoint}"
-                    f"{self._instead_of_name(repository)}; if it is private, {login}"
-                )
-            case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
-                return self._why(error.__cause__, repository, revision)
-            case errors.EntryNotFoundError():
-                return "is not there"
-            case errors.HfHubHTTPError():
-                status = error.response.status_code
-                if status in (401, 403):
-                    return f"{self.endpoint} refuses access (HTTP {status}): {login}"
-                busy = ": it is busy, try again later" if status in BUSY else ""
-                return f"{self.endpoint} answers with HTTP {status}{busy}"
-            case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-                return f"cannot be stored: the disk of the cache, {self.cache}, is full"
-            case OSError() if error.filename is not None:
-                return f"{error.filename} cannot be written: {error.strerror}"
-            case _:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                return f"{self.endpoint} cannot be reached, or breaks off ({show(reason)})"
-
-    def _instead_of_name(self, repository: str) -> str:
-        from huggingface_hub import HfApi
-
-        with suppress(Exception):  # a word of advice is not worth another error
-            author = repository.split("/")[0]
-            names = [model.id for model in HfApi(endpoint=self.endpoint).list_models(author=author, limit=500)]
-            near = get_close_matches(repository, names, 1)
-            return f"; did you mean {near[0]}?" if near else ""
-        return ""
-
-    def _instead_of_revision(self, repository: str, revision: str) -> str:
-        from huggingface_hub import HfApi
-
-        with suppress(Exception):
-            refs = HfApi(endpoint=self.endpoint).list_repo_refs(repository)
-            names = [ref.name for ref in (*refs.branches, *refs.tags)]
-            return f"; it has {', '.join(map(show, get_close_matches(revision, names, 3) or names[:5]))}"
-        return ""
-
-
-def _check_endpoint(reference: str) -> None:
-    """Raises CheckpointError where the Hub's address cannot be taken apart: huggingface_hub cannot be imported then."""
-    address = os.environ.get("HF_ENDPOINT", "")
-    try:
-        _ = urlsplit(address).port
-    except ValueError as error:
-        raise CheckpointError(
-            f"{reference}: HF_ENDPOINT is {show(address)}, which is no address ({error}); correct or unset it"
-        ) from None
 
 
 def _may_be_here(path: str) -> bool:

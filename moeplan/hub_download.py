@@ -11,6 +11,12 @@ from typing import Any
 
 from executor.settings import Shared
 
+DOWNLOAD_NBYTES = 40 << 20
+"""Memory that one download may take: huggingface_hub reads 10 MB at a time, and where the processor is short, four such
+blocks are there at once."""
+
+DOWNLOADS_AT_ONCE = 4
+
 _HALF = re.compile(r"/blobs/[0-9a-f]+\.[0-9a-f]+\.incomplete\Z")
 """What huggingface_hub downloads into. Older versions have `DIGEST.incomplete`, and go on with it."""
 

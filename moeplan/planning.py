@@ -18,7 +18,8 @@ from moeplan.fetching import files_to_fetch
 from moeplan.fit import Sources
 from moeplan.gates.device import CPU, Device, evaluating
 from moeplan.gates.tokenizer import NoTokenizerError
-from moeplan.hub import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE, Hub
+from moeplan.hub import Hub
+from moeplan.hub_download import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE
 from moeplan.lowering import Lowering
 from moeplan.memory import MemoryCap, compile_within, memory_cap
 from moeplan.model_card import Source, sources_of, warn_of_licences

@@ -1,0 +1,80 @@
+"""What is said where a model on the Hub cannot be had: what went wrong, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from executor.patience import BUSY
+from moeplan.places import CheckpointError
+from moeplan.untrusted_json import show
+
+
+def check_endpoint(reference: str) -> None:
+    """Raises CheckpointError where the Hub's address cannot be taken apart: huggingface_hub cannot be imported then."""
+    address = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlsplit(address).port
+    except ValueError as error:
+        raise CheckpointError(
+            f"{reference}: HF_ENDPOINT is {show(address)}, which is no address ({error}); correct or unset it"
+        ) from None
+
+
+def explanation(error: Exception, repository: str, revision: str, *, endpoint: str, cache: Path) -> str:
+    """What went wrong at the Hub `endpoint`, and what to do about it: a predicate to the name of a model or file."""
+    from huggingface_hub import errors, get_token
+
+    login = "see that HF_TOKEN is of an account that may" if get_token() else "set HF_TOKEN, or run `hf auth login`"
+    match error:
+        case errors.GatedRepoError():
+            return f"is gated: accept its licence at {endpoint}/{repository}, then {login}"
+        case errors.RevisionNotFoundError():
+            return f"has no revision {show(revision)}{_instead_of_revision(repository, revision, endpoint)}"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"there is no such directory, and no such model on {endpoint}"
+                f"{_instead_of_name(repository, endpoint)}; if it is private, {login}"
+            )
+        case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
+            return explanation(error.__cause__, repository, revision, endpoint=endpoint, cache=cache)
+        case errors.EntryNotFoundError():
+            return "is not there"
+        case errors.HfHubHTTPError():
+            status = error.response.status_code
+            if status in (401, 403):
+                return f"{endpoint} refuses access (HTTP {status}): {login}"
+            busy = ": it is busy, try again later" if status in BUSY else ""
+            return f"{endpoint} answers with HTTP {status}{busy}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return f"cannot be stored: the disk of the cache, {cache}, is full"
+        case OSError() if error.filename is not None:
+            return f"{error.filename} cannot be written: {error.strerror}"
+        case _:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            return f"{endpoint} cannot be reached, or breaks off ({show(reason)})"
+
+
+def _instead_of_name(repository: str, endpoint: str) -> str:
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # a word of advice is not worth another error
+        author = repository.split("/")[0]
+        names = [model.id for model in HfApi(endpoint=endpoint).list_models(author=author, limit=500)]
+        near = get_close_matches(repository, names, 1)
+        return f"; did you mean {near[0]}?" if near else ""
+    return ""
+
+
+def _instead_of_revision(repository: str, revision: str, endpoint: str) -> str:
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):
+        refs = HfApi(endpoint=endpoint).list_repo_refs(repository)
+        names = [ref.name for ref in (*refs.branches, *refs.tags)]
+        return f"; it has {', '.join(map(show, get_close_matches(revision, names, 3) or names[:5]))}"
+    return ""
