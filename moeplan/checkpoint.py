@@ -178,6 +178,9 @@ def _why_no_weights(place: Place) -> str:
     by_suffix = {Path(name).suffix: name for name in sorted(place.names(), reverse=True) if "/" not in name}
     if place.has(ADAPTER_CONFIG):
         return f"holds a LoRA adapter, not a model: name the model that it was trained on, too (MODEL+{place.label})"
+    if place.path.name.startswith("models--") and place.has("snapshots"):
+        name = place.path.name.removeprefix("models--").replace("--", "/", 1)
+        return f"is where the Hub's cache keeps a model: call it {name}, or give a directory in snapshots/"
     if place.has(MISTRAL_WEIGHTS):
         return f"has {MISTRAL_WEIGHTS}, Mistral's own format, alone: give the model in that of transformers"
     found = next((by_suffix[suffix] for suffix in _INSTEAD if suffix in by_suffix), None)

@@ -29,10 +29,10 @@ from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
-from moeplan.hub_errors import check_endpoint, explanation
+from moeplan.hub_errors import check_endpoint, explanation, refuse_address
 from moeplan.hub_stream import HEADS_AT_ONCE, RemoteStream
 from moeplan.output import CARD
-from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, LocalPlace, Place
+from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, LocalPlace, Place, instead_of
 from moeplan.untrusted_json import show
 from planner.expr import RemoteFile, Source, SourceFile
 
@@ -205,6 +205,7 @@ class Hub:
 
         `config` is the name of its config file. Raises CheckpointError for what is on the Hub and cannot be had.
         """
+        refuse_address(reference)
         name = NAME.fullmatch(reference)
         if name is None or _may_be_here(reference):
             return LocalPlace(Path(reference))
@@ -213,11 +214,9 @@ class Hub:
             try:
                 found = self._found(reference, name["repository"], revision, config)
             except CheckpointError as error:
-                if reference not in self._asked_commits:
-                    raise
-                raise CheckpointError(
-                    f"{error}; an unfinished merge was begun with it: --restart starts afresh"
-                ) from None
+                is_begun = reference in self._asked_commits
+                begun = "; an unfinished merge was begun with it: --restart starts afresh"
+                raise CheckpointError(f"{error}{begun if is_begun else instead_of(reference)}") from None
             self._snapshots[reference] = found
             indexes = [file for file in found.names() if file.endswith(_INDEX) and "/" not in file]
             found.fetch([config], MAX_CONFIG_NBYTES)

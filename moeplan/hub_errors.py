@@ -14,6 +14,15 @@ from moeplan.places import CheckpointError
 from moeplan.untrusted_json import show
 
 
+def refuse_address(reference: str) -> None:
+    """Raises CheckpointError where a model is called by the address of its page, with the name that it has."""
+    if "://" in reference:
+        name = "/".join(urlsplit(reference).path.strip("/").split("/")[:2])
+        raise CheckpointError(
+            f"{reference}: is an address: a model on the Hub is named ORG/NAME{f', {name}' * bool(name)}"
+        )
+
+
 def check_endpoint(reference: str) -> None:
     """Raises CheckpointError where the Hub's address cannot be taken apart: huggingface_hub cannot be imported then."""
     address = os.environ.get("HF_ENDPOINT", "")

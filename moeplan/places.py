@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -109,10 +110,25 @@ def _check_is_directory(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{show(str(path))}: cannot be opened ({error.strerror})") from None
     if not exists:
-        raise CheckpointError(f"{path}: no such directory; a model on the Hub is named ORG/NAME or ORG/NAME@REVISION")
+        on_the_hub = "a model on the Hub is named ORG/NAME or ORG/NAME@REVISION"
+        raise CheckpointError(f"{path}: no such directory{instead_of(str(path))}; {on_the_hub}")
     if not is_directory:
         give = INSTEAD_OF_GGUF if path.suffix == ".gguf" else "give the directory that holds it"
         raise CheckpointError(f"{path}: is a file, and no model's directory: {give}")
+
+
+def instead_of(path: str) -> str:
+    """What may have been meant by a `path` where no directory is: the end of a message, or nothing."""
+    plain, _, revision = path.partition("@")
+    if path.startswith("~") or "$" in path:
+        return "; ~ and $ are not expanded in the YAML"
+    with suppress(OSError):
+        if revision and Path(plain).is_dir():
+            return f"; {plain} is a directory here, which has no revisions: leave @{revision} out"
+        names = [entry.name for entry in Path(path).parent.iterdir() if entry.is_dir()]
+        if near := get_close_matches(Path(path).name, names, 1):
+            return f"; did you mean {Path(path).parent / near[0]}?"
+    return ""
 
 
 _paths: dict[tuple[int, int], str] = {}

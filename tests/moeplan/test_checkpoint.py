@@ -245,6 +245,11 @@ PATHS = {
     "model.gguf": "is a file, and no model's directory: give the model that the GGUF was",
     "model.safetensors": "is a file, and no model's directory: give the directory",
     "model.safetensors/x": "no such directory",
+    "models/assistent": "models/assistent: no such directory; did you mean models/assistant?; a model on the Hub",
+    "~/model": "~/model: no such directory; ~ and $ are not expanded in the YAML; a model on the Hub",
+    "$HOME/model": "$HOME/model: no such directory; ~ and $ are not expanded in the YAML; a model on the Hub",
+    "models/assistant@main": "; models/assistant is a directory here, which has no revisions: leave @main out; ",
+    "models--org--name": "is where the Hub's cache keeps a model: call it org/name, or give a directory in snapshots/",
     "a\0b": r"'a\x00b': is not the path of a directory",
     "a\udcff": r"'a\udcff': is not the path of a directory",
     "a" * 5000: "cannot be opened (File name too long)",
@@ -258,6 +263,8 @@ def test_what_is_not_a_local_directory_is_refused_with_what_to_do(
     monkeypatch.chdir(tmp_path)
     Path("model.gguf").touch()
     Path("model.safetensors").touch()
+    Path("models/assistant").mkdir(parents=True)
+    Path("models--org--name/snapshots").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=re.escape(PATHS[name])):
         open_checkpoint(name)
 

@@ -630,6 +630,25 @@ def test_offline_what_is_not_in_the_cache_is_one_message(
     assert hub.requests == []
 
 
+def test_a_directory_that_was_meant_is_named_where_the_hub_has_no_such_model(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "assistant").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "config.yml", models[BASE], [models[BASE], "models/assistent"])
+    assert refused(config).endswith("; did you mean models/assistant?")
+
+
+def test_a_model_called_by_its_address_is_refused_with_its_name(
+    hub: Hub, models: dict[str, Path], tmp_path: Path
+) -> None:
+    address = "https://huggingface.co/mistralai/Mistral-7B-v0.1/tree/main"
+    config = write_config(tmp_path / "config.yml", models[BASE], [models[BASE], address])
+    assert refused(config).endswith(
+        f"{address}: is an address: a model on the Hub is named ORG/NAME, mistralai/Mistral-7B-v0.1"
+    )
+
+
 @pytest.mark.parametrize("address", ["http://[::1", "http://hub.example:99999"])
 def test_an_address_that_is_none_is_one_message(config: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
