@@ -119,10 +119,10 @@ def _shared(merge_plan: MergePlan) -> dict[str, int]:
         if not isinstance(step, StreamStep):
             continue
         num_places = sum(isinstance(sink, FileSink) for branch in step.branches for sink in branch.sinks)
-        if num_places > 1:
+        once = sum(nbytes for _, nbytes in step.reads())
+        if num_places > 1 and once:
             tensors += 1
             places += num_places
-            once = sum(nbytes for _, nbytes in step.reads()) or step.numel * step.root.dtype.itemsize
             saved += (num_places - 1) * once
     return {"tensors": tensors, "places": places, "saved_nbytes": saved}
 

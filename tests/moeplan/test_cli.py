@@ -499,6 +499,14 @@ def test_a_model_under_several_paths_is_one_source_and_read_once(checkpoint, tmp
     assert "9 tensors read once and written 27 times; saves reading 442.4 kB" in shown
 
 
+def test_what_is_computed_once_for_several_places_is_no_tensor_that_is_read_once(checkpoint, tmp_path):
+    models = [checkpoint("llama-plain", seed) for seed in range(2)]
+    experts = [{"source_model": model, "positive_prompts": [model.name]} for model in models]
+    config = write_config(tmp_path / "config.yml", models[0], experts, gate_mode="cheap_embed")
+    plan = json.loads(moeplan(config, "--plan", "--json").stdout)["plan"]
+    assert plan["shared"] == {"tensors": 0, "places": 0, "saved_nbytes": 0}
+
+
 def test_output_that_nobody_reads_ends_the_command_quietly(config):
     process = start(config, "--plan", "--json", stdout=subprocess.PIPE)
     process.stdout.close()
