@@ -255,6 +255,8 @@ def _how_to_load_it(plan: MergePlan) -> list[str]:
         *[f"tokenizer = AutoTokenizer.from_pretrained(path{of_tokenizer})"] * with_tokenizer,
         "```",
     ]
+    for warning in plan.family.warnings(plan.model_config):
+        lines += ["", f"Mind that {warning}."]
     if not with_tokenizer:
         lines += ["", "It has no tokenizer of its own: use the base's."]
     if not plan.config.reads_text:

@@ -258,7 +258,7 @@ def _warn_of_readers(
     config: MergeConfig, family: Family, settings: Mapping[str, Any], alternatives: tuple[Family, ...]
 ) -> None:
     """Say which programs cannot read a model of `family` with these `settings` in its config.json as it is meant."""
-    said = [caveat.words for caveat in family.caveats if caveat.applies(settings)]
+    said = family.warnings(settings)
     if family.readers is not None:
         others = "".join(f"; `architecture: {other.name}` would fit, too" for other in alternatives)
         said.append(f"transformers 5 cannot load a {family.name} model: use {family.readers}{others}")

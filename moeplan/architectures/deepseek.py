@@ -13,7 +13,7 @@ from moeplan.tensor_names import MLP
 CODE = "deepseek-ai/deepseek-moe-16b-base--"
 
 ONE_EXPERT = Caveat(
-    "with one expert per token, DeepSeek's code scales it by the router's softmax, and vLLM does not: have two or more",
+    "with one expert per token, DeepSeek's code scales it by the router's softmax, and vLLM does not; not so with two",
     lambda config: config["num_experts_per_tok"] == 1,
 )
 

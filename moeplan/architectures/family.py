@@ -154,6 +154,10 @@ class Family:
     def name(self) -> str:
         return self.names[0]
 
+    def warnings(self, config: Mapping[str, Any]) -> list[str]:
+        """What its readers refuse or get wrong of a model with this config.json, in words."""
+        return [caveat.words for caveat in self.caveats if caveat.applies(config)]
+
 
 def separate(template: str, matrices: Mapping[str, str]) -> tuple[MlpTensor, ...]:
     """A tensor for each of an MLP's matrices: `template` with `{matrix}` replaced by what `matrices` calls it."""

@@ -180,6 +180,17 @@ def test_the_card_says_with_which_versions_the_model_loads_where_not_with_all(li
         assert said in how.partition("```python")[0]
 
 
+def test_the_card_says_what_readers_get_wrong(linked):
+    model = linked("model")
+    config = write_config(
+        Path("config.yml"), model, [model, linked("other", 1)], architecture="deepseek", experts_per_token=1
+    )
+    assert moeplan(config, "out").status == 0
+    content = Path("out/README.md").read_text()
+    assert "Mind that with one expert per token, DeepSeek's code scales it by the router's softmax, and vLLM" in content
+    assert "Mind that the activation" not in content
+
+
 @pytest.mark.parametrize(
     ("base_files", "options"),
     [
