@@ -13,6 +13,7 @@ from moeplan.architectures.attention import attention_settings
 from moeplan.architectures.dense import DenseModel
 from moeplan.architectures.family import Family
 from moeplan.tensor_names import EMBEDDING
+from moeplan.tokenizer_files import FAST_CLASS, SLOW_CLASS
 from planner.expr import DType
 
 DTYPE_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
@@ -25,6 +26,7 @@ def model_config(
     num_experts: int,
     with_shared: bool,
     with_output_matrix: bool,
+    with_slow_tokenizer: bool,
     experts_per_token: int,
     dtype: DType,
 ) -> dict[str, Any]:
@@ -49,16 +51,17 @@ def model_config(
     if family.shared is not None:
         present = {key: base.settings[other] for key, other in family.shared.derived.items()}
         config |= {**family.shared.present, **present} if with_shared else family.shared.absent
-    if (tokenizer := _tokenizer_class(family, base)) is not None:
+    if (tokenizer := _tokenizer_class(family, base, with_slow_tokenizer)) is not None:
         config["tokenizer_class"] = tokenizer
     return config
 
 
-def _tokenizer_class(family: Family, base: DenseModel) -> str | None:
+def _tokenizer_class(family: Family, base: DenseModel, is_slow: bool) -> str | None:
     """What a tokenizer is that does not say so itself (tokenization_auto.py); None: what it is in every such family."""
     named: str | None = base.settings["tokenizer_class"]
     is_foreign = family.reads_tokenizers_of is not None and base.family not in family.reads_tokenizers_of
-    return "PreTrainedTokenizerFast" if named is None and is_foreign else named
+    plain = SLOW_CLASS if is_slow else FAST_CLASS
+    return plain if named is None and is_foreign else named
 
 
 def stored_dtype(model: DenseModel) -> DType:

@@ -24,13 +24,14 @@ from moeplan.lowering import Lowering
 from moeplan.memory import MemoryCap, compile_within, memory_cap
 from moeplan.model_card import Source, sources_of, warn_of_licences
 from moeplan.model_config import model_config
+from moeplan.model_ref import parse_model_ref
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
 from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
 from moeplan.tensor_names import OUTPUT_MATRIX
-from moeplan.tokenizer_files import tokenizer_files
+from moeplan.tokenizer_files import is_slow, tokenizer_files
 from planner.expr import DType, RemoteFile
 from planner.plan import Plan
 
@@ -192,6 +193,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         num_experts=count,
         with_shared=bool(config.shared_experts),
         with_output_matrix=OUTPUT_MATRIX in graph.outputs,
+        with_slow_tokenizer=is_slow(hub.place(parse_model_ref(config.base_model).model)),
         experts_per_token=config.experts_per_token,
         dtype=dtype,
     )

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moeplan.errors import MoeplanWarning
-from moeplan.places import LFS_POINTER, CheckpointError, opened, read_json, refuse_lfs_pointer
+from moeplan.places import LFS_POINTER, CheckpointError, Place, opened, read_json, refuse_lfs_pointer
 from moeplan.untrusted_json import show
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
-SLOW_CLASS = "LlamaTokenizer"
-"""What transformers is to read the second with, where the first is not there, and no file names a class."""
+FAST_CLASS, SLOW_CLASS = "PreTrainedTokenizerFast", "LlamaTokenizer"
+"""What transformers is to read the first with, and the second where there is no first, if no file names a class."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -69,6 +69,11 @@ def is_tokenizer_file(name: str) -> bool:
 def has_tokenizer(names: Iterable[str]) -> bool:
     """Whether files of these names make a tokenizer, of a vocabulary or of code, and are not just beside one."""
     return any(name in VOCABULARIES or CODE.fullmatch(name) for name in names)
+
+
+def is_slow(model: Place) -> bool:
+    """Whether the tokenizer of a model is a sentencepiece model alone."""
+    return model.has(SLOW) and not model.has(FAST)
 
 
 def tokenizer_files(source: Path) -> list[Path]:

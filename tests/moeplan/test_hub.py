@@ -870,6 +870,18 @@ def test_files_that_no_honest_model_has_are_refused_before_they_are_fetched(
     assert "its header would take 1,099,511,627,776 bytes" in refused(config)
 
 
+def test_the_class_of_a_tokenizer_that_names_none_is_chosen_by_what_the_hub_lists(
+    hub: Hub, models: dict[str, Path], configure: Callable[..., Any], tmp_path: Path
+) -> None:
+    slow = shutil.copytree(models[BASE], tmp_path / "slow")
+    (slow / "tokenizer.json").rename(slow / "tokenizer.model")
+    hub.add("org/slow", slow)
+    for base, expected in (("org/slow", "LlamaTokenizer"), (BASE, "PreTrainedTokenizerFast")):
+        config, options = configure(base, [EXPERT] * 2, architecture="deepseek")
+        assert api.plan(config, options=options).model_config["tokenizer_class"] == expected
+    assert hub.moved["tokenizer.model"] == hub.moved["tokenizer.json"] == 0
+
+
 def test_a_tokenizer_of_more_than_prompts_are_read_with_is_refused_before_it_is_fetched(
     hub: Hub, tmp_path: Path, models: dict[str, Path]
 ) -> None:

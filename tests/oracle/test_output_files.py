@@ -7,6 +7,7 @@ import pytest
 from families import CASES, OUTPUTS, plain_recipe, recipes_of
 from models import GRANITE_MULTIPLIERS, RECIPES, read_tensors, use_sentencepiece
 from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -115,6 +116,17 @@ def test_the_class_of_a_tokenizer_that_names_none_is_named_where_the_family_s_ow
     source = checkpoint(plain_recipe(case))
     config = plan(source, [source] * 2, **case.settings(source)).model_config
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("case", [case for case in OF_FOREIGN_TOKENIZERS if case.layout == "separate"], ids=str)
+def test_a_sentencepiece_model_that_names_no_class_is_read_as_sentencepiece_reads_it(case, checkpoint, merge, tmp_path):
+    source = shutil.copytree(checkpoint(plain_recipe(case)), tmp_path / "source")
+    use_sentencepiece(source)
+    (source / "tokenizer_config.json").unlink()
+    out = merge(source, [source] * 2, **case.settings(source))
+    text = "Ein Brötchen  für den Doktor, isn't it?\n 123"
+    expected = SentencePieceProcessor(model_file=str(source / "tokenizer.model")).encode(text)
+    assert AutoTokenizer.from_pretrained(out).encode(text, add_special_tokens=False) == expected
 
 
 def test_no_tokenizer_is_copied_where_none_is_wanted(checkpoint, merge):

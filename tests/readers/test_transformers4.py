@@ -71,7 +71,7 @@ print(tokenizer.encode(sys.argv[2], add_special_tokens=False))
 """
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.json"])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("case", OF_LLAMAS, ids=ids)
 def test_transformers_4_reads_the_tokenizer_of_a_base_that_names_no_class(case, kind, checkpoint, merge, tmp_path):
     source = shutil.copytree(checkpoint(plain_recipe(case)), tmp_path / "source")
