@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.places import (
@@ -65,8 +65,12 @@ _INSTEAD = {
 }
 
 
-TensorPlace = tuple[int, DType, Shape]
-"""A tensor's byte offset in its file, its dtype and its shape."""
+class Extent(NamedTuple):
+    """Where a tensor lies in its file: from byte `offset` on, in C order."""
+
+    offset: int
+    dtype: DType
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class WeightsFile:
     """A file of weights: what plans are to read it as, where each tensor lies in it, and the size of its header."""
 
     source: Source
-    places: Mapping[str, TensorPlace]
+    extents: Mapping[str, Extent]
     header_nbytes: int
 
 
@@ -85,12 +89,12 @@ class Tensors(Mapping[str, Read]):
     """
 
     def __init__(self, files: Iterable[WeightsFile]) -> None:
-        self._files = {name: file for file in files for name in file.places}
+        self._files = {name: file for file in files for name in file.extents}
         self._renamed: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Read:
         file = self._files[name]
-        return Read(file.source, *file.places[self._renamed.get(name, name)])
+        return Read(file.source, *file.extents[self._renamed.get(name, name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -229,10 +233,10 @@ def _open_shards(place: Place, index: str) -> list[WeightsFile]:
         file = open_weights(place, shard, left_nbytes)
         left_nbytes -= file.header_nbytes
         for name in names:
-            if name not in file.places:
+            if name not in file.extents:
                 raise CheckpointError(f"{where / shard}: tensor {show(name)} is not there; {index} says that it is")
-        if len(file.places) > len(names):
-            name = next(name for name in file.places if weight_map.get(name) != shard)
+        if len(file.extents) > len(names):
+            name = next(name for name in file.extents if weight_map.get(name) != shard)
             elsewhere = f"maps to {weight_map[name]}" if name in weight_map else "does not list"
             raise CheckpointError(
                 f"{where / shard}: holds tensor {show(name)}, which {index} {elsewhere}; index and shards are not of "
@@ -279,7 +283,7 @@ def open_weights(place: Place, name: str, max_header_nbytes: int = MAX_HEADERS_N
 
 def _located_by_header(
     where: Path, file: BinaryIO, file_nbytes: int, max_header_nbytes: int
-) -> tuple[Mapping[str, TensorPlace], int]:
+) -> tuple[Mapping[str, Extent], int]:
     """Where each tensor of a safetensors file lies, and the size of its header."""
     file.seek(0)
     start = file.read(LENGTH_NBYTES)
@@ -301,25 +305,25 @@ def _located_by_header(
     if len(header) != header_nbytes:
         raise CheckpointError(f"{where}: became shorter while it was read")
     try:
-        return _places(header, file_nbytes - data_offset), header_nbytes
+        return _extents(header, file_nbytes - data_offset), header_nbytes
     except HeaderError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
 @lru_cache(maxsize=MAX_REMEMBERED_HEADERS)
-def _places(header: bytes, data_nbytes: int) -> Mapping[str, TensorPlace]:
+def _extents(header: bytes, data_nbytes: int) -> Mapping[str, Extent]:
     """Where each tensor lies in a file with this header before so many bytes of data. Raises HeaderError."""
     offset = LENGTH_NBYTES + len(header)
     infos = parse_header(header, data_nbytes)
-    return {name: (offset + info.begin, info.dtype, info.shape) for name, info in infos.items()}
+    return {name: Extent(offset + info.begin, info.dtype, info.shape) for name, info in infos.items()}
 
 
 def _located_in_archive(
     where: Path, file: BinaryIO, file_nbytes: int, max_header_nbytes: int
-) -> tuple[Mapping[str, TensorPlace], int]:
+) -> tuple[Mapping[str, Extent], int]:
     """The same of a file of `torch.save`."""
     try:
         tensors, header_nbytes = read_archive(file, file_nbytes, max_header_nbytes)
     except ArchiveError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    return {name: (tensor.offset, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, header_nbytes
+    return {name: Extent(tensor.offset, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, header_nbytes

@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
 
 from moeplan.errors import MoeplanWarning
 from moeplan.gate_modes import MODES
-from moeplan.yaml_file import ConfigError, KeyPath, Places, Value, dotted, read_document
+from moeplan.yaml_file import ConfigError, KeyLines, KeyPath, Value, dotted, read_document
 
 if TYPE_CHECKING:
     ModeName = str
@@ -167,7 +167,7 @@ class MergeConfig(BaseModel):
     architecture: FamilyName | None = None
     backbone: Backbone = "base"
 
-    _places: Places = PrivateAttr(default_factory=Places)
+    _lines: KeyLines = PrivateAttr(default_factory=KeyLines)
 
     @model_validator(mode="after")
     def _combine(self) -> MergeConfig:
@@ -184,7 +184,7 @@ class MergeConfig(BaseModel):
         Gives `config.yml:7: experts[1].source_model`, or `experts[1].source_model` where the config was not read
         from a file. A key that the file leaves out is given the line of the nearest key around it.
         """
-        return self._places.where(path)
+        return self._lines.where(path)
 
     @property
     def reads_text(self) -> bool:
@@ -194,8 +194,8 @@ class MergeConfig(BaseModel):
     @property
     def source_text(self) -> str:
         """The YAML file as it was written; YAML that says the same where the config was not read from a file."""
-        if self._places.text is not None:
-            return self._places.text
+        if self._lines.text is not None:
+            return self._lines.text
         data = self.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
@@ -272,35 +272,35 @@ def load_config(path: str | os.PathLike[str], *, allow_all_same: bool = False) -
     """
     file = os.fspath(path)
     document = read_document(file)
-    places = document.places
+    lines = document.lines
 
     unknown: list[KeyPath] = []
     data = _keep_known(document.data, MergeConfig, (), unknown)
     misspelt = {path: name for path in unknown if (name := _nearest_key(path))}
     if misspelt:
-        raise _config_error(places, [(path, f"unknown key, did you mean {name}?") for path, name in misspelt.items()])
+        raise _config_error(lines, [(path, f"unknown key, did you mean {name}?") for path, name in misspelt.items()])
     if unknown:
-        listed = [f"{places.where(path)}: unknown key, ignored" for path in unknown[:_MAX_LISTED]]
+        listed = [f"{lines.where(path)}: unknown key, ignored" for path in unknown[:_MAX_LISTED]]
         warnings.warn("\n".join([*listed, *_rest(unknown)]), MoeplanWarning, stacklevel=2)
 
     try:
         config = MergeConfig.model_validate(data)
     except ValidationError as invalid:
-        raise _config_error(places, [_explain(error, document.values) for error in invalid.errors()]) from None
-    config._places = places
+        raise _config_error(lines, [_explain(error, document.values) for error in invalid.errors()]) from None
+    config._lines = lines
 
     if not allow_all_same and is_useless_without_training(config):
         message = (
             "all sources are the same model, so until it is trained the merge can do no more than that model, and "
             f"costs more: name different models, or, to train the result, pass {ALLOW_ALL_SAME_FLAG}"
         )
-        raise _config_error(places, [(("experts",), message)])
+        raise _config_error(lines, [(("experts",), message)])
     return config
 
 
-def _config_error(places: Places, problems: list[tuple[KeyPath, str]]) -> ConfigError:
-    problems.sort(key=lambda problem: places.line(problem[0]) or 0)
-    listed = [f"{places.where(path)}: {message}" for path, message in problems[:_MAX_LISTED]]
+def _config_error(lines: KeyLines, problems: list[tuple[KeyPath, str]]) -> ConfigError:
+    problems.sort(key=lambda problem: lines.line(problem[0]) or 0)
+    listed = [f"{lines.where(path)}: {message}" for path, message in problems[:_MAX_LISTED]]
     return ConfigError("\n".join([*listed, *_rest(problems)]))
 
 

@@ -55,10 +55,10 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
             continue
         checked.add(id(expert))
         where = config.where(*place)
-        if expert.name != base.name:
+        if expert.model_type != base.model_type:
             raise CheckpointError(
-                f"{where}: {expert.checkpoint.label} is a {expert.name} model and the base {base.checkpoint.label} a "
-                f"{base.name} model; all must be of one family"
+                f"{where}: {expert.checkpoint.label} is a {expert.model_type} model and the base "
+                f"{base.checkpoint.label} a {base.model_type} model; all must be of one family"
             )
         is_averaged = config.backbone == "average" and place[0] == "experts"
         of_mlps, of_backbone = (*MUST_AGREE, *base.family.of_mlps), (*SHOULD_AGREE_TO_AVERAGE, *base.family.of_backbone)

@@ -72,7 +72,7 @@ class Licence:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CardSource:
     """A model or adapter that was merged: how the YAML calls it, what of, its Hub name and licence, where known."""
 
     reference: str
@@ -81,7 +81,7 @@ class Source:
     licence: Licence | None
 
 
-def sources_of(config: MergeConfig, directories: Sequence[Sequence[Path]]) -> tuple[Source, ...]:
+def sources_of(config: MergeConfig, directories: Sequence[Sequence[Path]]) -> tuple[CardSource, ...]:
     """The models and adapters that `config` names, each once, by its first name.
 
     `directories` are those of the base, the experts, the shared experts: of each the model's, and its adapter's.
@@ -89,7 +89,7 @@ def sources_of(config: MergeConfig, directories: Sequence[Sequence[Path]]) -> tu
     named = [("base", config.base_model)]
     named += [(f"expert {number}", expert.source_model) for number, expert in enumerate(config.experts)]
     named += [("shared expert", expert.source_model) for expert in config.shared_experts]
-    found: dict[str, Source] = {}  # by the directory, which a YAML file may spell in several ways
+    found: dict[str, CardSource] = {}  # by the directory, which a YAML file may spell in several ways
     for (role, reference), paths in zip(named, directories, strict=True):
         ref = parse_model_ref(reference)
         parts = [(role, ref.model), *([] if ref.adapter is None else [(f"adapter of {role}", ref.adapter)])]
@@ -98,11 +98,11 @@ def sources_of(config: MergeConfig, directories: Sequence[Sequence[Path]]) -> tu
             if directory in found:
                 found[directory] = replace(found[directory], roles=(*found[directory].roles, use))
             else:
-                found[directory] = Source(name, (use,), hub_name(name), read_licence(path))
+                found[directory] = CardSource(name, (use,), hub_name(name), read_licence(path))
     return tuple(found.values())
 
 
-def warn_of_licences(merged: Iterable[Source]) -> None:
+def warn_of_licences(merged: Iterable[CardSource]) -> None:
     """Warn where the licences that are known differ."""
     licences = {source.licence: source.reference for source in merged if source.licence is not None}
     if len(licences) > 1:
@@ -140,7 +140,7 @@ def read_licence(directory: Path) -> Licence | None:
     return Licence(**values) if "license" in values else None
 
 
-def metadata(merged: Sequence[Source]) -> dict[str, Any]:
+def metadata(merged: Sequence[CardSource]) -> dict[str, Any]:
     """What the Hub reads. There is a licence where all models are known to have the same one, with the base's link."""
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
     names = list(dict.fromkeys(source.hub_name for source in merged if source.hub_name is not None))
@@ -179,7 +179,7 @@ def model_card(plan: MergePlan) -> str:
     return f"---\n{header}---\n" + "\n".join(lines) + "\n"
 
 
-def _models(merged: Sequence[Source]) -> list[str]:
+def _models(merged: Sequence[CardSource]) -> list[str]:
     rows = [f"| {_roles(source.roles)} | {_link(source)} | {source.licence or 'not known'} |" for source in merged]
     return ["| used as | model | licence |", "| --- | --- | --- |", *rows, ""]
 
@@ -192,7 +192,7 @@ def _roles(roles: Sequence[str]) -> str:
     return ", ".join([*others[:1], *experts, *others[1:]] if others[:1] == ["base"] else [*experts, *others])
 
 
-def _link(source: Source) -> str:
+def _link(source: CardSource) -> str:
     if source.hub_name is None:
         return _code(source.reference.replace("|", r"\|"))
     name, _, revision = source.reference.partition("@")

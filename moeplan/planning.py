@@ -22,7 +22,7 @@ from moeplan.hub import Hub
 from moeplan.hub_download import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE
 from moeplan.lowering import Lowering
 from moeplan.memory import MemoryCap, compile_within, memory_cap
-from moeplan.model_card import Source, sources_of, warn_of_licences
+from moeplan.model_card import CardSource, sources_of, warn_of_licences
 from moeplan.model_config import model_config
 from moeplan.model_ref import parse_model_ref
 from moeplan.opening import naming_prompts, open_models
@@ -49,7 +49,7 @@ class MergePlan:
     """How the experts are laid out: a key of `family.layouts`."""
 
     sources: Sources
-    merged: tuple[Source, ...]
+    merged: tuple[CardSource, ...]
     """The models and adapters, as the model card names them."""
 
     dtype: DType

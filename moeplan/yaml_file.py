@@ -49,7 +49,7 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
-class Places:
+class KeyLines:
     """A file, its text, and the lines that its keys stand on. Any two are equal: what a config says is elsewhere."""
 
     file: str = field(default="", compare=False)
@@ -94,7 +94,7 @@ class Document:
 
     data: dict[str, Any]
     values: Mapping[KeyPath, Value]
-    places: Places
+    lines: KeyLines
 
 
 def read_document(file: str) -> Document:
@@ -102,8 +102,8 @@ def read_document(file: str) -> Document:
     text = _read_text(file)
     root, loader = _compose(file, text)
     data = loader.build(root)
-    lines = {path: value.line for path, value in loader.values.items()}
-    return Document(data, loader.values, Places(file, lines, text))
+    lines = KeyLines(file, {path: value.line for path, value in loader.values.items()}, text)
+    return Document(data, loader.values, lines)
 
 
 def _read_text(file: str) -> str:

@@ -60,7 +60,7 @@ def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) 
     for model in models:
         if model.family not in family.sources:
             sources = ", ".join(source.model_type for source in family.sources)
-            return f"is made of {sources} models, and {model.checkpoint.label} is {model.name}"
+            return f"is made of {sources} models, and {model.checkpoint.label} is {model.model_type}"
     shared = config.shared_experts
     if shared and family.shared is None:
         return "has no shared expert: remove shared_experts"

@@ -198,7 +198,9 @@ class DenseModel:
         if read is None:
             if spec.optional:
                 return None
-            raise CheckpointError(f"{self.checkpoint.label}: there is no tensor {name}, which a {self.name} model has")
+            raise CheckpointError(
+                f"{self.checkpoint.label}: there is no tensor {name}, which a {self.model_type} model has"
+            )
         expected = tuple(self.sizes[size] for size in spec.shape)
         if read.shape != expected:
             raise CheckpointError(
@@ -226,7 +228,7 @@ class DenseModel:
         return read if self.adapter is None else self.adapter.applied_to(name, read)
 
     @property
-    def name(self) -> str:
+    def model_type(self) -> str:
         return self.family.model_type
 
     def unknown_tensors(self) -> list[str]:

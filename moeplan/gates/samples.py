@@ -60,8 +60,8 @@ def _passages(number: int, count: int, request: GateRequest) -> Opaque:
     if unknown := model.unknown_tensors():
         raise PromptError(
             place,
-            f"{model.label}: transformers' {model.name} has no {show(unknown[0])}, so passages drawn from it would be "
-            "another model's",
+            f"{model.label}: transformers' {model.model_type} has no {show(unknown[0])}, so passages drawn from it "
+            "would be another model's",
         )
     matrices, tensors = _weights(model)
     sizes = model.sizes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import moeplan as api
-from moeplan.model_card import MAX_NBYTES, Licence, Source, hub_name, metadata, read_licence, warn_of_licences
+from moeplan.model_card import MAX_NBYTES, CardSource, Licence, hub_name, metadata, read_licence, warn_of_licences
 
 
 def card(text: str, path: Path) -> Licence | None:
@@ -25,8 +25,8 @@ def card(text: str, path: Path) -> Licence | None:
     return read_licence(path)
 
 
-def source(name: str | None = None, licence: Licence | None = None) -> Source:
-    return Source(name or "models/local", ("base",), name, licence)
+def source(name: str | None = None, licence: Licence | None = None) -> CardSource:
+    return CardSource(name or "models/local", ("base",), name, licence)
 
 
 APACHE, LLAMA = Licence("apache-2.0"), Licence("other", "llama-3 licence", "https://llama.com/llama3/license")
