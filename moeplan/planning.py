@@ -177,13 +177,14 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
             device, routers = evaluating(options, lambda device: mode.routers(request.on(device)))
         else:
             device, routers = CPU, mode.routers(request)
+    layout = _layout(family, options.expert_layout)
     graph = Lowering(
         config=config,
         family=family,
         sources=sources,
         routers=routers,
         dtype=dtype,
-        layout=_layout(family, options.expert_layout),
+        layout=layout,
         seed=options.random_seed,
         averaged=request.base.averaged,
     ).graph()
@@ -209,7 +210,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         config=config,
         family=family,
         alternatives=models.families[1:],
-        layout=_layout(family, options.expert_layout),
+        layout=layout,
         sources=sources,
         merged=merged,
         dtype=dtype,
