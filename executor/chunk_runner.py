@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from executor import chunk_ops
 from executor.buffers import WholeTensors
 from executor.checksums import checksum
-from executor.errors import HopelessError
+from executor.errors import OutOfRangeError
 from executor.journal import Journal
 from executor.reader import SourceReader
 from executor.routing import Alias, Part, Piece
@@ -79,12 +79,12 @@ class ChunkRunner:
             self.reader.check_again(source, offset, slab, begin, nbytes)
 
     def _check_finite_before(self, part: Part, chunk: memoryview, dtype: DType) -> None:
-        """Raises HopelessError where a chunk is finite, of which not all has a place in float16."""
+        """Raises OutOfRangeError where a chunk is finite, of which not all has a place in float16."""
         file = next((sink for sink in part.branch.sinks if isinstance(sink, FileSink)), None)
         if file is not None and chunk_ops.is_finite(chunk, dtype):
-            raise HopelessError(
+            raise OutOfRangeError(
                 f"{self.writer.tensor(file)}: has weights beyond 65,504, the largest number in float16: they would be "
-                "infinite. Have dtype: bfloat16, or float32"
+                "infinite"
             )
 
     def _write(self, step: StreamStep, part: Part, first: int, numel: int, data: memoryview) -> int:

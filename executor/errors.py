@@ -18,6 +18,10 @@ class HopelessError(RunError):
     """One that the same run would meet again, so what it wrote until then is of no use."""
 
 
+class OutOfRangeError(HopelessError):
+    """A weight that has no place in the dtype that it is to be written in."""
+
+
 def reason(error: OSError) -> str:
     """What went wrong, in words, with what can be done about it where that is known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

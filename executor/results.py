@@ -56,7 +56,7 @@ class Results:
         return xxh3_64_intdigest(memory)
 
     def load(self, key: str, checksum: int, memory: memoryview) -> None:
-        """Fill `memory` with a result that an earlier run saved."""
+        """Fill `memory` with a result that an earlier run saved. One that is damaged is left for `intact` to drop."""
         path = self._directory / key
         with naming(path), open(path, "rb") as file:
             file.readinto(memory)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from executor.errors import RunError
+from executor.errors import OutOfRangeError, RunError
 from moeplan import gates
 from moeplan.checkpoint import CONFIG, INDEX
 from moeplan.config import MergeConfig
@@ -97,7 +98,7 @@ def merge(
             result, facts = finished(merge_plan.plan), None
         else:
             _check_space(merge_plan, directory)
-            with merge_plan.device.within_budget():
+            with merge_plan.device.within_budget(), _advising():
                 result = run(
                     merge_plan.plan,
                     stage.directory,
@@ -115,6 +116,16 @@ def merge(
             _warn_of_missing_code(merge_plan, stage.directory)
     of_text = facts if config.reads_text else None
     return MergeResult(directory, result, time.monotonic() - started, of_text)
+
+
+@contextmanager
+def _advising() -> Iterator[None]:
+    """Within, a weight that the output's dtype has no place for is told with what to do in the YAML."""
+    try:
+        yield
+    except OutOfRangeError as error:
+        error.add_note("have dtype: bfloat16, or float32")
+        raise
 
 
 def _import(packages: tuple[str, ...]) -> None:

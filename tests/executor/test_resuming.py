@@ -21,6 +21,7 @@ from executor.errors import RunError
 from executor.journal import Journal
 from executor.local import LocalFile
 from executor.reader import SourceReader
+from executor.results import Results
 from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, mean, rows, scale
 from planner.plan import BufferRoot, Plan, StreamStep
 
@@ -209,6 +210,32 @@ def test_kernels_whose_results_were_saved_do_not_run_again(plan: Plan, tmp_path:
     assert digest(tmp_path / "place" / "model") == whole[0]
     assert result.checksums == whole[1].checksums
     assert list((tmp_path / "place" / journal.RESULTS).iterdir()) == []
+
+
+def test_a_result_that_is_damaged_while_it_is_needed_ends_the_run_and_is_made_again_by_the_next(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def counted(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        ran.append(params)
+        if len(ran) == 2:
+            raise Stop
+        column_sums(params, inputs, output)
+
+    def damaged(self: Results, key: str, checksum: int, memory: memoryview) -> None:
+        (tmp_path / "place" / journal.RESULTS / key).write_bytes(bytes(len(memory)))
+        load(self, key, checksum, memory)
+
+    load = Results.load
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    monkeypatch.setattr(Results, "load", damaged)
+    with pytest.raises(RunError, match="is not what was saved there any more; the next run computes it again"):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    assert ran == [1, 2, 1, 2]
+    assert digest(tmp_path / "place" / "model") == whole[0]
 
 
 def test_a_result_is_kept_until_what_is_made_of_it_is_written(

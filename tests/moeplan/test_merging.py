@@ -418,6 +418,19 @@ def test_an_expert_without_a_tensor_or_with_one_of_another_shape_is_not_averaged
     assert moeplan(write_config(tmp_path / "config.yml", models[0], models), "--plan").status == 0
 
 
+def test_a_weight_that_float16_has_no_place_for_is_told_with_what_to_do(models, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(models[1], lambda tensors: tensors.update({name: torch.full_like(tensors[name], 1e5)}))
+    config = write_config(tmp_path / "config.yml", models[0], models, dtype="float16")
+    result = moeplan(config, tmp_path / "out")
+    assert result.status == 1
+    assert result.error.endswith(
+        "model.layers.1.block_sparse_moe.experts.1.w3.weight: has weights beyond 65,504, the largest number in "
+        "float16: they would be infinite; have dtype: bfloat16, or float32"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bias_of_an_expert_s_attention_is_not_left_out_of_the_mean(models, refused, tmp_path):
     name = "model.layers.0.self_attn.q_proj.bias"
     edit_tensors(models[1], lambda tensors: tensors.update({name: torch.ones(64)}))
