@@ -29,7 +29,7 @@ from executor.blocks import chunks
 from executor.buffers import SlabPool, WholeTensors
 from executor.chunk_runner import ChunkRunner
 from executor.durability import Durability
-from executor.errors import RunError
+from executor.errors import RunError, starting_threads
 from executor.journal import Journal
 from executor.kernel_runner import Kernel, KernelRunner
 from executor.local import allow_open_files
@@ -77,6 +77,7 @@ class RunResult:
     peak_resident_nbytes: int
 
 
+@starting_threads()
 def run(
     plan: Plan,
     directory: Path,
@@ -97,7 +98,8 @@ def run(
     finished is not done again. Without `share_extents` every output tensor gets physical extents of its own, also where
     the file system could share them. With `check_sources` everything is read a second time, and must be the same.
     `headers` are sent to the hosts of remote sources, so credentials are no part of a plan. Raises RunError when a
-    source changed or cannot be read, or when the disk is full or fails; what was written until then stays where it is.
+    source changed or cannot be read, when the disk is full or fails, or when the system allows too few threads; what
+    was written until then stays where it is.
     """
     started = time.monotonic()
     journal = journal or Journal()

@@ -38,3 +38,17 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path}: {reason(error)}") from error
+
+
+@contextmanager
+def starting_threads() -> Iterator[None]:
+    """Turns what Python raises within, where the system lets no more threads be started, into a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        raise RunError(
+            "the system lets this process start no more threads; raise the limit on processes (`ulimit -u`) or memory "
+            "(`ulimit -v`)"
+        ) from error

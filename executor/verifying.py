@@ -16,7 +16,7 @@ import numpy as np
 from executor.blocks import chunks
 from executor.buffers import SlabPool
 from executor.checksums import MODULUS, checksum
-from executor.errors import RunError
+from executor.errors import RunError, starting_threads
 from executor.local import LocalFile, allow_open_files
 from planner.expr import BLOCK
 from planner.layout import PAGE
@@ -44,6 +44,7 @@ class Range:
     first: int = 0
 
 
+@starting_threads()
 def wrong(
     ranges: Sequence[Range],
     on_progress: Callable[[int], None] | None = None,

@@ -2,8 +2,11 @@
 
 import errno
 import hashlib
+import itertools
 import os
+import re
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -500,6 +503,33 @@ def test_where_the_system_allows_no_more_open_files_it_is_said_how_it_does(
     (tmp_path / "out").mkdir()
     with pytest.raises(RunError, match=r"/\S+: .*more files would be open than .*; raise the limit \(`ulimit -n`\)$"):
         run(plan, tmp_path / "out")
+
+
+def test_where_the_system_lets_no_more_threads_be_started_it_is_said_what_limits_them(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, start, left = planned(outputs), threading.Thread.start, -1
+    said: list[str] = []
+
+    def limited(self: threading.Thread) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    run(plan, tmp_path, {"column_sums": column_sums})
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    for allowed in itertools.count():
+        left = allowed
+        try:
+            run(plan, tmp_path, {"column_sums": column_sums})
+        except RunError as error:
+            said.append(str(error))
+        else:
+            break
+    assert len(said) > 3
+    assert all(re.search(r"start no more threads; raise .*\(`ulimit -u`\) .*\(`ulimit -v`\)$", text) for text in said)
 
 
 def test_buffers_that_take_more_than_the_plan_forecast_end_the_run(tmp_path: Path, outputs: dict[str, Expr]) -> None:
