@@ -22,6 +22,7 @@ from moeplan.disk import free_nbytes
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
 from moeplan.finished_routers import check_routers
+from moeplan.identity import PLAN, Identity
 from moeplan.memory import CapError, memory_cap, runtime_is_known
 from moeplan.model_card import model_card
 from moeplan.options import Options
@@ -29,7 +30,7 @@ from moeplan.output import CARD, CONFIG_COPY, RECORD, to_json, write_beside
 from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
 from moeplan.record import identity, record
 from moeplan.routing import RouterFacts
-from moeplan.staging import PLAN, Identity, check_unfinished, finish_publication, staged
+from moeplan.staging import check_unfinished, finish_publication, staged
 from moeplan.tokenizer_files import missing_code, tokenizer_files
 from moeplan.untrusted_json import show
 from planner.layout import index_json

@@ -1,4 +1,4 @@
-"""What goes beside the weights. How it appears in its place: `moeplan.staging`."""
+"""What goes beside the weights. How it appears in its place: `moeplan.publication`."""
 
 from __future__ import annotations
 

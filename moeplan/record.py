@@ -20,9 +20,9 @@ from executor.reader import name_of
 from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
 from moeplan.gates import gate_mode
+from moeplan.identity import COMMITS, PLAN
 from moeplan.options import DECISIVE, EVALUATION, Options, flag
 from moeplan.safetensors_header import LENGTH_NBYTES
-from moeplan.staging import COMMITS, PLAN
 from moeplan.tokenizer_files import FAST, READ_WITH_FAST, TOKENIZER_FILES
 from planner.expr import RemoteFile, Source
 from planner.layout import PAGE

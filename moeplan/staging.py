@@ -1,4 +1,4 @@
-"""The output directory while a merge is under way, and how the model appears in it all at once.
+"""The output directory while a merge is under way: one merge at a time, and nothing that is finished is lost.
 
 Everything is written in a directory inside the output directory::
 
@@ -8,9 +8,9 @@ Everything is written in a directory inside the output directory::
         model/       the model's files, under their names
         replaced/    with --overwrite: the old model's files, while the new one's are moved to their place
 
-Only when all of `model/` is on the disk is it moved to its place, the index and config.json last, so no loader ever
-takes half a model for one. A merge that is interrupted, however that happens, leaves this directory, and the same
-merge goes on from there. A merge that did not get as far as to finish anything leaves nothing.
+Only when all of `model/` is on the disk is it moved to its place: see `moeplan.publication`. A merge that is
+interrupted, however that happens, leaves this directory, and the same merge goes on from there. A merge that did not
+get as far as to finish anything leaves nothing.
 """
 
 from __future__ import annotations
@@ -19,53 +19,26 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from executor.errors import HopelessError, RunError, reason
-from executor.files import sync
 from executor.journal import RESULTS, Journal, read_identity, read_publishing
+from moeplan import publication
 from moeplan.adapter_config import ADAPTER_CONFIG
-from moeplan.checkpoint import CONFIG, INDEX
+from moeplan.checkpoint import CONFIG
+from moeplan.identity import COMMITS, Identity, difference
 from moeplan.output import OutputError
-from moeplan.replacing import replaced_by
+from moeplan.publication import MODEL, REPLACED
 
 PARTIAL = ".moeplan-partial"
-MODEL = "model"
-REPLACED = "replaced"
-
-LAST = (INDEX, CONFIG)
-"""What loaders look for, moved to its place after everything else, and out of it before."""
 
 GOES_ON = "what is finished is kept: run the same command again to go on"
 
-COMMITS = "commit of"
-"""The part of an identity that has the commits of models on the Hub."""
-
-PLAN = "plan"
-"""The part that follows from the others."""
-
-FACTS = {
-    "nbytes": "size",
-    "mtime_ns": "time",
-    "header_sha256": "header",
-    "sample_sha256": "weights",
-    "sha256": "content",
-    "etag": "ETag",
-}
-"""What an identity has of files, in words."""
-
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
-Identity = Mapping[str, Mapping[str, Any]]
-"""What makes a merge that merge: its config, sources, options ..., each a mapping from names to what they are."""
-
-
-class _GoneError(RunError):
-    """A finished file is gone: to go on is of no use."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +168,8 @@ def staged(
             stage = Stage(partial / MODEL, journal)
             yield stage
             if not stage.is_complete:
-                _begin_publication(directory, journal, overwrite, config_text)
-            _publish(directory, journal, overwrite=overwrite)
+                publication.begin(directory, partial, journal, overwrite=overwrite, config_text=config_text)
+            publication.publish(directory, partial, journal, overwrite=overwrite)
             journal.close()  # a network's file system keeps a directory in which a file is open
         except BaseException as error:
             if journal is not None:
@@ -217,7 +190,7 @@ def _finish_publication(directory: Path, overwrite: bool) -> None:
     journal = Journal(partial, identity)
     try:
         if journal.finished.publishing is not None:  # after a restart of the machine it may not count
-            _publish(directory, journal, overwrite=overwrite)
+            publication.publish(directory, partial, journal, overwrite=overwrite)
             _clear_work(partial)
     except BaseException as error:
         _say_that_it_goes_on(error)
@@ -227,7 +200,7 @@ def _finish_publication(directory: Path, overwrite: bool) -> None:
 
 
 def _say_that_it_goes_on(error: BaseException) -> None:
-    if not isinstance(error, _GoneError):
+    if not isinstance(error, publication.GoneError):
         error.add_note(GOES_ON)
 
 
@@ -251,40 +224,9 @@ def _goes_on(
 
 def _of_something_else(directory: Path, before: Mapping[str, Any], now: Identity) -> OutputError:
     return OutputError(
-        f"{directory}: an unfinished merge is there, of something else: {_difference(before, now)}. Undo the change to "
+        f"{directory}: an unfinished merge is there, of something else: {difference(before, now)}. Undo the change to "
         "go on with it, or add --restart to start afresh"
     )
-
-
-def _difference(before: Mapping[str, Any], now: Identity) -> str:
-    """What changed, in words."""
-    changes: list[str] = []
-    for kind in sorted({*before, *now}, key=lambda kind: (kind == PLAN, kind)):
-        if kind == PLAN and changes:  # it follows from the rest
-            break
-        old, new = before.get(kind, {}), now.get(kind, {})
-        changes += [
-            _change(f"{kind} {name}", old.get(name), new.get(name))
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
-    listed = changes[:3] + ([f"and {len(changes) - 3} more"] if len(changes) > 3 else [])
-    return "; ".join(listed)
-
-
-def _change(what: str, old: Any, new: Any) -> str:
-    facts = [fact for fact in (old, new) if isinstance(fact, dict)]
-    if len(facts) == 2:
-        changed = [word for key, word in FACTS.items() if old.get(key) != new.get(key)]
-        return f"{what} was changed ({', '.join(changed)})"
-    if facts:
-        return f"{what} is {'gone' if new is None else 'new'}"
-    return f"{what} was {_shown(old)} and is {_shown(new)}"
-
-
-def _shown(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _lock(directory: Path, cleanup: ExitStack, *, to_read: bool = False) -> None:
@@ -319,84 +261,3 @@ def _clear_work(partial: Path) -> None:
 def _remove_if_empty(directory: Path) -> None:
     with suppress(OSError):
         directory.rmdir()
-
-
-def _begin_publication(directory: Path, journal: Journal, overwrite: bool, config_text: str) -> None:
-    """Put the finished files on the disk, and into the journal which they are, and what they take the place of.
-
-    Raises RunError, and OutputError where something is in the way.
-    """
-    model = directory / PARTIAL / MODEL
-    try:
-        sync(model)
-        names = [entry.name for entry in model.iterdir()]
-        taken = [name for name in sorted(names) if os.path.lexists(directory / name)]
-        if taken and not overwrite:
-            raise _has_appeared(directory / taken[0])
-        journal.begin_publishing(names, replaced_by(names, directory, config_text) if overwrite else [])
-    except OSError as error:
-        raise _not_moved(directory, error) from error
-
-
-def _publish(directory: Path, journal: Journal, *, overwrite: bool) -> None:
-    """Move the finished files to their place, and what they replace out of it.
-
-    Can be stopped anywhere and done again. Raises RunError, and OutputError where something is in the way.
-    """
-    model, replaced = directory / PARTIAL / MODEL, directory / PARTIAL / REPLACED
-    try:
-        model.mkdir(exist_ok=True)  # who was stopped while he cleared away has none
-        new = sorted(journal.finished.publishing or (), key=_lateness)
-        # One that is not in `model/` any more is in its place already.
-        left = [name for name in new if (model / name).exists()]
-        # What was taken away is not taken again: what is there under its name since, somebody has put there.
-        old = [
-            name
-            for name in journal.finished.replacing
-            if left and (name in left or name not in new) and not os.path.lexists(replaced / name)
-        ]
-        appeared = [name for name in left if name not in old and (directory / name).exists()]
-        if appeared and not overwrite:
-            raise _has_appeared(directory / appeared[0])
-        gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
-        if gone:
-            raise _GoneError(
-                f"{model / gone[0]}: is gone, though it was finished; remove {model.parent} and merge again"
-            )
-        moves = [(directory / name, replaced / name) for name in sorted([*old, *appeared], key=_lateness, reverse=True)]
-        moves += [(model / name, directory / name) for name in new]
-        replaced.mkdir(exist_ok=True)
-        _move(directory, moves)
-    except OSError as error:
-        raise _not_moved(directory, error) from error
-
-
-def _not_moved(directory: Path, error: OSError) -> RunError:
-    return RunError(f"{directory}: the finished files could not be moved here: {reason(error)}")
-
-
-def _has_appeared(path: Path) -> OutputError:
-    return OutputError(f"{path}: has appeared there since the merge began; move it away, or add --overwrite")
-
-
-def _move(directory: Path, moves: Sequence[tuple[Path, Path]]) -> None:
-    """Move files within `directory`, durably: all of them or none. Those that are not there are there already."""
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            if source.exists():
-                if (source, target) == moves[-1]:
-                    sync(directory)  # what loaders look for is there for good when all else is
-                done.append((source, target))
-                source.rename(target)
-        sync(directory)
-    except BaseException:
-        # Back to where they were: half a model must not stay, and the old one must, whatever stopped this.
-        for source, target in reversed(done):
-            with suppress(OSError):
-                target.rename(source)
-        raise
-
-
-def _lateness(name: str) -> int:
-    return LAST.index(name) + 1 if name in LAST else 0

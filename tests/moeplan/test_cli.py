@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 import moeplan as api
 from moeplan import merging
+from moeplan.publication import MODEL
 from moeplan.report import plan_view
-from moeplan.staging import MODEL, PARTIAL
+from moeplan.staging import PARTIAL
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from executor.journal import Journal
 from moeplan.checkpoint import open_checkpoint
 from moeplan.output import OutputError
+from moeplan.publication import MODEL
 from moeplan.record import header, header_sha256
-from moeplan.staging import MODEL, PARTIAL, finish_publication, staged
+from moeplan.staging import PARTIAL, finish_publication, staged
 from moeplan.verification import verify
 
 
