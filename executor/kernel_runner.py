@@ -14,7 +14,7 @@ from executor.chunk_ops import ReadInto
 from executor.journal import Journal
 from executor.torch_threads import TorchThreads
 from executor.weights import FileMatrix, Matrix, MeanMatrix, Weights, WholeMatrix
-from planner.plan import BufferView, FileView, KernelStep, MeanView
+from planner.plan import BufferView, FileRoot, FileView, KernelStep, MeanRoot
 
 if TYPE_CHECKING:
     import torch
@@ -87,14 +87,14 @@ class KernelRunner:
             check=check,
         )
 
-    def _matrix(self, view: BufferView | FileView | MeanView, read_into: ReadInto) -> Matrix:
-        match view:
-            case BufferView():
-                return WholeMatrix(self._tensor(view))
-            case FileView():
-                return FileMatrix(view.shape, view.dtype, view.offset, partial(read_into, view.source))
-            case MeanView():
-                return MeanMatrix(view.shape, view.dtype, view.parts, read_into)
+    def _matrix(self, view: BufferView | FileView, read_into: ReadInto) -> Matrix:
+        if isinstance(view, BufferView):
+            return WholeMatrix(self._tensor(view))
+        match view.root:
+            case FileRoot(source, offset, dtype):
+                return FileMatrix(view.shape, dtype, offset, partial(read_into, source))
+            case MeanRoot(parts):
+                return MeanMatrix(view.shape, view.dtype, parts, read_into)
 
     def _view(self, view: BufferView) -> torch.Tensor | chunk_ops.Array:
         if self._torch.uses_torch:

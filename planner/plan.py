@@ -21,7 +21,7 @@ from planner.errors import UserError
 from planner.expr import DType, Op, Shape, Source, field_names
 from planner.layout import Shard
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,19 @@ def read_once(parts: Iterable[FileRoot]) -> Iterator[tuple[FileRoot, int]]:
     """The parts of a mean as they are read, each with the times that it counts: what follows itself is read once."""
     for part, same in groupby(parts):
         yield part, sum(1 for _ in same)
+
+
+def _reads(root: Root, numel: int) -> Iterator[tuple[FileRoot, int]]:
+    """Each range that is read from a source for `numel` elements of `root`, with its size in bytes."""
+    match root:
+        case FileRoot():
+            parts: tuple[FileRoot, ...] = (root,)
+        case MeanRoot():
+            parts = root.parts
+        case _:
+            parts = ()
+    for part, _ in read_once(parts):
+        yield part, numel * part.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +145,7 @@ class StreamStep:
 
     def reads(self) -> Iterator[tuple[FileRoot, int]]:
         """Each range that is read from a source, with its size in bytes."""
-        if isinstance(self.root, FileRoot):
-            yield self.root, self.numel * self.root.dtype.itemsize
-        elif isinstance(self.root, MeanRoot):
-            for part, _ in read_once(self.root.parts):
-                yield part, self.numel * part.dtype.itemsize
+        return _reads(self.root, self.numel)
 
     def factors(self) -> set[int]:
         """The buffers that must be whole before it runs, since their products are added on the way."""
@@ -154,30 +163,15 @@ class BufferView:
 
 @dataclass(frozen=True, slots=True)
 class FileView:
-    """A tensor that stays at byte `offset` of source file `source`, and of which rows are read as they are used."""
+    """A tensor that stays in its files, `root` rounded to `dtype`: rows of it are read as they are used."""
 
-    source: int
-    offset: int
+    root: FileRoot | MeanRoot
     dtype: DType
     shape: Shape
 
     def reads(self) -> Iterator[tuple[FileRoot, int]]:
         """Each range that is read from a source, with its size in bytes."""
-        yield FileRoot(self.source, self.offset, self.dtype), math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class MeanView:
-    """The mean of `parts`, rounded to `dtype`: they stay in their files, and rows of all are read as they are used."""
-
-    parts: tuple[FileRoot, ...]
-    dtype: DType
-    shape: Shape
-
-    def reads(self) -> Iterator[tuple[FileRoot, int]]:
-        """Each range that is read from a source, with its size in bytes."""
-        for part, _ in read_once(self.parts):
-            yield part, math.prod(self.shape) * part.dtype.itemsize
+        return _reads(self.root, math.prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +186,7 @@ class KernelStep:
     kernel: str
     params: str
     inputs: tuple[BufferView, ...]
-    weights: tuple[BufferView | FileView | MeanView, ...]
+    weights: tuple[BufferView | FileView, ...]
     output: BufferView
     workspace_nbytes: int
     block_nbytes: int
@@ -207,7 +201,7 @@ class KernelStep:
         return self.workers * self.block_nbytes
 
     @property
-    def streamed(self) -> tuple[FileView | MeanView, ...]:
+    def streamed(self) -> tuple[FileView, ...]:
         """The weights that are read as they are used."""
         return tuple(weight for weight in self.weights if not isinstance(weight, BufferView))
 

@@ -71,7 +71,6 @@ from planner.plan import (
     KernelStep,
     LowRank,
     MeanRoot,
-    MeanView,
     Plan,
     Pool,
     Root,
@@ -530,12 +529,11 @@ def _kernel_step(
     def view(expr: Expr) -> BufferView:
         return BufferView(buffers[expr], expr.dtype, expr.shape)
 
-    def weight(expr: Expr) -> BufferView | FileView | MeanView:
+    def weight(expr: Expr) -> BufferView | FileView:
         if expr in buffers:
             return view(expr)
-        if isinstance(expr, Read):
-            return FileView(sources[expr.file], expr.offset, expr.dtype, expr.shape)
-        return MeanView(tuple(_file_root(read, sources) for read in reads_of(expr)), expr.dtype, expr.shape)
+        parts = tuple(_file_root(read, sources) for read in reads_of(expr))
+        return FileView(parts[0] if isinstance(expr, Read) else MeanRoot(parts), expr.dtype, expr.shape)
 
     return KernelStep(
         kernel=kernel.kernel,

@@ -18,7 +18,7 @@ from executor.weights import Weights
 from planner import schedule
 from planner.expr import DType, Expr, Opaque, cast, mean
 from planner.graph import TensorGraph
-from planner.plan import FileView, KernelStep, MeanView, Plan, Pool
+from planner.plan import FileRoot, KernelStep, MeanRoot, Plan, Pool
 from planner.schedule import block_nbytes, compile
 
 SHAPE = (1000, 48)
@@ -107,8 +107,8 @@ def test_a_weight_that_is_a_mean_has_the_same_rows_where_it_is_whole_and_where_i
         assert result.read_nbytes == plan.read_nbytes
         assert result.peak_buffer_nbytes <= plan.peak_nbytes <= budget
         results.append(load(plan, out)["seen"])
-        forms.append([type(view) for step in plan.steps if isinstance(step, KernelStep) for view in step.streamed])
-    assert forms[0] == forms[1] == [MeanView, MeanView if dtype is not torch.float32 else FileView]
+        forms.append([type(view.root) for step in plan.steps if isinstance(step, KernelStep) for view in step.streamed])
+    assert forms[0] == forms[1] == [MeanRoot, MeanRoot if dtype is not torch.float32 else FileRoot]
     assert forms[2] == []
     expected = mean_of([tensor for tensor in parts.values() for _ in range(2)]).to(dtype).float()
     for result in results:
