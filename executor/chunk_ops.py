@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from executor.regions import cut
 from planner.expr import BLOCK, LOW_RANK_TILE, AddNoise, Cast, DType, Scale
 from planner.layout import PAGE
 from planner.plan import ChunkOp, FileRoot, LowRank, read_once
@@ -162,11 +163,6 @@ def is_finite(memory: memoryview, dtype: DType) -> bool:
     unsigned = np.frombuffer(memory, f"u{dtype.itemsize}")
     signed, sign = unsigned.view(f"i{dtype.itemsize}"), 1 << 8 * dtype.itemsize - 1
     return len(signed) == 0 or bool(signed.max() < infinity and unsigned.max() < sign + infinity)
-
-
-def cut(memory: memoryview, nbytes: int, at: int = 0) -> tuple[memoryview, memoryview]:
-    """`nbytes` of `memory`, from byte `at` of its first page on, and what is left from the next page on."""
-    return memory[at : at + nbytes], memory[-(-(at + nbytes) // PAGE) * PAGE :]
 
 
 def add_product(x: torch.Tensor, b: torch.Tensor, a: torch.Tensor, first: int, tile: torch.Tensor) -> None:

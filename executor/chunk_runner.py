@@ -10,6 +10,7 @@ from executor.checksums import checksum
 from executor.errors import OutOfRangeError
 from executor.journal import Journal
 from executor.reader import SourceReader
+from executor.regions import cut
 from executor.routing import Alias, Part, Piece
 from executor.torch_threads import TorchThreads
 from executor.writer import ShardWriter
@@ -37,7 +38,7 @@ class ChunkRunner:
         root = step.root
         nbytes = piece.numel * root.dtype.itemsize
         at = _chunk_in_page(root, piece)
-        chunk, scratch = chunk_ops.cut(slab, nbytes, at)
+        chunk, scratch = cut(slab, nbytes, at)
         read = written = 0
         if step.factors():
             self.torch.use_one()

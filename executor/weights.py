@@ -20,7 +20,8 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol
 
 from executor.buffers import SlabPool
-from executor.chunk_ops import ReadInto, as_array, as_tensor, average, cut
+from executor.chunk_ops import ReadInto, as_array, as_tensor, average
+from executor.regions import cut
 from planner.expr import DType, Shape
 from planner.layout import PAGE
 from planner.plan import FileRoot

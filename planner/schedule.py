@@ -241,13 +241,6 @@ def _reads(draft: _Draft) -> Iterator[Read]:
             yield from reads_of(expr)
 
 
-def block_nbytes(num_rows: int, num_columns: int, dtype: DType) -> int:
-    """What a block of a matrix takes while it is read and turned into float32: see `executor.weights`."""
-    numel = num_rows * num_columns
-    # From the start of a page on each; a page to move what is read within, so that it can be read directly.
-    return sum(-(-nbytes // PAGE) * PAGE for nbytes in (numel * DType.F32.itemsize, numel * dtype.itemsize + PAGE))
-
-
 def _by_name(file: Source) -> tuple[str, int, int]:
     return (file.path, file.device, file.inode) if isinstance(file, SourceFile) else (file.url, 0, 0)
 

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from executor.regions import block_nbytes
 from moeplan.architectures.dense import DenseModel
 from moeplan.errors import MoeplanWarning
 from moeplan.tensor_names import LAYER
 from planner.expr import Expr, reads_of
-from planner.schedule import block_nbytes
 
 if TYPE_CHECKING:
     from moeplan.gates.skeleton import Skeleton

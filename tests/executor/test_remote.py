@@ -15,12 +15,12 @@ from test_engine import digest, planned, source
 from executor import patience
 from executor.engine import Progress, run
 from executor.errors import RunError
+from executor.regions import block_nbytes
 from executor.remote import RemoteReader
 from executor.routing import physical_nbytes
 from executor.weights import Weights
 from planner.expr import DType, Expr, Opaque, Read, RemoteFile, SourceFile, cast, mean, scale
 from planner.plan import Plan
-from planner.schedule import block_nbytes
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 MIB = 1 << 20

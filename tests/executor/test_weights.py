@@ -14,12 +14,13 @@ from test_engine import DTYPES, load, mean_of, source
 from executor.engine import run
 from executor.errors import RunError
 from executor.reader import SourceReader
+from executor.regions import block_nbytes
 from executor.weights import Weights
 from planner import schedule
 from planner.expr import DType, Expr, Opaque, cast, mean
 from planner.graph import TensorGraph
 from planner.plan import FileRoot, KernelStep, MeanRoot, Plan, Pool
-from planner.schedule import block_nbytes, compile
+from planner.schedule import compile
 
 SHAPE = (1000, 48)
 ROWS = 64
