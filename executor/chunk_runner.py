@@ -11,8 +11,8 @@ from executor.errors import OutOfRangeError
 from executor.journal import Journal
 from executor.reader import SourceReader
 from executor.regions import cut
-from executor.routing import Alias, Part, Piece
 from executor.torch_threads import TorchThreads
+from executor.ways import Alias, Part, Piece
 from executor.writer import ShardWriter
 from planner.expr import DType
 from planner.layout import PAGE

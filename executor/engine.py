@@ -36,9 +36,9 @@ from executor.local import allow_open_files
 from executor.memory import give_back_what_is_freed, peak_resident_nbytes
 from executor.reader import SourceReader
 from executor.resuming import Work, confirm, remaining
-from executor.routing import Alias, Piece, route
 from executor.settings import Shared
 from executor.torch_threads import TorchThreads
+from executor.ways import Alias, Piece, take_shortcuts
 from executor.writer import ShardWriter
 from planner.plan import BufferRoot, BufferSink, FileSink, KernelStep, Plan, Step, StreamStep
 
@@ -119,15 +119,15 @@ def run(
             max((step.workers for step in plan.kernels), default=1), initializer=torch_threads.use_one
         ) as kernel_workers,
     ):
-        routes = route(plan, reader, writer, directory if share_extents else None)
-        work = remaining(plan, routes, journal)
+        ways = take_shortcuts(plan, reader, writer, directory if share_extents else None)
+        work = remaining(plan, ways, journal)
         chunk_runner = ChunkRunner(reader, writer, tensors, journal, torch_threads, check_sources)
         kernel_runner = KernelRunner(kernels or {}, work.result_keys, tensors, journal, torch_threads, kernel_workers)
         durability = Durability(writer, journal, syncer)
         engine = _Run(plan, work, tensors, chunk_runner, kernel_runner, durability, workers, on_progress)
-        engine.written_nbytes += routes.shortcut_nbytes + work.finished_nbytes
+        engine.written_nbytes += ways.shortcut_nbytes + work.finished_nbytes
         try:
-            engine.run_steps(routes.aliases)
+            engine.run_steps(ways.aliases)
         except BaseException:
             reader.interrupt()
             workers.shutdown(wait=True, cancel_futures=True)

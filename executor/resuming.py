@@ -15,8 +15,8 @@ from pathlib import Path
 
 from executor.finished import Interval
 from executor.journal import Journal
-from executor.routing import Part, Piece, Routes
 from executor.verifying import Range, wrong
+from executor.ways import Part, Piece, Ways
 from planner.plan import BufferRoot, BufferSink, BufferView, FileSink, KernelStep, Plan, StreamStep
 
 
@@ -69,9 +69,9 @@ def _has_size(path: Path, nbytes: int) -> bool:
     return path.is_file() and path.stat().st_size == nbytes
 
 
-def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
-    """What is left of `routes`, going backwards from what is to be written to what that needs."""
-    _forget_what_is_in_fewer_places(routes, journal)
+def remaining(plan: Plan, ways: Ways, journal: Journal) -> Work:
+    """What is left of `ways`, going backwards from what is to be written to what that needs."""
+    _forget_what_is_in_fewer_places(ways, journal)
     work = Work(_result_keys(plan))
     needed: set[int] = set()
     for index, step in reversed(list(enumerate(plan.steps))):
@@ -85,9 +85,9 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
                 views = (*step.inputs, *step.weights)
                 needed |= {view.buffer for view in views if isinstance(view, BufferView)}
             continue
-        routed = routes.pieces.get(index, [])
-        pieces = [wanted for piece in routed for left in _left(piece, needed, journal) for wanted in _wanted(left)]
-        work.finished_nbytes += _file_nbytes(routed) - _file_nbytes(pieces)
+        streamed = ways.pieces.get(index, [])
+        pieces = [wanted for piece in streamed for left in _left(piece, needed, journal) for wanted in _wanted(left)]
+        work.finished_nbytes += _file_nbytes(streamed) - _file_nbytes(pieces)
         if pieces:
             work.pieces[index] = pieces
             needed |= {buffer for piece in pieces for part in piece.parts for buffer in part.branch.factors()}
@@ -96,10 +96,10 @@ def remaining(plan: Plan, routes: Routes, journal: Journal) -> Work:
     return work
 
 
-def _forget_what_is_in_fewer_places(routes: Routes, journal: Journal) -> None:
+def _forget_what_is_in_fewer_places(ways: Ways, journal: Journal) -> None:
     """What earlier runs wrote to fewer places than this one has to, since they could share extents, is done again."""
     streams = journal.finished.streams
-    for part in (part for pieces in routes.pieces.values() for piece in pieces for part in piece.parts):
+    for part in (part for pieces in ways.pieces.values() for piece in pieces for part in piece.parts):
         if part.content in streams and not streams[part.content].sinks.issuperset(_files(part)):
             journal.forget_stream(part.content)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from executor.routing import physical_nbytes
+from executor.ways import physical_nbytes
 from moeplan import gates
 from moeplan.architectures.family import Family
 from moeplan.config import MergeConfig

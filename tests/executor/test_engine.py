@@ -24,7 +24,7 @@ from executor import engine, writer
 from executor.engine import Progress, run
 from executor.errors import OutOfRangeError, RunError
 from executor.reader import SourceReader
-from executor.routing import physical_nbytes
+from executor.ways import physical_nbytes
 from executor.weights import Weights
 from moeplan.safetensors_header import LENGTH_NBYTES
 from planner.expr import (

@@ -17,7 +17,7 @@ from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.regions import block_nbytes
 from executor.remote import RemoteReader
-from executor.routing import physical_nbytes
+from executor.ways import physical_nbytes
 from executor.weights import Weights
 from planner.expr import DType, Expr, Opaque, Read, RemoteFile, SourceFile, cast, mean, scale
 from planner.plan import Plan

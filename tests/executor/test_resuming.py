@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_engine import column_sums, digest, planned, source
 
-from executor import durability, journal, routing
+from executor import durability, journal, ways
 from executor.chunk_runner import ChunkRunner
 from executor.engine import RunResult, run
 from executor.errors import RunError
@@ -307,10 +307,10 @@ def test_what_was_written_to_one_place_to_be_shared_with_others_is_written_again
     plan = planned({"weight": read, "again": read}, budget=2 << 20)
     whole = go_on(plan, tmp_path / "whole")
     for number, shares in enumerate(sharing, 1):
-        monkeypatch.setattr(routing, "can_reflink", lambda *_, shares=shares: shares)
+        monkeypatch.setattr(ways, "can_reflink", lambda *_, shares=shares: shares)
         with pytest.raises(Stop):
             go_on(plan, tmp_path / "place", on_progress=stopping_after(number * 6_000_000))
-    monkeypatch.setattr(routing, "can_reflink", lambda *_: False)
+    monkeypatch.setattr(ways, "can_reflink", lambda *_: False)
     result = go_on(plan, tmp_path / "place")
     assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
     assert result.checksums == whole.checksums
@@ -470,7 +470,7 @@ def test_a_mean_takes_no_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     averaged = mean([reads["a"], reads["b"]])
     plan = planned({"mean": averaged, "rounded": cast(averaged, DType.BF16), "copy": reads["c"]}, budget=8 << 20)
     whole = go_on(plan, tmp_path / "whole")
-    monkeypatch.setattr(routing, "SHORTCUTS", (Copying(),))
+    monkeypatch.setattr(ways, "SHORTCUTS", (Copying(),))
     result = go_on(plan, tmp_path / "place")
     assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
     assert result.read_nbytes == 2 * reads["a"].nbytes
@@ -485,7 +485,7 @@ def test_of_a_stream_that_was_begun_and_then_shared_there_is_no_checksum(
     whole = go_on(plan, tmp_path / "whole")
     with pytest.raises(Stop):
         go_on(plan, tmp_path / "place", on_progress=stopping_after(4_000_000))
-    monkeypatch.setattr(routing, "SHORTCUTS", (Copying(),))
+    monkeypatch.setattr(ways, "SHORTCUTS", (Copying(),))
     result = go_on(plan, tmp_path / "place")
     assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
     assert result.nbytes_by_path["copied"] == weight.nbytes

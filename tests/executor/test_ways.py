@@ -19,7 +19,7 @@ from test_engine import digest, planned, source
 from executor import shortcuts
 from executor.engine import RunResult, run
 from executor.local import LocalFile
-from executor.routing import physical_nbytes
+from executor.ways import physical_nbytes
 from planner.expr import DType, Expr, RemoteFile, cast, scale, stack
 from planner.layout import PAGE
 from planner.plan import Plan
@@ -61,7 +61,7 @@ def merged(plan: Plan, out: Path, *, share_extents: bool = True) -> RunResult:
 
 @pytest.fixture
 def usual(tmp_path: Path) -> dict[str, str]:
-    """The digests that every path must arrive at."""
+    """The digests that every way must arrive at."""
     plan = planned(outputs(tmp_path), shard=20 * MIB)
     merged(plan, tmp_path / "usual")
     return digest(tmp_path / "usual")

@@ -50,25 +50,26 @@ class Alias:
 
 
 @dataclass
-class Routes:
-    """What is left to do: pieces by the index of their step, then aliases. `shortcut_nbytes` are done."""
+class Ways:
+    """What goes which way: `pieces`, by the index of their step, are to be streamed, and `aliases` to be made of them
+    then. `shortcut_nbytes` are there already."""
 
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     aliases: list[Alias] = field(default_factory=list)
     shortcut_nbytes: int = 0
 
 
-def route(plan: Plan, reader: SourceReader, writer: ShardWriter, shared_in: Path | None) -> Routes:
+def take_shortcuts(plan: Plan, reader: SourceReader, writer: ShardWriter, shared_in: Path | None) -> Ways:
     """Take every shortcut that works, and reserve space for the rest.
 
     `shared_in` is the directory of the output; None: no extents may be shared.
     """
     if shared_in is None:
-        routes = _routes(plan, lambda *_: (0, 0), aliasing=False)
+        ways = _ways(plan, lambda *_: (0, 0), aliasing=False)
     else:
-        routes = _routes(plan, _Taker(reader, writer).take, aliasing=can_reflink(shared_in))
-    _reserve(plan, routes, writer)
-    return routes
+        ways = _ways(plan, _Taker(reader, writer).take, aliasing=can_reflink(shared_in))
+    _reserve(plan, ways, writer)
+    return ways
 
 
 def physical_nbytes(plan: Plan, directory: Path, *, downloaded_beside: bool = False) -> int:
@@ -90,13 +91,13 @@ def physical_nbytes(plan: Plan, directory: Path, *, downloaded_beside: bool = Fa
     def would_take(root: FileRoot, sink: FileSink, nbytes: int) -> tuple[int, int]:
         return Reflink().reach(root.offset, sink.offset, nbytes) if sharing[root.source] else (0, 0)
 
-    routes = _routes(plan, would_take, aliasing=aliasing)
-    return plan.written_nbytes - routes.shortcut_nbytes - sum(alias.nbytes for alias in routes.aliases)
+    ways = _ways(plan, would_take, aliasing=aliasing)
+    return plan.written_nbytes - ways.shortcut_nbytes - sum(alias.nbytes for alias in ways.aliases)
 
 
-def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int, int]], *, aliasing: bool) -> Routes:
+def _ways(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int, int]], *, aliasing: bool) -> Ways:
     """`shortcut` takes as much of a range as it can, and returns where that begins and ends."""
-    routes = Routes()
+    ways = Ways()
     for index, step in enumerate(plan.steps):
         if not isinstance(step, StreamStep):
             continue
@@ -114,10 +115,10 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
                 if not branch.ops and isinstance(step.root, FileRoot):
                     begin, end = shortcut(step.root, sink, nbytes)
                 if begin < end:
-                    routes.shortcut_nbytes += end - begin
+                    ways.shortcut_nbytes += end - begin
                     edges += _edges(replace(branch, sinks=(sink,)), begin, end, nbytes)
                 elif aliasing and origin is not None and any(whole_pages(origin.offset, sink.offset, nbytes)):
-                    routes.aliases.append(Alias(origin, sink, nbytes))
+                    ways.aliases.append(Alias(origin, sink, nbytes))
                 else:
                     origin = origin or sink
                     left.append(sink)
@@ -125,8 +126,8 @@ def _routes(plan: Plan, shortcut: Callable[[FileRoot, FileSink, int], tuple[int,
                 content = None if origin is None else next(s for s in branch.sinks if isinstance(s, FileSink))
                 streamed.append(Part(replace(branch, sinks=tuple(left)), content))
         whole = [Piece(0, step.numel, tuple(streamed))] if streamed else []
-        routes.pieces[index] = whole + edges
-    return routes
+        ways.pieces[index] = whole + edges
+    return ways
 
 
 class _Taker:
@@ -161,9 +162,9 @@ def _edges(branch: Branch, begin: int, end: int, nbytes: int) -> Iterator[Piece]
             yield Piece(first // itemsize, (stop - first) // itemsize, (Part(branch, None),))
 
 
-def _reserve(plan: Plan, routes: Routes, writer: ShardWriter) -> None:
+def _reserve(plan: Plan, ways: Ways, writer: ShardWriter) -> None:
     ranges: dict[int, list[tuple[int, int]]] = {number: [] for number in range(len(plan.shards))}
-    for pieces in routes.pieces.values():
+    for pieces in ways.pieces.values():
         for piece in pieces:
             for part in piece.parts:
                 itemsize = part.branch.dtype.itemsize
