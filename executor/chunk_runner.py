@@ -37,7 +37,7 @@ class ChunkRunner:
         """Run one chunk, and have the journal know; returns the bytes read from and written to files."""
         root = step.root
         nbytes = piece.numel * root.dtype.itemsize
-        at = _chunk_in_page(root, piece)
+        at = _chunk_offset_in_page(root, piece)
         chunk, scratch = cut(slab, nbytes, at)
         read = written = 0
         if step.factors():
@@ -60,7 +60,7 @@ class ChunkRunner:
             data = chunk
             if part.branch.ops:
                 first, numel = piece.first, piece.numel
-                whole, to = self.tensors.get, _place_in_page(part, first)
+                whole, to = self.tensors.get, _offset_in_page(part, first)
                 data = chunk_ops.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
                 if part.branch.dtype is DType.F16 and not chunk_ops.is_finite(data, DType.F16):
                     self._check_finite_before(part, chunk, root.dtype)
@@ -107,7 +107,7 @@ class ChunkRunner:
         return len(files) * len(data)
 
 
-def _chunk_in_page(root: Root, piece: Piece) -> int:
+def _chunk_offset_in_page(root: Root, piece: Piece) -> int:
     """Where in a page a chunk begins: where it lies in its file, so that it can be read, and written, directly.
 
     A mean lies where it does in the file that it is written to as it is.
@@ -116,11 +116,11 @@ def _chunk_in_page(root: Root, piece: Piece) -> int:
         case FileRoot(_, offset, dtype):
             return (offset + piece.first * dtype.itemsize) % PAGE
         case MeanRoot():
-            return next((_place_in_page(part, piece.first) for part in piece.parts if not part.branch.ops), 0)
+            return next((_offset_in_page(part, piece.first) for part in piece.parts if not part.branch.ops), 0)
     return 0
 
 
-def _place_in_page(part: Part, first: int) -> int:
+def _offset_in_page(part: Part, first: int) -> int:
     """Where in a page element `first` begins in the file that it is written to first."""
     for sink in part.branch.sinks:
         if isinstance(sink, FileSink):

@@ -76,17 +76,17 @@ class FileMatrix:
     read_into: Callable[[int, memoryview, int, int], None]
 
     def read(self, begin: int, end: int, memory: memoryview) -> None:
-        offset, nbytes, rest = self._place(begin, end, memory)
+        offset, nbytes, rest = self._regions(begin, end, memory)
         self.read_into(offset, rest, offset % PAGE, nbytes)
 
     def rows(self, begin: int, end: int, memory: memoryview) -> torch.Tensor:
-        offset, nbytes, rest = self._place(begin, end, memory)
+        offset, nbytes, rest = self._regions(begin, end, memory)
         raw, _ = cut(rest, nbytes, offset % PAGE)
         numel = nbytes // self.dtype.itemsize
         block = as_tensor(memory, DType.F32, numel).copy_(as_tensor(raw, self.dtype, numel))
         return block.view(end - begin, self.shape[1])
 
-    def _place(self, begin: int, end: int, memory: memoryview) -> tuple[int, int, memoryview]:
+    def _regions(self, begin: int, end: int, memory: memoryview) -> tuple[int, int, memoryview]:
         """Where rows are in the file, how many bytes they have, and what is left of `memory` behind the result."""
         row_nbytes = self.shape[1] * self.dtype.itemsize
         _, rest = cut(memory, (end - begin) * self.shape[1] * DType.F32.itemsize)
@@ -103,17 +103,17 @@ class MeanMatrix:
     read_into: ReadInto
 
     def read(self, begin: int, end: int, memory: memoryview) -> None:
-        numel, block, rest = self._place(begin, end, memory)
+        numel, block, rest = self._regions(begin, end, memory)
         average(self.parts, begin * self.shape[1], as_array(block, DType.F32, numel), rest, self.read_into)
 
     def rows(self, begin: int, end: int, memory: memoryview) -> torch.Tensor:
-        numel, block, rest = self._place(begin, end, memory)
+        numel, block, rest = self._regions(begin, end, memory)
         result = as_tensor(block, DType.F32, numel)
         if self.dtype is not DType.F32:
             result.copy_(as_tensor(rest, self.dtype, numel).copy_(result))
         return result.view(end - begin, self.shape[1])
 
-    def _place(self, begin: int, end: int, memory: memoryview) -> tuple[int, memoryview, memoryview]:
+    def _regions(self, begin: int, end: int, memory: memoryview) -> tuple[int, memoryview, memoryview]:
         """How many elements rows have, where they are in float32, and what is left of `memory` behind them."""
         numel = (end - begin) * self.shape[1]
         return numel, *cut(memory, numel * DType.F32.itemsize)

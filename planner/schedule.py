@@ -295,7 +295,7 @@ def _widest(leaves: Collection[Read | Mean], others: Iterable[Leaf]) -> dict[Rea
         return {}
     widest: dict[Read | Mean, tuple[Read | Mean, int]] = {}
     last: dict[Hashable, tuple[Read | Mean, int]] = {}
-    placed = [(*_place(leaf), leaf) for leaf in (*leaves, *others) if isinstance(leaf, Read | Mean)]
+    placed = [(*_position_in_root(leaf), leaf) for leaf in (*leaves, *others) if isinstance(leaf, Read | Mean)]
     for kind, begin, leaf in sorted(placed, key=lambda item: (item[1], -item[2].numel)):
         whole, start = last.setdefault(kind, (leaf, begin))
         if begin + leaf.numel > start + whole.numel:
@@ -304,7 +304,7 @@ def _widest(leaves: Collection[Read | Mean], others: Iterable[Leaf]) -> dict[Rea
     return widest
 
 
-def _place(leaf: Read | Mean) -> tuple[Hashable, int]:
+def _position_in_root(leaf: Read | Mean) -> tuple[Hashable, int]:
     """What a leaf's elements are counted in, the same for all that it may be a part of, and the number of its first."""
     first, *_ = parts = reads_of(leaf)
     begin = first.offset // first.dtype.itemsize
