@@ -28,10 +28,11 @@ from moeplan.model_ref import parse_model_ref
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
+from moeplan.places import Place
 from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
 from moeplan.tensor_names import OUTPUT_MATRIX
-from moeplan.tokenizer_files import is_slow, tokenizer_files
+from moeplan.tokenizer_files import FAST, MAKE_FAST, SLOW, has_code, is_slow, tokenizer_files
 from planner.expr import DType, RemoteFile
 from planner.plan import Plan
 
@@ -167,6 +168,9 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
             MoeplanWarning,
             stacklevel=2,
         )
+    place = hub.place(parse_model_ref(config.base_model).model)
+    if options.copy_tokenizer:
+        _warn_of_tokenizer(config, family, place)
     mode = gates.gate_mode(config.gate_mode)
     try:
         request = models.gate_request(config, options, reads_text=config.reads_text)
@@ -194,7 +198,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         num_experts=count,
         with_shared=bool(config.shared_experts),
         with_output_matrix=OUTPUT_MATRIX in graph.outputs,
-        with_slow_tokenizer=is_slow(hub.place(parse_model_ref(config.base_model).model)),
+        with_slow_tokenizer=is_slow(place),
         experts_per_token=config.experts_per_token,
         dtype=dtype,
     )
@@ -267,3 +271,15 @@ def _warn_of_readers(
         said.append(f"transformers 5 cannot load a {family.name} model: use {family.readers}{others}")
     for words in said:
         warnings.warn(f"{config.where('architecture')}: {words}", MoeplanWarning, stacklevel=3)
+
+
+def _warn_of_tokenizer(config: MergeConfig, family: Family, base: Place) -> None:
+    """Of one that transformers 5 reads wrong in the merged model, and not by code of its own."""
+    if family.ignores_tokenizer_class and is_slow(base) and not has_code(base):
+        warnings.warn(
+            f"{config.where('base_model')}: {base.label} has a {SLOW} and no {FAST}, without which transformers 5 "
+            f"reads the tokenizer of a {family.name} model wrong; to make one, run in the merged model's directory: "
+            f"{MAKE_FAST}",
+            MoeplanWarning,
+            stacklevel=3,
+        )

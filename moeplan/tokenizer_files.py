@@ -16,6 +16,12 @@ FAST, SLOW = "tokenizer.json", "tokenizer.model"
 FAST_CLASS, SLOW_CLASS = "PreTrainedTokenizerFast", "LlamaTokenizer"
 """What transformers is to read the first with, and the second where there is no first, if no file names a class."""
 
+MAKE_FAST = (
+    f'python -c "from transformers import {SLOW_CLASS}Fast as Llama; '
+    f"Llama.from_pretrained('.').backend_tokenizer.save('{FAST}')\""
+)
+"""A command that makes the first of the second, with transformers 4 or 5."""
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 READ_WITH_FAST = (FAST, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
@@ -74,6 +80,11 @@ def has_tokenizer(names: Iterable[str]) -> bool:
 def is_slow(model: Place) -> bool:
     """Whether the tokenizer of a model is a sentencepiece model alone."""
     return model.has(SLOW) and not model.has(FAST)
+
+
+def has_code(model: Place) -> bool:
+    """Whether there is code beside a model that reads its tokenizer."""
+    return any(map(CODE.fullmatch, model.names()))
 
 
 def tokenizer_files(source: Path) -> list[Path]:

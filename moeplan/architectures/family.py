@@ -145,6 +145,10 @@ class Family:
     reads_tokenizers_of: tuple[DenseFamily, ...] | None = None
     """The sources whose tokenizers its `model_type` has transformers read right where they name no class; None: all."""
 
+    ignores_tokenizer_class: bool = False
+    """Whether transformers 5 reads its tokenizer with the plain class, whatever class is named (tokenization_auto.py),
+    and so reads a sentencepiece model alone wrong."""
+
     readers: str | None = None
     """What to load it with, in words, where transformers has no class of its own for it; None: it has one."""
 

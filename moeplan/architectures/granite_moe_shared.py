@@ -44,4 +44,5 @@ GRANITE_MOE_SHARED = Family(
     carried=(*CARRIED, *MULTIPLIERS),
     constants={"attention_bias": False, "output_router_logits": False, "router_aux_loss_coef": 0.001},
     caveats=(ACTIVATION, HEAD_DIM),
+    ignores_tokenizer_class=True,
 )

@@ -24,4 +24,5 @@ MIXTRAL = Family(
     num_experts_key="num_local_experts",
     constants={"output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0},
     windowed={},
+    ignores_tokenizer_class=True,
 )

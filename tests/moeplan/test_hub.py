@@ -870,7 +870,7 @@ def test_files_that_no_honest_model_has_are_refused_before_they_are_fetched(
     assert "its header would take 1,099,511,627,776 bytes" in refused(config)
 
 
-def test_the_class_of_a_tokenizer_that_names_none_is_chosen_by_what_the_hub_lists(
+def test_a_tokenizer_on_the_hub_that_is_a_sentencepiece_model_alone_is_known_without_being_fetched(
     hub: Hub, models: dict[str, Path], configure: Callable[..., Any], tmp_path: Path
 ) -> None:
     slow = shutil.copytree(models[BASE], tmp_path / "slow")
@@ -879,6 +879,9 @@ def test_the_class_of_a_tokenizer_that_names_none_is_chosen_by_what_the_hub_list
     for base, expected in (("org/slow", "LlamaTokenizer"), (BASE, "PreTrainedTokenizerFast")):
         config, options = configure(base, [EXPERT] * 2, architecture="deepseek")
         assert api.plan(config, options=options).model_config["tokenizer_class"] == expected
+    config, options = configure("org/slow", [EXPERT] * 2)
+    with pytest.warns(api.MoeplanWarning, match="org/slow has a tokenizer.model and no tokenizer.json"):
+        api.plan(config, options=options)
     assert hub.moved["tokenizer.model"] == hub.moved["tokenizer.json"] == 0
 
 

@@ -1,13 +1,17 @@
 """Tokenizers that are no tokenizer.json: sentencepiece models, and strangers' code, which is copied and never run."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import moeplan, write_config
+from families import CASES, OUTPUTS, Case, plain_recipe
 from models import use_sentencepiece
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
@@ -56,6 +60,54 @@ def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives_w
     assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
         (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
     ]
+
+
+CASES_OF_SENTENCEPIECE = [
+    case
+    for case in CASES
+    if case.source in ("llama", "mistral", "granite") and case.layout == next(iter(OUTPUTS[case.output].layouts))
+]
+
+
+@pytest.mark.parametrize("case", CASES_OF_SENTENCEPIECE, ids=str)
+def test_a_sentencepiece_model_alone_that_transformers_would_read_wrong_is_warned_of_with_what_mends_it(
+    case: Case, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoint(plain_recipe(case)), tmp_path / "model")
+    use_sentencepiece(model)
+    change_tokenizer_config(model, add_bos_token=True)
+    settings = {"architecture": OUTPUTS[case.output].architecture}
+    if case.shared:
+        settings["shared_experts"] = [{"source_model": model}]
+    config = write_config(tmp_path / "c.yml", model, [model, model], gate_mode="random", **settings)
+    ran = moeplan(config, tmp_path / "out", "--i-understand-this-is-not-useful-without-training")
+    expected = LlamaTokenizer.from_pretrained(model)(TEXTS).input_ids
+    oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    assert expected == [[oracle.bos_id(), *oracle.encode(text)] for text in TEXTS]
+    name = "Granite MoE" if case.output == "granite" else "Mixtral"
+    command = ran.stderr.partition(
+        f"{config}:1: base_model: {model} has a tokenizer.model and no tokenizer.json, without which transformers 5 "
+        f"reads the tokenizer of a {name} model wrong; to make one, run in the merged model's directory: "
+    )[2]
+    is_right = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS).input_ids == expected
+    assert bool(command) is not is_right
+    assert is_right is (case.output not in ("mixtral", "granite"))
+    if command:
+        python, *arguments = shlex.split(command.splitlines()[0])
+        assert python == "python"
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path / "out", check=True)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS).input_ids == expected
+
+
+@pytest.mark.parametrize("recipe", ["llama-plain", "granite-plain"])
+def test_a_tokenizer_that_is_not_copied_is_not_warned_of(
+    checkpoint: Callable[..., Path], tmp_path: Path, recipe: str
+) -> None:
+    model = shutil.copytree(checkpoint(recipe), tmp_path / "model")
+    use_sentencepiece(model)
+    config = write_config(tmp_path / "c.yml", model, [model, checkpoint(recipe, 1)])
+    assert "tokenizer" in moeplan(config, "--plan").stderr
+    assert "tokenizer" not in moeplan(config, "--plan", "--no-copy-tokenizer").stderr
 
 
 @pytest.mark.parametrize("named_in", ["tokenizer_config.json", "config.json"])
