@@ -21,6 +21,7 @@ import moeplan
 from executor.errors import RunError
 from moeplan import interruption, report, report_data
 from moeplan.errors import MoeplanWarning, UserError
+from moeplan.output import CONFIG_COPY
 from moeplan.progress import ProgressBar, ProgressLines, progress_on
 from moeplan.wording import printable
 
@@ -55,11 +56,15 @@ class Teller:
         )
 
     def _routable(self, result: moeplan.MergeResult, config: moeplan.MergeConfig, file: Path) -> Path:
-        """What `moeplan routes` is to be given: the model, or, where that is not enough, the YAML `file`."""
+        """What `moeplan routes` is to be given: the model, or, where that is not enough, the YAML `file`, or its copy
+        where that was a pipe."""
         from moeplan.routes.after import is_routable  # here, so that a plan does without
 
         loads = self._data["plan"]["readers"] is None
-        return result.path if loads and is_routable(result.path, result.run.written_nbytes, config) else file
+        if loads and is_routable(result.path, result.run.written_nbytes, config):
+            return result.path
+        copy = result.path / CONFIG_COPY
+        return copy if copy.exists() and not file.is_file() else file
 
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data

@@ -1,7 +1,8 @@
 """A YAML file as plain data, and where each part of it stands.
 
-A config comes from anywhere, so reading one takes bounded time and memory and executes nothing: whatever the bytes
-of the file, `read_document` returns what it says or raises a `ConfigError` that names it, and the line if there is one.
+A config comes from anywhere, so reading one takes bounded memory, and bounded time once a pipe has ended, and executes
+nothing: whatever the bytes of the file, `read_document` returns what it says or raises a `ConfigError` that names it,
+and the line if there is one.
 """
 
 from __future__ import annotations
@@ -107,12 +108,13 @@ def read_document(file: str) -> Document:
 
 
 def _read_text(file: str) -> str:
+    """What is in the file, which is read once: it may be a pipe (`moeplan <(envsubst < merge.yml)`), or a terminal."""
     try:
         mode = Path(file).stat().st_mode
         if stat.S_ISDIR(mode):
             raise ConfigError(f"{file}: is a directory: give the path of the YAML file")
-        if not stat.S_ISREG(mode):
-            raise ConfigError(f"{file}: is not a regular file: give the path of the YAML file")
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+            raise ConfigError(f"{file}: is neither a file nor a pipe: give the path of the YAML file")
         with open(file, "rb") as stream:
             content = stream.read(_MAX_NBYTES + 1)
     except FileNotFoundError:

@@ -166,7 +166,7 @@ def _check_memory(checkpoint: Checkpoint, options: Options) -> None:
 def _config(directory: Path) -> MergeConfig | None:
     """The config that is beside the model, if there is one."""
     path = directory / CONFIG_COPY
-    return load_config(path, allow_all_same=True) if path.exists() else None
+    return load_config(path, allow_all_same=True) if path.is_file() else None
 
 
 def _why_no_text(config: MergeConfig | None, count: int) -> str:

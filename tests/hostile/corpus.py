@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -442,8 +443,16 @@ KINDS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "larger than 1,048,576 bytes",
     ),
     "a YAML file of 1 TB": (instead("config.yml", sparse(10**12)), "config.yml", "larger than 1 MiB: is this really"),
-    "a FIFO for YAML": (instead("config.yml", os.mkfifo), "config.yml", NO_FILE),
-    "a device for YAML": (instead("config.yml", lambda file: file.symlink_to("/dev/zero")), "config.yml", NO_FILE),
+    "a socket for YAML": (
+        instead("config.yml", lambda file: os.mknod(file, stat.S_IFSOCK | 0o600)),
+        "config.yml",
+        "is neither a file nor a pipe",
+    ),
+    "a device for YAML": (
+        instead("config.yml", lambda file: file.symlink_to("/dev/zero")),
+        "config.yml",
+        "larger than 1 MiB: is this really",
+    ),
     "a pickle for weights": (
         lambda root: (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin"),
         "pytorch_model.bin",

@@ -657,6 +657,18 @@ def test_after_a_merge_without_text_or_tokenizer_beside_it_the_command_that_is_n
     assert moeplan("routes", given).status == 0
 
 
+def test_a_config_may_come_from_a_pipe_and_its_copy_is_what_can_be_read_again(checkpoint, tmp_path):
+    models = [checkpoint("llama-plain", seed) for seed in (0, 1)]
+    config = write_config(tmp_path / "c.yml", models[0], models, gate_mode="cheap_embed", architecture="deepseek")
+    reading, writing = os.pipe()
+    os.write(writing, config.read_bytes())
+    os.close(writing)
+    out = tmp_path / "out"
+    last = outcome(start("/dev/stdin", out, stdin=reading)).stdout.splitlines()[-1]
+    assert last.endswith(f"moeplan routes {out}/moeplan_config.yml")
+    assert (out / "moeplan_config.yml").read_bytes() == config.read_bytes()
+
+
 def test_after_a_merge_that_is_too_large_to_evaluate_whole_the_command_that_is_named_takes_the_yaml_file(
     checkpoint, tmp_path
 ):

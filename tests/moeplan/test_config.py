@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -836,10 +837,24 @@ def test_a_directory_is_refused() -> None:
         load_config(".")
 
 
-def test_a_pipe_is_refused_rather_than_waited_for() -> None:
-    os.mkfifo("pipe")
-    with pytest.raises(ConfigError, match=r"^pipe: is not a regular file: give"):
-        load_config("pipe")
+def test_a_socket_is_refused() -> None:
+    os.mknod("socket", stat.S_IFSOCK | 0o600)
+    with pytest.raises(ConfigError, match=r"^socket: is neither a file nor a pipe: give"):
+        load_config("socket")
+
+
+def test_a_pipe_is_read_once() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, CLOWN_CAR.encode())
+    os.close(writing)
+    config = load_config(f"/dev/fd/{reading}")
+    os.close(reading)
+    assert config.source_text == CLOWN_CAR
+
+
+def test_a_pipe_without_end_is_read_to_the_limit() -> None:
+    with pytest.raises(ConfigError, match=r"^/dev/zero: larger than 1 MiB: is this really the YAML file\?$"):
+        load_config("/dev/zero")
 
 
 def test_a_path_through_a_file_is_refused() -> None:

@@ -1,6 +1,7 @@
 """`moeplan routes`, against what transformers computes: of a merge before it is made, and of a finished model."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -291,6 +292,9 @@ def test_why_there_is_no_text_beside_a_finished_model_is_said(checkpoint, merge,
         (out / "moeplan_config.yml").write_text(json.dumps(copy)) if number else (out / "moeplan_config.yml").unlink()
         with pytest.raises(UserError, match=re.escape(said + message)):
             routes_after(out, Options())
+    os.mkfifo(out / "moeplan_config.yml")  # a stranger's, which is not waited for
+    with pytest.raises(UserError, match=re.escape(said + message)):
+        routes_after(out, Options())
 
 
 def test_a_finished_model_without_a_tokenizer_is_to_be_given_one(checkpoint, merge):
