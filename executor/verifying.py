@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -58,54 +58,67 @@ def wrong(
     `on_progress` is told how many bytes were read. Each worker takes two chunks of memory. Raises RunError where a file
     cannot be opened.
     """
-    sums = [0] * len(ranges)
-    differing: set[int] = set()
-    lock, done = Lock(), 0
-    slabs = SlabPool(2 * num_workers, chunk_nbytes + 2 * PAGE)
-
-    def read(file: LocalFile, offset: int, nbytes: int, slab: memoryview) -> memoryview:
-        at = offset % PAGE
-        file.read_into(offset, slab, at, nbytes, cached=False)
-        return slab[at : at + nbytes]
-
-    def check(index: int, first: int, numel: int) -> None:
-        nonlocal done
-        of = ranges[index]
-        begin, nbytes = (first - of.first) * of.itemsize, numel * of.itemsize
-        part, is_same = 0, True
-        slab, other = slabs.take(), slabs.take()
-        try:
-            data = read(files[of.file], of.offset + begin, nbytes, slab)
-            if of.source is None:
-                part = checksum(data, of.itemsize, first, of.head_numel)
-            else:
-                there = read(files[of.source], of.source_offset + begin, nbytes, other)
-                is_same = np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(there, np.uint8))
-        except RunError:
-            is_same = False
-        finally:
-            slabs.give_back(slab)
-            slabs.give_back(other)
-        with lock:
-            sums[index] = (sums[index] + part) % MODULUS
-            if not is_same:
-                differing.add(index)
-            done += nbytes
-
     with ExitStack() as opened, ThreadPoolExecutor(num_workers) as workers:
         paths = _paths(ranges)
         allow_open_files(2 * len(paths))
         files = {path: opened.enter_context(closing(LocalFile(str(path)))) for path in paths}
-        under_way = (workers.submit(check, *chunk) for chunk in _chunks(ranges, chunk_nbytes))
+        reading = _Reading(ranges, files, SlabPool(2 * num_workers, chunk_nbytes + 2 * PAGE))
+        under_way = (workers.submit(reading.check, *chunk) for chunk in _chunks(ranges, chunk_nbytes))
         for chunk in _begun_before(under_way, 2 * num_workers):
             chunk.result()
             if on_progress is not None:
-                on_progress(done)
-    return [
-        index
-        for index, of in enumerate(ranges)
-        if index in differing or (of.source is None and sums[index] != of.checksum)
-    ]
+                on_progress(reading.done_nbytes)
+    return reading.wrong()
+
+
+class _Reading:
+    """Ranges that are read again, chunk by chunk, by several threads; `slabs` has two for each of them."""
+
+    def __init__(self, ranges: Sequence[Range], files: Mapping[Path, LocalFile], slabs: SlabPool) -> None:
+        self._ranges = ranges
+        self._files = files
+        self._slabs = slabs
+        self._lock = Lock()
+        self._sums = [0] * len(ranges)
+        self._differing: set[int] = set()
+        self.done_nbytes = 0
+
+    def check(self, index: int, first: int, numel: int) -> None:
+        """Read `numel` elements of a range, from the stream's element `first` on."""
+        of = self._ranges[index]
+        begin, nbytes = (first - of.first) * of.itemsize, numel * of.itemsize
+        part, is_same = 0, True
+        slab, other = self._slabs.take(), self._slabs.take()
+        try:
+            data = self._read(of.file, of.offset + begin, nbytes, slab)
+            if of.source is None:
+                part = checksum(data, of.itemsize, first, of.head_numel)
+            else:
+                there = self._read(of.source, of.source_offset + begin, nbytes, other)
+                is_same = np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(there, np.uint8))
+        except RunError:
+            is_same = False
+        finally:
+            self._slabs.give_back(slab)
+            self._slabs.give_back(other)
+        with self._lock:
+            self._sums[index] = (self._sums[index] + part) % MODULUS
+            if not is_same:
+                self._differing.add(index)
+            self.done_nbytes += nbytes
+
+    def wrong(self) -> list[int]:
+        """The indices of the ranges that are not what they should be, when all is read."""
+        return [
+            index
+            for index, of in enumerate(self._ranges)
+            if index in self._differing or (of.source is None and self._sums[index] != of.checksum)
+        ]
+
+    def _read(self, path: Path, offset: int, nbytes: int, slab: memoryview) -> memoryview:
+        at = offset % PAGE
+        self._files[path].read_into(offset, slab, at, nbytes, cached=False)
+        return slab[at : at + nbytes]
 
 
 def _begun_before(work: Iterator[Future[None]], count: int) -> Iterator[Future[None]]:
