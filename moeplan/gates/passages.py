@@ -31,6 +31,7 @@ MAX_LINE_NBYTES = 1 << 20
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 TEXT = "text"
+WANTED = f"write a JSON object with a `{TEXT}` on each line"
 
 
 class PassageError(UserError):
@@ -89,36 +90,31 @@ def _plain_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]])
 def _json_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) -> Iterator[str]:
     for begin, end in slices:
         stream.seek(begin)
-        if begin > 0:
-            _line(file, stream)  # from the next one on
-        while stream.tell() < end:
-            at = stream.tell()
-            line = _line(file, stream)
-            if not line:
+        number = 0
+        while (at := stream.tell()) < end:
+            number += 1
+            # Of a file that is not read whole it is not known which line that is.
+            where = f"{file}: line {number:,}" if len(slices) == 1 else f"{file}: the line at byte {at:,}"
+            line = stream.readline(MAX_LINE_NBYTES)
+            if not line:  # the file has become shorter
                 break
+            if len(line) == MAX_LINE_NBYTES:
+                raise PassageError(f"{where} is longer than 1 MiB; {WANTED}")
             if at == 0:
                 line = line.removeprefix(BOM_UTF8)
-            if line.strip():
-                yield _text(f"{file}: the line at byte {at:,}", line)
-
-
-def _line(file: str, stream: BinaryIO) -> bytes:
-    at = stream.tell()
-    line = stream.readline(MAX_LINE_NBYTES)
-    if len(line) == MAX_LINE_NBYTES:
-        raise PassageError(
-            f"{file}: the line at byte {at:,} is longer than 1 MiB; write a JSON object with a `{TEXT}` on each line"
-        )
-    return line
+            if line.strip() and (at == 0 or at > begin):  # another slice begins somewhere in a line
+                yield _text(where, line)
 
 
 def _text(where: str, line: bytes) -> str:
     try:
         text = parse_object(line).get(TEXT)
     except JSONError as error:
-        raise PassageError(f"{where} {error}; write a JSON object with a `{TEXT}` on each line") from None
+        raise PassageError(f"{where} {error}; {WANTED}") from None
+    if text is None:
+        raise PassageError(f"{where} has no `{TEXT}`; {WANTED}")
     if not isinstance(text, str):
-        raise PassageError(f"{where}: `{TEXT}` is {show(text)}; write a JSON object with a `{TEXT}` on each line")
+        raise PassageError(f"{where}: `{TEXT}` is {show(text)}; {WANTED}")
     return text
 
 

@@ -622,7 +622,7 @@ PASSAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda file: file.write_text('{"a":' + "[" * 100_000),
         "is nested more than 64 levels",
     ),
-    "no text": ("text.jsonl", lambda file: file.write_text('{"content":"a"}'), "`text` is None; write a JSON object"),
+    "no text": ("text.jsonl", lambda file: file.write_text('{"content":"a"}'), "line 1 has no `text`; write a JSON"),
     "a text that is a number": ("text.jsonl", lambda file: file.write_text('{"text":1}'), "`text` is 1; write a JSON"),
 }
 
