@@ -14,6 +14,8 @@ _NUMBER = r"\s*(\d{1,20}(?:\.\d{1,20})?)"  # no more digits than arithmetic can 
 _BYTES = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _BYTES |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
+_MEMORY = _BYTES | {letter: 1024**power for power, letter in enumerate("KMGT", 1)}  # as Docker and Slurm have it
+_LEAST_NBYTES = 1 << 20
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -46,8 +48,8 @@ class Options:
     """How to merge. The bytes of the output depend on the `DECISIVE` options alone."""
 
     max_memory: str | int | None = None
-    """The most memory that the process may have resident: bytes, `2GiB`, `512MB`, or a share of all memory, `50%`.
-    None: a safe share of what is available."""
+    """The most memory that the process may have resident: bytes, `2GiB` or `2G`, `512MB`, or a share of all memory,
+    `50%`. None: a safe share of what is available."""
 
     out_shard_size: str | int = "5B"
     """The largest output file: a number of parameters (`5B`, `500M`) or of bytes (`10GB`, `2GiB`)."""
@@ -141,7 +143,11 @@ def memory_nbytes(text: str | int, total_nbytes: int, option: str = "--max-memor
         if not 0 < percent <= 100:
             raise OptionError(f"{option}: {text} is not between 0% and 100%")
         return int(total_nbytes * percent / 100)
-    return _parse(text, _BYTES, option, "such as 2GiB, 512MB or 50%")
+    nbytes = _parse(text, _MEMORY, option, "such as 2GiB, 512MB or 50%")
+    if nbytes < _LEAST_NBYTES and (number := str(text).strip()).isdecimal():
+        meant = f"{number}% or {number}GiB" if nbytes <= 100 else f"{number}MiB"
+        raise OptionError(f"{option}: {number} without a unit is so many bytes; write {meant} if you mean that")
+    return nbytes
 
 
 def shard_nbytes(text: str | int, itemsize: int) -> int:

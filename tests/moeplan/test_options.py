@@ -19,9 +19,13 @@ MACHINE = 64 << 30
         ("1.5 GB", 1_500_000_000),
         (" 300 kb ", 300_000),
         ("1TiB", 1 << 40),
-        ("4096", 4096),
+        ("2G", 2 << 30),
+        ("600m", 600 << 20),
+        ("1.5 t", 3 << 39),
+        ("99000K", 99_000 << 10),
+        ("4194304", 4 << 20),
         ("4096B", 4096),
-        (4096, 4096),
+        (4 << 20, 4 << 20),
         ("50%", MACHINE // 2),
         ("12.5 %", MACHINE // 8),
         ("100%", MACHINE),
@@ -32,7 +36,7 @@ def test_memory_is_a_number_of_bytes_or_a_share_of_the_machine_s(typed, nbytes):
 
 
 @pytest.mark.parametrize(
-    "typed", ["much", "", "2 GiB RAM", "-2GiB", "2GiBs", "1e9", "5M", "%", "nan", -5, True, "9" * 400]
+    "typed", ["much", "", "2 GiB RAM", "-2GiB", "2GiBs", "1e9", "5P", "%", "nan", -5, True, "9" * 400]
 )
 def test_memory_that_is_no_size_is_refused_with_examples(typed):
     with pytest.raises(OptionError, match=r"--max-memory: .* is not a size; write one such as 2GiB, 512MB or 50%"):
@@ -42,6 +46,14 @@ def test_memory_that_is_no_size_is_refused_with_examples(typed):
 @pytest.mark.parametrize("typed", ["0%", "101%", "1000%"])
 def test_a_share_of_the_memory_is_above_0_and_at_most_100_percent(typed):
     with pytest.raises(OptionError, match=f"--max-memory: {typed} is not between 0% and 100%"):
+        memory_nbytes(typed, MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("50", "50% or 50GiB"), (" 8 ", "8% or 8GiB"), (64, "64% or 64GiB"), ("512", "512MiB")]
+)
+def test_a_number_that_is_too_small_for_bytes_is_asked_about(typed, meant):
+    with pytest.raises(OptionError, match=rf"^--max-memory: \d+ without a unit is so many bytes; write {meant} if"):
         memory_nbytes(typed, MACHINE)
 
 
