@@ -69,9 +69,9 @@ class Teller:
     def _tell(self, what: str, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType]) -> None:
         self._data[what] = data
         if not self._as_json and not self._quiet:
-            with self._report.capture() as shown:
-                self._report.print(view(data))
-            with writing_to_stdout():
+            with writing_to_stdout():  # rich writes at the end of what it captures, too: nothing
+                with self._report.capture() as shown:
+                    self._report.print(view(data))
                 self._report.file.write(re.sub(r" +$", "", shown.get(), flags=re.MULTILINE))
 
     def warn_of_too_little_space(self) -> None:

@@ -517,9 +517,12 @@ def test_output_that_nobody_reads_ends_the_command_quietly(config):
 
 
 @pytest.mark.parametrize("args", [["--plan"], ["--plan", "--json"], ["--version"], ["--help"], ["verify", "--help"]])
-def test_output_that_cannot_be_written_is_an_error(config, args):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_an_error(config, args, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    config_of_plan = [config] if args[0] == "--plan" else []
     with open("/dev/full", "w") as full:
-        result = outcome(start(*args, *([config] if args[0] == "--plan" else []), stdout=full))
+        result = outcome(start(*args, *config_of_plan, stdout=full, env=environment))
     assert (result.stderr, result.status) == ("error: standard output: No space left on device\n", 1)
 
 
