@@ -141,22 +141,11 @@ def run(
             read_nbytes=engine.read_nbytes,
             written_nbytes=engine.written_nbytes,
             nbytes_by_path=dict(writer.nbytes) | ({"resumed": n} if (n := work.finished_nbytes) else {}),
-            checksums=_checksums(plan, journal),
+            checksums=journal.finished.checksums(plan),
             seconds=time.monotonic() - started,
             peak_buffer_nbytes=engine.peak_buffer_nbytes,
             peak_resident_nbytes=peak_resident_nbytes(),
         )
-
-
-def _checksums(plan: Plan, journal: Journal) -> dict[FileSink, int]:
-    """Those of whole streams. Of one that an earlier run began, and this one shared, there is a part."""
-    numel: dict[FileSink, int] = {}
-    for step in plan.steps:
-        if isinstance(step, StreamStep):
-            for branch in step.branches:
-                numel |= {sink: step.numel for sink in branch.sinks if isinstance(sink, FileSink)}
-    streams = journal.finished.streams.items()
-    return {content: stream.checksum for content, stream in streams if stream.numel == numel.get(content)}
 
 
 def _check_unchanged(reader: SourceReader, journal: Journal) -> None:

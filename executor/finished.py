@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from executor.checksums import MODULUS
-from planner.plan import FileSink
+from planner.plan import FileSink, Plan, StreamStep
 
 Interval = tuple[int, int]
 """Elements from the first number up to the second."""
@@ -109,6 +109,16 @@ class Finished:
         stream = self.streams[chunk.content]
         stream.count(chunk.numel, chunk.checksum)
         stream.extend(chunk.first, chunk.numel, chunk.sinks)
+
+    def checksums(self, plan: Plan) -> dict[FileSink, int]:
+        """Those of whole streams. Of one that an earlier run began, and a later one shared, there is a part."""
+        numel: dict[FileSink, int] = {}
+        for step in plan.steps:
+            if isinstance(step, StreamStep):
+                for branch in step.branches:
+                    numel |= {sink: step.numel for sink in branch.sinks if isinstance(sink, FileSink)}
+        streams = self.streams.items()
+        return {content: stream.checksum for content, stream in streams if stream.numel == numel.get(content)}
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Lines of a journal that say the same, and as few as can be."""
