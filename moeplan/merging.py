@@ -67,26 +67,12 @@ def merge(
 
     started = time.monotonic()
     options = options or Options()
-    finish_publication(Path(out), overwrite=options.overwrite)
-    hub = hub_of(out, options)
-    try:
-        merge_plan = plan_with(hub, config, out, options)
-    except CapError as error:
-        if runtime_is_known():
-            raise
-        _import(error.cap.packages)  # so that the smallest cap that is named works
-        merge_plan = plan_again(hub, config, out, options)
-    if on_plan is not None:
-        on_plan(merge_plan)
-    if not runtime_is_known():
-        merge_plan = _with_packages_loaded(merge_plan, out)
+    directory = Path(out)
+    finish_publication(directory, overwrite=options.overwrite)
+    merge_plan = _planned(config, directory, options, on_plan)
     fetched_nbytes = merge_plan.download_nbytes
     if fetched_nbytes:
-        known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", PLAN)}
-        check_unfinished(Path(out), known, restart=options.restart, overwrite=options.overwrite)
-        fetch(merge_plan, Path(out), on_progress)
-        merge_plan = _with_sources_here(merge_plan, out)
-    directory = Path(out)
+        merge_plan = _with_sources_here(merge_plan, directory, on_progress)
     made_from = identity(merge_plan)
     with staged(
         directory,
@@ -119,6 +105,23 @@ def merge(
     return MergeResult(directory, result, time.monotonic() - started, of_text)
 
 
+def _planned(
+    config: MergeConfig, out: Path, options: Options, on_plan: Callable[[MergePlan], None] | None
+) -> MergePlan:
+    """The plan, by what the libraries that the run uses take here; `on_plan` is told of it before they are imported."""
+    hub = hub_of(out, options)
+    try:
+        merge_plan = plan_with(hub, config, out, options)
+    except CapError as error:
+        if runtime_is_known():
+            raise
+        _import(error.cap.packages)  # so that the smallest cap that is named works
+        merge_plan = plan_again(hub, config, out, options)
+    if on_plan is not None:
+        on_plan(merge_plan)
+    return merge_plan if runtime_is_known() else _with_packages_loaded(merge_plan, out)
+
+
 @contextmanager
 def _advising() -> Iterator[None]:
     """Within, a weight that the output's dtype has no place for is told with what to do in the YAML."""
@@ -134,7 +137,7 @@ def _import(packages: tuple[str, ...]) -> None:
         import_module(package)
 
 
-def _with_packages_loaded(merge_plan: MergePlan, out: str | Path) -> MergePlan:
+def _with_packages_loaded(merge_plan: MergePlan, out: Path) -> MergePlan:
     """Import what the run will use; plan anew where that takes more memory here than was reckoned with."""
     _import(merge_plan.memory.packages)
     taken = memory_cap(None, ()).process_nbytes
@@ -143,8 +146,12 @@ def _with_packages_loaded(merge_plan: MergePlan, out: str | Path) -> MergePlan:
     return plan_again(merge_plan.hub, merge_plan.config, out, merge_plan.options)
 
 
-def _with_sources_here(merge_plan: MergePlan, out: str | Path) -> MergePlan:
-    """Plan anew where weights have been fetched; else only the base's files have."""
+def _with_sources_here(merge_plan: MergePlan, out: Path, on_progress: Callable[[Progress], None] | None) -> MergePlan:
+    """Fetch what is to be downloaded, unless another merge is in the way in `out`. Plan anew where weights have been
+    fetched; else only the base's files have."""
+    known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", PLAN)}
+    check_unfinished(out, known, restart=merge_plan.options.restart, overwrite=merge_plan.options.overwrite)
+    fetch(merge_plan, out, on_progress)
     if merge_plan.downloads:
         return plan_again(merge_plan.hub, merge_plan.config, out, merge_plan.options)
     # Only what is copied was missing, so it is to be copied.
