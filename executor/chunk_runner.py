@@ -30,7 +30,7 @@ class ChunkRunner:
     writer: ShardWriter
     tensors: WholeTensors
     journal: Journal
-    torch: TorchThreads
+    torch_threads: TorchThreads
     check_sources: bool
 
     def run(self, slab: memoryview, step: StreamStep, piece: Piece) -> tuple[int, int]:
@@ -41,7 +41,7 @@ class ChunkRunner:
         chunk, scratch = cut(slab, nbytes, at)
         read = written = 0
         if step.factors():
-            self.torch.use_one()
+            self.torch_threads.use_one()
         match root:
             case FileRoot(source, offset):
                 offset += piece.first * root.dtype.itemsize
@@ -68,7 +68,7 @@ class ChunkRunner:
         return read, written
 
     def copy(self, slab: memoryview, alias: Alias, begin: int, nbytes: int) -> tuple[int, int]:
-        """Copy a part of what an alias could not share; returns the same."""
+        """Copy a part of what an alias could not share; returns what `run` does, with no bytes read."""
         self.writer.read_back(alias.origin.shard, alias.origin.offset + begin, slab[:nbytes])
         self.writer.write(alias.target.shard, alias.target.offset + begin, slab[:nbytes])
         return 0, nbytes

@@ -37,20 +37,20 @@ class KernelRunner:
         result_keys: Mapping[int, str],
         tensors: WholeTensors,
         journal: Journal,
-        torch: TorchThreads,
+        torch_threads: TorchThreads,
         workers: Executor,
     ) -> None:
         self._kernels = kernels
         self._result_keys = result_keys
         self._tensors = tensors
         self._journal = journal
-        self._torch = torch
+        self._torch_threads = torch_threads
         self._workers = workers
 
     def prepare(self, step: KernelStep, read_into: ReadInto, check: Callable[[], None]) -> Callable[[], None]:
         """Allocate what the kernel fills and uses; returns what runs it. Each of its blocks comes by `read_into`, and
         `check` is called before: what that raises ends it."""
-        self._torch.use_all()
+        self._torch_threads.use_all()
         inputs = [self._view(view) for view in step.inputs]
         output = self._view(step.output)
 
@@ -82,7 +82,7 @@ class KernelRunner:
             [self._matrix(view, read_into) for view in step.weights],
             workers=self._workers,
             blocks=step.workers,
-            threads=self._torch.count,
+            threads=self._torch_threads.count,
             block_nbytes=step.block_nbytes,
             check=check,
         )
@@ -97,7 +97,7 @@ class KernelRunner:
                 return MeanMatrix(view.shape, view.dtype, parts, read_into)
 
     def _view(self, view: BufferView) -> torch.Tensor | chunk_ops.Array:
-        if self._torch.uses_torch:
+        if self._torch_threads.uses_torch:
             return self._tensor(view)
         memory = self._tensors.get(view.buffer)
         return chunk_ops.as_array(memory, view.dtype, len(memory) // view.dtype.itemsize).reshape(view.shape)

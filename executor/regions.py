@@ -11,6 +11,7 @@ from planner.layout import PAGE
 
 def cut(memory: memoryview, nbytes: int, at: int = 0) -> tuple[memoryview, memoryview]:
     """`nbytes` of `memory`, from byte `at` of its first page on, and what is left from the next page on."""
+    assert at + nbytes <= len(memory), "a region would be cut short"
     return memory[at : at + nbytes], memory[_whole_pages(at + nbytes) :]
 
 

@@ -133,7 +133,8 @@ class Branch:
 class StreamStep:
     """Read `numel` elements once, in chunks of `chunk_numel`, and run each chunk through every branch.
 
-    The first block has `head_numel` elements, every other one `planner.expr.BLOCK`; chunks are whole blocks.
+    The first block has `head_numel` elements, every other one `planner.expr.BLOCK`; chunks are whole blocks. `frees`
+    are the buffers that nothing needs afterwards.
     """
 
     root: Root
@@ -261,7 +262,8 @@ class Plan:
 
     @property
     def tensors_nbytes(self) -> int:
-        """What of the peak is left for whole tensors, whichever kernel runs."""
+        """Bytes that whole tensors may take at any time, and keep within the peak: what is left beside the pool and the
+        most that a kernel's workspace and blocks take."""
         beside = max((step.workspace_nbytes + step.blocks_nbytes for step in self.kernels), default=0)
         return self.peak_nbytes - self.pool.nbytes - beside
 
