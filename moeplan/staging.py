@@ -74,13 +74,16 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
     if os.path.lexists(partial) and not partial.is_dir():
         raise OutputError(f"{partial}: is no directory, and an unfinished merge would be there; move it away")
     held -= set(read_publishing(partial))
-    if held and not overwrite:
-        instead = ", or --overwrite to replace the model in it" if CONFIG in held else ""
-        raise OutputError(f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one{instead}")
     if ADAPTER_CONFIG in held:
         raise OutputError(
             f"{directory}: holds an adapter ({ADAPTER_CONFIG}), which transformers would put on the merged model; give "
             "another directory, or move the adapter away"
+        )
+    if held and not overwrite:
+        instead = "replace the model in it" if CONFIG in held else "write beside that (--plan says what it replaces)"
+        raise OutputError(
+            f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one, or --overwrite to "
+            f"{instead}"
         )
 
 

@@ -159,7 +159,10 @@ def test_a_directory_that_holds_something_is_refused_and_stays_as_it_is(config, 
     for args in ([], ["--plan"]):
         result = moeplan(config, out, *args)
         assert result.status == 2
-        assert result.error == f"{out}: the directory is not empty (precious.txt); give a new or an empty one"
+        assert result.error == (
+            f"{out}: the directory is not empty (precious.txt); give a new or an empty one, or --overwrite to write "
+            "beside that (--plan says what it replaces)"
+        )
         assert snapshot(out) == {"precious.txt": b"mine"}
 
 

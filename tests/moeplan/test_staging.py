@@ -50,19 +50,21 @@ def test_a_new_and_an_empty_directory_may_be_written_to(tmp_path):
 
 def test_a_directory_that_holds_something_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").touch()
-    message = r"the directory is not empty \({}\); give a new or an empty one{}$"
-    with pytest.raises(OutputError, match=message.format(r"notes\.txt", "")):
+    message = r"the directory is not empty \({}\); give a new or an empty one, or --overwrite to {}"
+    with pytest.raises(OutputError, match=message.format(r"notes\.txt", r"write beside that \(--plan says ")):
         check_output(tmp_path)
+    check_output(tmp_path, overwrite=True)
     (tmp_path / "config.json").touch()
-    with pytest.raises(OutputError, match=message.format("config.json", ", or --overwrite to replace the model in it")):
+    with pytest.raises(OutputError, match=message.format(r"config\.json", "replace the model in it$")):
         check_output(tmp_path)
     check_output(tmp_path, overwrite=True)
 
 
-def test_an_adapter_s_directory_is_refused_since_the_adapter_would_be_put_on_the_merged_model(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_adapter_s_directory_is_refused_since_the_adapter_would_be_put_on_the_merged_model(tmp_path, overwrite):
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(OutputError, match=r"holds an adapter \(adapter_config\.json\), .*or move the adapter away$"):
-        check_output(tmp_path, overwrite=True)
+        check_output(tmp_path, overwrite=overwrite)
 
 
 def test_a_link_to_what_is_not_there_is_refused_with_where_it_leads(tmp_path):
