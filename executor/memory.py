@@ -39,10 +39,11 @@ def give_back_what_is_freed() -> None:
     """Have the heap return large allocations to the system when they are freed. Only glibc's does otherwise.
 
     By itself it learns to keep what is often freed, up to 32 MiB a piece, and activations, of many sizes, tear holes
-    into what it keeps: then a model of more layers takes more memory. See mallopt(3), M_MMAP_THRESHOLD and
-    M_TRIM_THRESHOLD.
+    into what it keeps: then a model of more layers takes more memory. Nor may threads have heaps of their own, each of
+    which keeps some of what its threads freed. See mallopt(3), M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-3, LARGE_NBYTES)
         mallopt(-1, KEPT_NBYTES)
+        mallopt(-8, 1)

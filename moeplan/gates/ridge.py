@@ -268,7 +268,7 @@ def fit(seen: torch.Tensor, tokens: _Tokens, form: _Form) -> torch.Tensor:
     rows = torch.from_numpy(tokens.rows)
 
     def panel(part: slice, tile: slice) -> torch.Tensor:
-        return seen[rows[part], tile].double() * roots[part]
+        return seen[rows[part], tile].double().mul_(roots[part])
 
     if form.is_dual:
         scaled = seen[rows].double().mul_(roots)

@@ -119,6 +119,33 @@ MEASURED = (
     "from moeplan.__main__ import main; main()"
 )
 
+THREADS_THAT_FREE = """
+from threading import Barrier, Thread
+
+import numpy as np
+
+from executor.memory import give_back_what_is_freed, resident_nbytes
+
+give_back_what_is_freed()
+together = Barrier(8)
+
+
+def compute():
+    together.wait()
+    arrays = [np.ones(3 << 20, np.uint8) for _ in range(5)]
+    together.wait()
+    del arrays
+
+
+before = resident_nbytes()
+threads = [Thread(target=compute) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print((resident_nbytes() - before) >> 20)
+"""
+
 # Stands in for a build of torch that takes more memory than the one that the numbers in `moeplan.memory` are of.
 LARGER_TORCH = (
     "from moeplan import memory, merging\n"
@@ -188,6 +215,13 @@ def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode
     peak = int(re.fullmatch(r"peak (\d+) KiB\n", merged.stdout)[1]) / 1024
     # How much of a library is resident depends on the page cache, by 110 MiB: whether it is mapped in pages of 2 MiB.
     assert 0.5 * smallest < peak <= smallest
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
+def test_threads_keep_nothing_of_what_they_freed():
+    ran = outcome(start(code=THREADS_THAT_FREE))
+    assert ran.status == 0, ran.stderr
+    assert int(ran.stdout) < 24  # MiB, of which the heap may keep 16; 8 threads had 120
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
