@@ -93,6 +93,11 @@ def _family_name(text: str) -> str:
     return text
 
 
+def _without_torch(name: Any) -> Any:
+    """`bfloat16`, also where that is spelt `torch.bfloat16`, as mergekit takes it."""
+    return name.removeprefix("torch.") if isinstance(name, str) else name
+
+
 def _refuse_true(expected: Literal["int_type", "float_type"]) -> BeforeValidator:
     """Numbers are read as mergekit's pydantic reads them, in quotes, too, and 2.0 as 2. Only true is no 1."""
 
@@ -162,7 +167,7 @@ class MergeConfig(BaseModel):
     gate_mode: ModeName = "hidden"
     ridge: Ridge = 0.1
     gate_tokens: Whole = 4096
-    dtype: DTypeName | None = None
+    dtype: Annotated[DTypeName | None, BeforeValidator(_without_torch)] = None
     experts_per_token: Whole = 2
     architecture: FamilyName | None = None
     backbone: Backbone = "base"

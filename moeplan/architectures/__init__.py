@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from moeplan.architectures.attention import CannotHoldError, attention_settings
@@ -42,8 +43,8 @@ def choose(config: MergeConfig, models: Sequence[DenseModel]) -> list[Family]:
     The base stands first in `models`. Raises ConfigError, saying for each family why not and what to change, where
     there is none; CheckpointError for a base that no family could hold.
     """
-    named = (config.architecture or "").lower()
-    candidates = [family for family in FAMILIES if any(name.lower().startswith(named) for name in family.names)]
+    named = config.architecture or ""
+    candidates = [family for family in FAMILIES if any(_plain(name).startswith(_plain(named)) for name in family.names)]
     if not candidates:
         known = ", ".join(family.name for family in FAMILIES)
         raise ConfigError(f"{config.where('architecture')}: there is no output family {named!r}; there are {known}")
@@ -53,6 +54,11 @@ def choose(config: MergeConfig, models: Sequence[DenseModel]) -> list[Family]:
         table = "".join(f"\n  {family.name:<20} {reason}" for family, reason in reasons)
         raise ConfigError(f"{config.where('experts')}: no output family fits these models:{table}")
     return fitting
+
+
+def _plain(name: str) -> str:
+    """A family's name, however it is spelt: `Qwen2 MoE`, `qwen2_moe`, `qwen2-moe`."""
+    return re.sub(r"[-_ ]", " ", name.lower())
 
 
 def _why_not(family: Family, config: MergeConfig, models: Sequence[DenseModel]) -> str | None:

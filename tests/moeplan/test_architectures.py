@@ -52,6 +52,9 @@ def refusal(plan, path, **settings) -> str:
         ("llama", "deepseek", "DeepSeek MoE"),
         ("llama", "DeepSeek MoE", "DeepSeek MoE"),
         ("llama", "deep", "DeepSeek MoE"),
+        ("llama", "DeepSeek_MoE", "DeepSeek MoE"),
+        ("llama", "deepseek-m", "DeepSeek MoE"),
+        ("qwen3", "qwen3_moe", "Qwen3 MoE"),
         ("qwen3", "qwen3", "Qwen3 MoE"),
         ("qwen3", "Qwen3 MoE", "Qwen3 MoE"),
         ("qwen3", "qwen", "Qwen3 MoE"),  # a prefix of both Qwens' names: the one that fits
@@ -63,14 +66,16 @@ def test_a_family_is_chosen_by_its_name_or_the_beginning_of_it(source, architect
     assert plan(path, [path] * 2, architecture=architecture).family.name == family
 
 
-@pytest.mark.parametrize("architecture", ["qwen", "Qwen MoE", "QWEN MOE", "qwen2", "Qwen2 MoE"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen", "Qwen MoE", "QWEN MOE", "qwen2", "Qwen2 MoE", "qwen2_moe", "qwen-moe"]
+)
 @pytest.mark.parametrize("source", ["llama", "qwen2"])
 def test_qwen2_moe_goes_by_the_name_that_mergekit_gives_it_too(source, architecture, checkpoint, plan):
     path = checkpoint(f"{source}-plain")
     assert plan(path, [path] * 2, architecture=architecture, **shared(path)).family.name == "Qwen2 MoE"
 
 
-@pytest.mark.parametrize("architecture", ["oqwen", "moe", "mixtral 8x7b", "qwen2_moe", " "])
+@pytest.mark.parametrize("architecture", ["oqwen", "moe", "mixtral 8x7b", "Mixtral_8x7B", "qwen2__moe", " "])
 def test_what_is_no_beginning_of_a_name_is_refused_with_all_names(architecture, checkpoint, plan):
     path = checkpoint("llama-plain")
     message = refusal(plan, path, architecture=architecture)

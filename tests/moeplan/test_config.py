@@ -537,6 +537,12 @@ def test_half_a_surrogate_pair_is_refused(where: str) -> None:
     )
 
 
+def test_a_dtype_may_be_spelt_as_torch_s() -> None:
+    config = load(CLOWN_CAR + "dtype: torch.bfloat16\n")
+    assert config == load(CLOWN_CAR + "dtype: bfloat16\n")
+    assert config.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
@@ -544,7 +550,7 @@ def test_half_a_surrogate_pair_is_refused(where: str) -> None:
         ("BF16", "bfloat16"),
         ("BFloat16", "bfloat16"),
         ("bfloat_16", "bfloat16"),
-        ("torch.bfloat16", "bfloat16"),
+        ("torch.bf16", "bfloat16"),
         ("fp16", "float16"),
         ("f16", "float16"),
         ("half", "float16"),
