@@ -66,7 +66,11 @@ FLAGS = (
     Flag(("-v",), Fate.WORKS, "lists the output's files, and shows the traceback of an error; once is enough"),
     Flag(("--quiet", "--no-quiet"), Fate.WORKS, "says only what went wrong; no warnings either"),
     Flag(("--cuda", "--no-cuda"), Fate.WORKS, "as --device cuda, or not"),
-    Flag(("--device",), Fate.WORKS, "cpu, cuda, cuda:N or auto: where the base is evaluated; by default on the CPU"),
+    Flag(
+        ("--device",),
+        Fate.WORKS,
+        "cpu, cuda, cuda:N or auto (mps and xpu are refused): where the base is evaluated; by default on the CPU",
+    ),
     Flag(("--low-cpu-memory",), Fate.UNNEEDED, "results are streamed to the disk, within --max-memory"),
     Flag(("--no-low-cpu-memory",), Fate.WORKS, "nothing is kept on an accelerator"),
     Flag(("--lazy-unpickle", "--no-lazy-unpickle"), Fate.UNNEEDED, "weights are always read lazily, range by range"),
