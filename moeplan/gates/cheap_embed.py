@@ -48,7 +48,7 @@ def routers(request: GateRequest) -> list[Opaque]:
 
 
 def cheap_embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """From the embedding rows `[num_tokens, hidden_size]` to a router `[num_experts, hidden_size]`."""
+    """From the embedding rows `[num_tokens, hidden_size]` to a router `[num_rows, hidden_size]`."""
     import torch
 
     rows = inputs[0].float()

@@ -23,22 +23,25 @@ if TYPE_CHECKING:
 def routers(request: GateRequest) -> list[Opaque]:
     """A router for each layer, each from the hidden states that enter it."""
     evaluation = Evaluation.of(request)
+    positive, negative = evaluation.used(evaluation.positive), evaluation.used(evaluation.prompts.negative)
     params = json.dumps(
         {
             "lengths": evaluation.prompts.lengths,
             "mean": request.mode == "hidden_avg",
-            "positive": evaluation.used(evaluation.positive),
-            "negative": evaluation.used(evaluation.prompts.negative),
+            "positive": positive,
+            "negative": negative,
         }
     )
+    most_prompts = max(map(len, (evaluation.lengths, *positive, *negative)))
+    workspace = 3 * 4 * most_prompts * request.base.model.hidden_size
     return [
-        Opaque("hidden", params, (stream,), DType.F32, request.router_shape, 2 * stream.nbytes)
+        Opaque("hidden", params, (stream,), DType.F32, request.router_shape, workspace)
         for stream in evaluation.entering()
     ]
 
 
 def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """From the residual stream `[num_tokens, hidden_size]` to a router `[num_experts, hidden_size]`."""
+    """From the residual stream `[num_tokens, hidden_size]` to a router `[num_rows, hidden_size]`."""
     import torch
 
     prompts = torch.split(inputs[0], params["lengths"])

@@ -149,6 +149,15 @@ def test_the_masks_of_a_group_of_prompts_are_counted(checkpoint, plan, tmp_path)
             assert step.workspace_nbytes - other.workspace_nbytes == masks_nbytes
 
 
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
+def test_what_rows_are_made_in_is_counted_by_the_prompt_not_by_the_token(mode, checkpoint, plan):
+    source = checkpoint("llama-plain")
+    experts = [{"source_model": source, "positive_prompts": [word * 199]} for word in ("1", "2")]
+    steps = plan(source, experts, gate_mode=mode).plan.kernels
+    workspaces = {step.workspace_nbytes for step in steps if step.kernel == "hidden"}
+    assert workspaces == {3 * 4 * 2 * 64}  # of two prompts, float32
+
+
 MANY = [" ".join(["go"] * length) for length in range(1, 61)] + ["", "x", "Guten Tag", "yes, " * 40]
 
 
