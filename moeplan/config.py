@@ -81,6 +81,20 @@ def _model_reference(text: str) -> str:
     return text
 
 
+def _in_one_string(reference: Any) -> Any:
+    """`MODEL@REVISION+ADAPTER`, also where that is `{model: {path: …, revision: …}, lora: …}`, as mergekit takes it."""
+    if not isinstance(reference, Mapping) or not {"model"} <= set(reference) <= {"model", "lora"}:
+        return reference
+    parts = []
+    for part in (reference["model"], reference.get("lora")):
+        given = part if isinstance(part, Mapping) else {"path": part}
+        words = [given.get("path"), given.get("revision")]
+        if not set(given) <= {"path", "revision"} or not all(word is None or isinstance(word, str) for word in words):
+            return reference
+        parts.append("@".join(filter(None, words)))
+    return "+".join(filter(None, parts))
+
+
 def _file_name(text: str) -> str:
     if not text or "\0" in text or len(text) > _MAX_NAME:
         raise PydanticCustomError("rule", "names no file: write the path of a file of text")
@@ -112,7 +126,7 @@ def _refuse_true(expected: Literal["int_type", "float_type"]) -> BeforeValidator
 Whole = Annotated[int, _refuse_true("int_type")]
 Real = Annotated[float, Field(allow_inf_nan=False), _refuse_true("float_type")]
 Text = Annotated[str, Field(strict=True), AfterValidator(_encodable)]
-ModelReference = Annotated[Text, AfterValidator(_model_reference)]
+ModelReference = Annotated[Text, BeforeValidator(_in_one_string), AfterValidator(_model_reference)]
 FileName = Annotated[Text, AfterValidator(_file_name)]
 FamilyName = Annotated[Text, AfterValidator(_family_name)]
 NoiseScale = Annotated[Real, Field(ge=0, le=_FLOAT32_MAX)]

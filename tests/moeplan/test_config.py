@@ -491,11 +491,27 @@ def test_experts_per_token_that_is_no_whole_number_is_refused(typed: str, shown:
     )
 
 
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("{model: {path: x}}", "x"),
+        ("{model: {path: org/x, revision: v2}, lora: null}", "org/x@v2"),
+        ("{lora: {path: y, revision: null}, model: x}", "x+y"),
+        ("{model: x@v1, lora: {path: y, revision: v2}}", "x@v1+y@v2"),
+    ],
+)
+def test_a_model_reference_may_be_a_mapping_as_mergekit_writes_it(typed: str, text: str) -> None:
+    assert load(CLOWN_CAR.replace("source_model: german", f"source_model: {typed}")).experts[1].source_model == text
+
+
+@pytest.mark.parametrize(
+    "typed", ["{}", "{path: x}", "{model: {path: 1}}", "{model: {name: x}}", "{model: x, dtype: y}"]
+)
 @pytest.mark.parametrize("key", ["base_model", "source_model"])
-def test_a_model_reference_that_is_a_mapping_is_refused(key: str) -> None:
+def test_a_model_reference_that_is_another_mapping_is_refused(key: str, typed: str) -> None:
     value = {"base_model": "base", "source_model": "german"}[key]
     line, path = {"base_model": (1, key), "source_model": (6, f"experts[1].{key}")}[key]
-    assert refusal(CLOWN_CAR.replace(f"{key}: {value}", f"{key}: {{model: {{path: x}}}}")) == (
+    assert refusal(CLOWN_CAR.replace(f"{key}: {value}", f"{key}: {typed}")) == (
         f"config.yml:{line}: {path}: must be text, not a mapping: write the path of the model as one string"
     )
 
