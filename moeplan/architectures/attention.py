@@ -59,13 +59,15 @@ def attention_settings(family: Family, base: DenseModel) -> dict[str, Any]:
 
 
 def _sliding_window(family: Family, base: DenseModel) -> dict[str, Any]:
+    base.check_windows()
     path, windows = base.checkpoint.config_file, set(base.windows())
     if windows == {None}:
         return {"sliding_window": None}
     if family.windowed is None:
+        beside = " and remove layer_types" if base.settings.get("layer_types") is not None else ""
         raise CannotHoldError(
             f"{path}: attention has a sliding window of {base.settings['sliding_window']} tokens, and "
-            f"{family.name} has none; set sliding_window to null there if the model is used without it"
+            f"{family.name} has none; set sliding_window to null{beside} there if the model is used without it"
         )
     if len(windows) > 1:
         raise CannotHoldError(

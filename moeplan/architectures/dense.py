@@ -166,7 +166,7 @@ class DenseModel:
         The rules are those of the configuration classes in transformers 5 (configuration_qwen2.py and others).
         """
         given = self.settings
-        if given.get("sliding_window") is None or not given.get("use_sliding_window", True):
+        if not self._has_window:
             return [None] * self.num_layers
         window = self.checkpoint.integer("sliding_window", default=given["sliding_window"])
         kinds = given.get("layer_types")
@@ -176,6 +176,19 @@ class DenseModel:
         if "max_window_layers" in given:  # which not every family has, though a config.json may name it
             first = self.checkpoint.integer("max_window_layers", default=given["max_window_layers"], minimum=0)
         return [window if layer >= first else None for layer in range(self.num_layers)]
+
+    @property
+    def _has_window(self) -> bool:
+        """Whether there is one in any layer that `layer_types` may give it."""
+        return self.settings.get("sliding_window") is not None and self.settings.get("use_sliding_window", True)
+
+    def check_windows(self) -> None:
+        """Raises CheckpointError where layers are to have a window, and there is none: no reader can evaluate that."""
+        if not self._has_window and "sliding_attention" in (self.settings.get("layer_types") or []):
+            raise CheckpointError(
+                f"{self.checkpoint.config_file}: layer_types names sliding_attention, and no sliding window is in "
+                "force; remove layer_types if the model is used without one"
+            )
 
     def specs(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
         """Each tensor that the family has: its name, its spec, its layer if it is in one; layer after layer."""

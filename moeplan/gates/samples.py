@@ -55,6 +55,7 @@ def _passages(number: int, count: int, request: GateRequest) -> Opaque:
         raise PromptError(place, f"{model.label} has a context of no more than {TOKENS} tokens, which passages have")
     try:
         model.check_tensors()
+        model.check_windows()
     except CheckpointError as error:
         raise PromptError(place, f"{error}; passages are drawn from the whole model") from error
     if unknown := model.unknown_tensors():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from families import CASES, OUTPUTS, Case, plain_recipe
+from models import RECIPES
 from transformers import AutoConfig, PretrainedConfig
 
 from moeplan import gates
@@ -313,6 +314,34 @@ def test_what_a_family_cannot_hold_is_refused_not_dropped(recipe, output, messag
     case = next(case for case in CASES if case.output == output)
     with pytest.raises(UserError, match=message):
         plan(path, [path] * 2, **case.settings(path))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "off"),
+    [
+        ("mistral-window-by-layer", {"sliding_window": None}),
+        ("qwen3-window-by-layer", {"sliding_window": None}),
+        ("qwen3-window-by-layer", {"use_sliding_window": False}),
+    ],
+)
+def test_layers_that_are_to_have_a_window_where_none_is_in_force_are_refused(recipe, off, checkpoint, plan, tmp_path):
+    path = shutil.copytree(checkpoint(recipe), tmp_path / "source")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512, **off}))
+    case = next(case for case in CASES if case.source == RECIPES[recipe].family)
+    message = "config.json: layer_types names sliding_attention, and no sliding window is in force; remove layer_types"
+    with pytest.raises(UserError, match=message):
+        plan(path, [path] * 2, **case.settings(path))
+    whole = checkpoint(recipe)
+    experts = [*prompted(whole, 1), {"source_model": path, "positive_samples": 1}]
+    with pytest.raises(UserError, match=f"{message}.*passages are drawn from the whole model"):
+        plan(whole, experts, **case.settings(whole), gate_mode="ridge")
+
+
+def test_what_turns_a_window_off_says_what_else_must_go(checkpoint, plan):
+    path = checkpoint("mistral-window-by-layer")
+    with pytest.raises(UserError, match="set sliding_window to null and remove layer_types there"):
+        plan(path, [path] * 2, architecture="deepseek")
 
 
 @pytest.mark.parametrize("output", ["deepseek", "qwen2-moe"])
