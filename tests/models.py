@@ -208,7 +208,7 @@ def save_checkpoint(recipe: Recipe, path: Path, seed: int) -> None:
     # A copy, because transformers 5 adds to the RoPE parameters that it is given.
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.family, **deepcopy(config)))
     generator = torch.Generator().manual_seed(seed)
-    std = 1.6 / config["hidden_size"] ** 0.5  # so that wide models do not drown in their own rounding
+    std = 0.2 * min(1, 64 / config["hidden_size"]) ** 0.5  # so that wide models do not drown in their own rounding
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=std, generator=generator)
