@@ -109,7 +109,7 @@ def _setting(model: DenseModel, key: str) -> Any:
     RoPE's base may stand among the other parameters of RoPE.
     """
     given = given_rope(model)
-    if key == "rope_theta" and isinstance(given, dict) and key in given:
+    if key == "rope_theta" and isinstance(given, dict) and given.get(key) is not None:
         return given[key]
     if key == "rope_scaling":
         return rope(model)[1]

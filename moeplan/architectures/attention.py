@@ -80,14 +80,15 @@ def _sliding_window(family: Family, base: DenseModel) -> dict[str, Any]:
 def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     """RoPE's base and its scaling parameters, from either spelling, as transformers 5 reads them.
 
-    The scaling has a `rope_type`, `default` where there is none. Raises CheckpointError for what no merged model could
-    hold: an unknown type, types that differ between layers, rotation of a part of each head.
+    The scaling has a `rope_type`, `default` where there is none, and nothing that is null: transformers takes some
+    nulls for no value, and stumbles over others. Raises CheckpointError for what no merged model could hold: an unknown
+    type, types that differ between layers, rotation of a part of each head.
     """
     config, path = model.checkpoint.config, model.checkpoint.config_file
     given = given_rope(model)
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise CheckpointError(f"{path}: rope parameters that differ between layers cannot be carried over")
-    scaling = dict(given)
+    scaling = {key: value for key, value in given.items() if value is not None}
     rope_type = scaling.pop("type", "default")
     scaling = {"rope_type": scaling.pop("rope_type", rope_type), **scaling}
     if scaling["rope_type"] not in ROPE_TYPES:
@@ -101,7 +102,7 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     # Beside the scaling it counts for more than in it, in transformers 5.
     if scaling["rope_type"] != "default" and config.get(ORIGINAL_CONTEXT) is not None:
         scaling[ORIGINAL_CONTEXT] = config[ORIGINAL_CONTEXT]
-    theta = scaling.pop("rope_theta", None) or model.settings["rope_theta"]
+    theta = scaling.pop("rope_theta", model.settings["rope_theta"])
     if not is_number(theta, 0) or theta == 0:
         raise CheckpointError(f"{path}: rope_theta is {show(theta)}; it must be a number above 0, up to {MAX_NUMBER:g}")
     _check_scaling(model, scaling)
@@ -116,11 +117,11 @@ def given_rope(model: DenseModel) -> Any:
 
 def _check_scaling(model: DenseModel, scaling: dict[str, Any]) -> None:
     path, rope_type = model.checkpoint.config_file, scaling["rope_type"]
-    missing = [key for key in _SCALING_NEEDS[rope_type] if scaling.get(key) is None]
+    missing = [key for key in _SCALING_NEEDS[rope_type] if key not in scaling]
     if missing:
         raise CheckpointError(f"{path}: RoPE scaling of type {rope_type!r} has no {missing[0]}")
     for key, value in scaling.items():
-        if key == "rope_type" or value is None:
+        if key == "rope_type":
             continue
         if key in ("short_factor", "long_factor"):
             count = model.sizes["head_dim"] // 2

@@ -405,6 +405,17 @@ def test_no_setting_of_a_source_is_taken_whatever_it_is(family, checkpoint, tmp_
             settings_of(source)
 
 
+def test_a_rope_parameter_that_is_null_is_as_one_that_is_not_there(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("llama-rope-longrope"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config[attention.ORIGINAL_CONTEXT]
+    nulls = {attention.ORIGINAL_CONTEXT: None, "rope_theta": None, "factor": None}
+    (source / "config.json").write_text(json.dumps(config))
+    found = settings_of(source)[1]
+    (source / "config.json").write_text(json.dumps(config | {"rope_scaling": config["rope_scaling"] | nulls}))
+    assert settings_of(source)[1] == found
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
 def test_no_setting_of_an_output_family_is_left_to_its_default_and_none_is_misspelt(case, checkpoint, plan):
     path = checkpoint(plain_recipe(case))

@@ -221,6 +221,7 @@ def test_an_expert_layout_that_the_family_lacks_is_refused(refused):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the merged model rotates whole heads"),
         ({"rope_theta": "big"}, "rope_theta is 'big'; it must be a number above 0"),
         ({"rope_theta": 0}, "rope_theta is 0; it must be a number above 0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0; it must be a number above 0"),
     ],
 )
 def test_rope_that_the_merged_model_would_compute_otherwise_is_refused(models, refused, changes, message):
