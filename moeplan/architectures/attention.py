@@ -47,13 +47,10 @@ def attention_settings(family: Family, base: DenseModel) -> dict[str, Any]:
             f"{path}: RoPE scaling is of type {scaling['rope_type']!r}, and {family.name} has only "
             f"{', '.join(family.rope_types)}"
         )
-    # For longrope transformers 4 looks for it beside the scaling.
-    is_beside = scaling["rope_type"] == "longrope" and ORIGINAL_CONTEXT in scaling
     return {
         "rope_theta": theta,
         "rope_scaling": {"type": scaling["rope_type"], **scaling} if scaling["rope_type"] != "default" else None,
-        "rope_parameters": {"rope_theta": theta, **scaling},
-        **({ORIGINAL_CONTEXT: scaling[ORIGINAL_CONTEXT]} if is_beside else {}),
+        **rope_parameters(base),
         **_sliding_window(family, base),
     }
 
@@ -107,6 +104,17 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
         raise CheckpointError(f"{path}: rope_theta is {show(theta)}; it must be a number above 0, up to {MAX_NUMBER:g}")
     _check_scaling(model, scaling)
     return float(theta), scaling
+
+
+def rope_parameters(model: DenseModel) -> dict[str, Any]:
+    """The settings that give RoPE in the spelling of transformers 5. Raises what `rope` does."""
+    theta, scaling = rope(model)
+    # For longrope transformers 4 looks for it beside the scaling.
+    is_beside = scaling["rope_type"] == "longrope" and ORIGINAL_CONTEXT in scaling
+    return {
+        "rope_parameters": {"rope_theta": theta, **scaling},
+        **({ORIGINAL_CONTEXT: scaling[ORIGINAL_CONTEXT]} if is_beside else {}),
+    }
 
 
 def given_rope(model: DenseModel) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from executor.regions import block_nbytes
+from moeplan.architectures.attention import rope_parameters
 from moeplan.architectures.dense import DenseModel
 from moeplan.errors import MoeplanWarning
 from moeplan.tensor_names import LAYER
@@ -61,8 +62,11 @@ def layer_weights(
 
 
 def model_params(model: DenseModel, trust_remote_code: bool, otherwise: str = RUNS_CODE) -> dict[str, Any]:
-    """What the kernels know a model by. Code that it brings with it is run where that is trusted, and warned about
-    `otherwise`: transformers has a model of the same type, which need not be the same model."""
+    """What the kernels know a model by: its settings, complete, or, of one that is made by its own code, the directory.
+
+    Code that it brings with it is run where that is trusted, and warned about `otherwise`: transformers has a model of
+    the same type, which need not be the same model.
+    """
     checkpoint = model.checkpoint
     own = own_model_class(checkpoint.config) is not None
     if own and not trust_remote_code:
@@ -72,8 +76,11 @@ def model_params(model: DenseModel, trust_remote_code: bool, otherwise: str = RU
             MoeplanWarning,
             stacklevel=2,
         )
-    own_code = {"own_code": True} if own and trust_remote_code else {}
-    return {"model": str(checkpoint.path.resolve()), "config": checkpoint.config_sha256, **own_code}
+    path = str(checkpoint.path.resolve())
+    if own and trust_remote_code:
+        return {"model": {"path": path, "config": checkpoint.config_sha256, "own_code": True}}
+    settings = {key: value for key, value in model.settings.items() if key != "rope_theta"} | rope_parameters(model)
+    return {"model": {"path": path, "model_type": model.model_type, "settings": settings}}
 
 
 def own_model_class(config: Mapping[str, Any]) -> str | None:
@@ -87,4 +94,4 @@ def skeleton_of(params: Mapping[str, Any]) -> Skeleton:
     """The skeleton of the model that `model_params` names, on the CPU if these name no device."""
     from moeplan.gates.skeleton import skeleton
 
-    return skeleton(params["model"], params["config"], params.get("own_code", False), params.get("device", "cpu"))
+    return skeleton(params["model"], params.get("device", "cpu"))

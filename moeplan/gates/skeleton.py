@@ -1,6 +1,6 @@
 """A model of transformers without its weights, to evaluate one decoder layer at a time.
 
-The model is built on the meta device from its config.json, so it takes no memory. What its forward pass hands to each
+The model is built on the meta device from its settings, so it takes no memory. What its forward pass hands to each
 decoder layer beside the hidden states (masks, position embeddings) does not depend on any weight: it is recorded once
 by running the model with layers that only take notes. What it makes of the embeddings before the first layer (Granite
 scales them) is what the first of them is given. So no family's forward pass is written down here, and whatever
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import local
 from typing import Any, cast
 
@@ -24,17 +24,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
-    PretrainedConfig,
     PreTrainedModel,
 )
 
 from executor.weights import Matrix, Weights
-from moeplan.architectures import DENSE_FAMILIES
-from moeplan.architectures.attention import ORIGINAL_CONTEXT
 from moeplan.checkpoint import CONFIG
 from moeplan.gates.layers import own_model_class
 from moeplan.gates.linear import BlockedLinear, Padding
-from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, read_json
+from moeplan.places import CheckpointError
 from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 
@@ -121,23 +118,23 @@ class ServedLayer:
 class Skeleton:
     """A model's decoder without weights.
 
-    With `own_code` it is made by the code that the model brings with it, which is run. What it is given and what it
-    gives is on `device`; the matrices that it is served are not.
+    It is made from what `model_params` says of the `model`: of its settings by transformers, or by the code that it
+    brings with it, which is run. What it is given and what it gives is on `device`; the matrices that it is served are
+    not.
     """
 
-    def __init__(self, path: str, own_code: bool, device: str) -> None:
+    def __init__(self, model: Mapping[str, Any], device: str) -> None:
         self.device = torch.device(device)
         self.padding = Padding(self.device)
         self._calls: tuple[torch.Size, list[Call]] | None = None
         try:
             with torch.device("meta"):
-                self._model = _own_model(path) if own_code else _model(Path(path))
+                self._model = (_own_model if model.get("own_code") else _model)(model)
             self._model.eval()
             self._take_apart()
         except Exception as error:  # whatever transformers may raise at the settings of strangers, or their code lack
-            raise CheckpointError(
-                f"{path}/{CONFIG}: transformers cannot make this model: {type(error).__name__}: {show(str(error))}"
-            ) from error
+            where, reason = f"{model['path']}/{CONFIG}", f"{type(error).__name__}: {show(str(error))}"
+            raise CheckpointError(f"{where}: transformers cannot make this model: {reason}") from error
 
     def _take_apart(self) -> None:
         """The parts that weights are served to, which transformers' models have, and strangers' may lack."""
@@ -217,14 +214,22 @@ class Skeleton:
         return notes
 
 
-def _model(path: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModel.from_config(_config(path), dtype=torch.float32, attn_implementation="sdpa")
+def _model(about: Mapping[str, Any]) -> PreTrainedModel:
+    """The model as transformers has it. A Mistral with windows by the layer is a Ministral (configuration_auto.py,
+    `AutoConfig.from_pretrained`)."""
+    model_type, settings = about["model_type"], deepcopy(about["settings"])  # transformers changes what it is given
+    if settings.get("layer_types") is None:
+        settings.pop("layer_types", None)
+    elif model_type == "mistral":
+        model_type = "ministral"
+    config = AutoConfig.for_model(model_type, **settings | {"use_cache": False})
+    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     return model
 
 
-def _own_model(path: str) -> PreTrainedModel:
+def _own_model(about: Mapping[str, Any]) -> PreTrainedModel:
     """The model by its own code, which is run. All its settings reach that code."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True, use_cache=False)
+    config = AutoConfig.from_pretrained(about["path"], trust_remote_code=True, use_cache=False)
     kind: Any = AutoModel if own_model_class(config.to_dict()) == "AutoModel" else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_config(config, trust_remote_code=True, dtype=torch.float32).base_model
     return model
@@ -238,20 +243,6 @@ def _make_position_embeddings(model: PreTrainedModel, device: torch.device) -> N
     missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if missing:
         raise ValueError(f"it computes {missing[0]} when it is built, where moeplan has no weights")
-
-
-def _config(path: Path) -> PretrainedConfig:
-    """The model's configuration, from the settings that moeplan knows: others may be anything (a billion labels).
-
-    A Mistral with windows by the layer is a Ministral (configuration_auto.py, `AutoConfig.from_pretrained`).
-    """
-    given = read_json(path, CONFIG, MAX_CONFIG_NBYTES)
-    model_type = given["model_type"]
-    known = {*DENSE_FAMILIES[model_type].defaults, "rope_scaling", "rope_parameters", ORIGINAL_CONTEXT}
-    settings = {key: value for key, value in given.items() if key in known and key != "use_cache"}
-    if model_type == "mistral" and "layer_types" in settings:
-        model_type = "ministral"
-    return AutoConfig.for_model(model_type, **settings, use_cache=False)
 
 
 def _serve_linears(layer: nn.Module, padding: Padding) -> dict[str, BlockedLinear]:
@@ -275,20 +266,19 @@ def _in_one_thread(mlp: nn.Module) -> None:
 class _Kept(local):
     """The last skeleton of each thread: it has weights while a layer is evaluated, which are one run's own."""
 
-    key: tuple[str, str, bool, str] | None = None
+    key: tuple[Mapping[str, Any], str] | None = None
     skeleton: Skeleton
 
 
 _kept = _Kept()
 
 
-def skeleton(path: str, config_sha256: str, own_code: bool, device: str) -> Skeleton:
-    """The skeleton of the model in directory `path`, with that config, by its own code or transformers', on `device`.
+def skeleton(model: Mapping[str, Any], device: str) -> Skeleton:
+    """The skeleton of what `model_params` says of a `model`, on `device`.
 
     The last one is kept, for the thread that asks: kernels of one run are run in one.
     """
-    key = (path, config_sha256, own_code, device)
-    if _kept.key != key:
-        _kept.skeleton = Skeleton(path, own_code, device)
-        _kept.key = key
+    if _kept.key != (model, device):
+        _kept.skeleton = Skeleton(model, device)
+        _kept.key = model, device
     return _kept.skeleton

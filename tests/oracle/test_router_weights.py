@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from moeplan.architectures import as_dense_model
+from moeplan.checkpoint import open_checkpoint
 from moeplan.gates import evaluation
+from moeplan.gates.layers import model_params
 from moeplan.gates.skeleton import Skeleton
 from moeplan.memory import CapError
 
@@ -42,6 +45,11 @@ SHARED_PROMPTS = {
 def case_of(recipe: str) -> Case:
     """The first way to merge models of this recipe."""
     return next(case for case in CASES if case.source == RECIPES[recipe].family)
+
+
+def skeleton_of(source) -> Skeleton:
+    model = as_dense_model(open_checkpoint(source))
+    return Skeleton(model_params(model, trust_remote_code=False)["model"], "cpu")
 
 
 def has_gate(case: Case) -> bool:
@@ -115,9 +123,22 @@ def test_hidden_gates_are_the_hidden_states_of_the_base_model(recipe, checkpoint
     assert_same_directions(weights, expected_router(source, case, "hidden"))
 
 
+def test_a_setting_of_the_base_that_is_null_is_the_family_s_default(checkpoint, merge, tmp_path):
+    """So it is in the merged model, too. Of some, transformers by itself can make no model."""
+    keys = ["hidden_act", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "attention_dropout"]
+    found = []
+    for name, settings in (("null", dict.fromkeys(keys)), ("left-out", {})):
+        source = shutil.copytree(checkpoint("llama-plain"), tmp_path / name)
+        config = json.loads((source / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in keys} | settings
+        (source / "config.json").write_text(json.dumps(config))
+        found.append(merged_router(merge, source, MIXTRAL, "hidden"))
+    assert torch.equal(*found)
+
+
 def test_the_masks_of_one_group_of_prompts_are_kept_and_no_others(checkpoint):
     """Those of long prompts, under windows, are large, and the plan's forecast counts those of one group."""
-    skeleton = Skeleton(str(checkpoint("mistral-plain")), own_code=False, device="cpu")
+    skeleton = skeleton_of(checkpoint("mistral-plain"))
 
     def mask(num_tokens: int) -> weakref.ref[Tensor]:
         _, settings = skeleton.call(0, torch.zeros(1, num_tokens, 64))
@@ -136,7 +157,7 @@ def test_the_masks_of_a_group_of_prompts_are_counted(checkpoint, plan, tmp_path)
     without = shutil.copytree(windowed, tmp_path / "without")
     config = json.loads((without / "config.json").read_text())
     (without / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
-    _, settings = Skeleton(str(windowed), own_code=False, device="cpu").call(0, torch.zeros(1, 200, 64))
+    _, settings = skeleton_of(windowed).call(0, torch.zeros(1, 200, 64))
     prompts = [{"positive_prompts": [word * 199]} for word in ("1", "2")]  # a token each, and BOS
     counted, uncounted = (
         plan(source, [{"source_model": source, **each} for each in prompts], gate_mode="hidden").plan.kernels
