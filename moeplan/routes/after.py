@@ -74,7 +74,7 @@ def routes_after(
             trust_remote_code=options.trust_remote_code,
             texts=files,
         )
-    if not prompts.tokens:
+    if not any((*prompts.positive, *prompts.texts)):
         raise UserError(f"{directory}: there is no text to route: {_why_no_text(written, count)}; give --text FILE")
     names = [f"expert {n}" if config is None else config.experts[n].source_model for n in range(count)]
     groups = [*prompts.positive, *prompts.texts]
@@ -177,7 +177,7 @@ def _why_no_text(config: MergeConfig | None, count: int) -> str:
         return f"its {CONFIG_COPY} has {len(config.experts)} experts, and the model {count}"
     if any(expert.positive_files for expert in config.experts):
         return f"none of the positive_files of its {CONFIG_COPY} is found from this directory"
-    return f"there are no prompts in its {CONFIG_COPY}"
+    return f"there are no positive prompts in its {CONFIG_COPY}"
 
 
 def _that_are_there(expert: Expert) -> Expert:
@@ -204,8 +204,9 @@ def _layers(
 
     from executor.engine import Progress
 
+    wanted = sorted({*order})
     if on_start is not None:
-        on_start(sum(map(len, prompts.tokens)))
+        on_start(sum(len(prompts.tokens[prompt]) for prompt in wanted))
     torch.set_num_threads(threads)
     model = _loaded(checkpoint)
     layers = model.model.layers
@@ -219,13 +220,15 @@ def _layers(
         layer.post_attention_layernorm.register_forward_hook(lambda _, args, seen, at=number: note(at, seen))
     done = 0
     with torch.inference_mode():
-        for tokens in prompts.tokens:
+        for prompt in wanted:
+            tokens = prompts.tokens[prompt]
             model.model(torch.tensor([tokens]), use_cache=False)
             done += len(tokens)
             if on_progress is not None:
                 on_progress(Progress(done, done, ROUTING))
     for of_layer, router in zip(scores, rows, strict=True):
-        yield Layer(np.concatenate([of_layer[prompt] for prompt in order]), router.numpy())
+        by_prompt = dict(zip(wanted, of_layer, strict=True))
+        yield Layer(np.concatenate([by_prompt[prompt] for prompt in order]), router.numpy())
 
 
 def _loaded(checkpoint: Checkpoint) -> Any:

@@ -207,6 +207,16 @@ def test_a_finished_model_is_scored_through_its_own_layers(case, variant, checkp
     assert found.gate_mode == "ridge"
 
 
+def test_of_a_finished_model_s_prompts_those_alone_are_evaluated_that_are_routed(checkpoint, merge):
+    source = checkpoint("llama-plain")
+    experts = [{"source_model": source, "positive_prompts": each, "negative_prompts": ["no"]} for each in PROMPTS]
+    out, started, done = merge(source, experts, gate_mode="hidden"), [], []
+    found = routes_after(out, Options(), on_start=started.append, on_progress=lambda state: done.append(state))
+    with_bos = sum(text.tokens for text in found.texts) + sum(map(len, PROMPTS))
+    assert started == [with_bos]
+    assert (len(done), done[-1].written_nbytes) == (sum(map(len, PROMPTS)), with_bos)
+
+
 def test_a_finished_model_in_bin_files_is_scored_as_it_is_in_safetensors(checkpoint, merge, layers_seen, tmp_path):
     source = checkpoint("llama-plain")
     experts = [{"source_model": source, "positive_prompts": each} for each in PROMPTS]
@@ -284,11 +294,12 @@ def test_why_there_is_no_text_beside_a_finished_model_is_said(checkpoint, merge,
     ):
         routes_after(out, Options())
     for number, message in (
-        (2, "there are no prompts in its moeplan_config.yml; give --text FILE"),
+        (2, "there are no positive prompts in its moeplan_config.yml; give --text FILE"),
         (3, "its moeplan_config.yml has 3 experts, and the model 2; give --text FILE"),
         (0, "it has no moeplan_config.yml, which says what it was merged by; give --text FILE"),
     ):
-        copy = {"base_model": str(source), "gate_mode": "random", "experts": [{"source_model": str(source)}] * number}
+        expert = {"source_model": str(source), "negative_prompts": ["no"]}
+        copy = {"base_model": str(source), "gate_mode": "random", "experts": [expert] * number}
         (out / "moeplan_config.yml").write_text(json.dumps(copy)) if number else (out / "moeplan_config.yml").unlink()
         with pytest.raises(UserError, match=re.escape(said + message)):
             routes_after(out, Options())
