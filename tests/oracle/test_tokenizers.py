@@ -48,7 +48,7 @@ def name_class(model: Path, file: str | None, name: str) -> None:
 
 @pytest.mark.parametrize("named_in", ["tokenizer_config.json", "config.json", None])
 @pytest.mark.parametrize("recipe", ["llama-plain", "mistral-plain", "granite-plain"])
-def test_a_sentencepiece_model_alone_gives_the_tokens_that_sentencepiece_gives_whatever_names_its_class(
+def test_a_sentencepiece_model_alone_gives_plain_text_sentencepiece_s_tokens_where_llama_s_class_is_named_or_none(
     checkpoint: Callable[..., Path], tmp_path: Path, recipe: str, named_in: str | None
 ) -> None:
     model = shutil.copytree(checkpoint(recipe), tmp_path / "model")
