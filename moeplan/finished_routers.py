@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moeplan.errors import MoeplanWarning
 from moeplan.planning import MergePlan
-from moeplan.routing import RouterFacts, router_facts, stored_routers
+from moeplan.routers import RouterFacts, router_facts, stored_routers
 from moeplan.wording import runs
 
 

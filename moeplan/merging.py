@@ -29,7 +29,7 @@ from moeplan.options import Options
 from moeplan.output import CARD, CONFIG_COPY, RECORD, to_json, write_beside
 from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
 from moeplan.record import identity, record
-from moeplan.routing import RouterFacts
+from moeplan.routers import RouterFacts
 from moeplan.staging import check_unfinished, finish_publication, staged
 from moeplan.tokenizer_files import missing_code, tokenizer_files
 from moeplan.untrusted_json import show

@@ -12,7 +12,7 @@ from moeplan.disk import free_nbytes
 from moeplan.merging import MergeResult
 from moeplan.model_config import DTYPE_NAMES
 from moeplan.planning import MergePlan
-from moeplan.routing import RouterFacts
+from moeplan.routers import RouterFacts
 from planner.expr import RemoteFile, Source
 from planner.plan import FileSink, KernelStep, Plan, StreamStep
 

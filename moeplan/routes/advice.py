@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from moeplan.gate_modes import MODES
+from moeplan.routers import MAX_CONDITION
 from moeplan.routes.wording import percent
-from moeplan.routing import MAX_CONDITION
 from moeplan.wording import count
 
 CHANCE = 0.1

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import UserError
+from moeplan.routers import MAX_CONDITION, condition, cosines
 from moeplan.routes.advice import advice
-from moeplan.routing import MAX_CONDITION, condition, cosines
 
 BLOCK_TOKENS = 16384
 """How many tokens are counted at a time: 64 experts' scores of so many take 8 MiB in float64."""

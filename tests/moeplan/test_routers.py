@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from moeplan import routing
-from moeplan.routing import condition, cosines, router_facts
+from moeplan.routers import condition, cosines, router_facts
 
 
 def random_routers(num_layers: int, num_experts: int, width: int, dtype: object = np.float32) -> list[np.ndarray]:
@@ -52,8 +51,8 @@ def test_more_experts_than_directions_have_no_condition_number():
 @pytest.mark.parametrize("kept", [1 << 20, 20, 1])
 @pytest.mark.parametrize("dtype", [np.float32, bfloat16])
 def test_the_experts_most_alike_are_those_whose_cosine_is_largest_on_average(monkeypatch, dtype, kept):
-    monkeypatch.setattr(routing, "_COSINES", kept)
-    monkeypatch.setattr(routing, "_COLUMNS", 7)
+    monkeypatch.setattr("moeplan.routers._COSINES", kept)
+    monkeypatch.setattr("moeplan.routers._COLUMNS", 7)
     routers = random_routers(3, 9, 16, dtype)
     routers[1][2] = 0  # of which no cosine is known
     rows = [router.astype(float) for router in routers]

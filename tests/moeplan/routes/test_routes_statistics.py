@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from routes_cases import HIDDEN_SIZE, example, layers_of, texts_of
 
 from moeplan.errors import UserError
+from moeplan.routers import condition
 from moeplan.routes import statistics
 from moeplan.routes.statistics import Layer, LayerRoutes, Numbers, Routes, Text, routes
-from moeplan.routing import condition
 
 EXPERTS = ("a", "b", "c")
 ORTHOGONAL = np.eye(3, 8, dtype=np.float32)
