@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from executor.chunk_ops import as_tensor
 from executor.reader import name_of
 from moeplan import architectures
 from moeplan.architectures.dense import DenseModel, dense_model
@@ -25,6 +24,7 @@ from moeplan.options import EVALUATION, OptionError, Options, flag, memory_nbyte
 from moeplan.output import CONFIG_COPY
 from moeplan.places import CheckpointError
 from moeplan.progress import ROUTING
+from moeplan.routers import stored
 from moeplan.routes.statistics import Layer, Routes, Text, routes
 from moeplan.staging import PARTIAL
 from moeplan.tokenizer_files import FAST, SLOW
@@ -210,7 +210,12 @@ def _layers(
     torch.set_num_threads(threads)
     model = _loaded(checkpoint)
     layers = model.model.layers
-    rows = [_stored(router) for router in routers]
+    rows = [
+        torch.from_numpy(
+            stored(Path(name_of(router.file)), router.offset, router.dtype, router.shape).astype("float32")
+        )
+        for router in routers
+    ]
     scores: list[list[np.ndarray]] = [[] for _ in layers]
 
     def note(layer: int, seen: torch.Tensor) -> None:
@@ -296,9 +301,5 @@ def _damaged(checkpoint: Checkpoint, what: str) -> CheckpointError:
     return CheckpointError(f"{checkpoint.label}: {what}; make the model again, or download it again")
 
 
-def _stored(router: Read) -> torch.Tensor:
-    """A router as it is stored, in float32."""
-    with open(name_of(router.file), "rb") as file:
-        file.seek(router.offset)
-        tensor = as_tensor(memoryview(bytearray(file.read(router.nbytes))), router.dtype, router.numel)
-    return tensor.view(router.shape).float()
+def _stored(router: Read) -> np.ndarray:
+    return stored(Path(name_of(router.file)), router.offset, router.dtype, router.shape)
