@@ -25,15 +25,16 @@ from moeplan.memory import MemoryCap, compile_within, memory_cap
 from moeplan.model_card import CardSource, sources_of, warn_of_licences
 from moeplan.model_config import model_config
 from moeplan.model_ref import parse_model_ref
-from moeplan.opening import naming_prompts, open_models
+from moeplan.opening import Models, naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
-from moeplan.places import Place
+from moeplan.readers import warn_of_readers, warn_of_tokenizer
 from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, commits_of_unfinished, unfinished_nbytes
 from moeplan.tensor_names import OUTPUT_MATRIX
-from moeplan.tokenizer_files import FAST, MAKE_FAST, SLOW, has_code, is_slow, tokenizer_files
+from moeplan.tokenizer_files import is_slow, tokenizer_files
 from planner.expr import DType, RemoteFile
+from planner.graph import TensorGraph
 from planner.plan import Plan
 
 
@@ -160,55 +161,28 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     sources, family = models.sources, models.families[0]
     if out is not None:
         _refuse_to_replace_a_source(Path(out), sources)
-    dtype = models.dtype(config)
-    count = len(config.experts)
-    if count & (count - 1):
-        warnings.warn(
-            f"{config.where('experts')}: {count} is no power of two, which older versions of llama.cpp cannot read",
-            MoeplanWarning,
-            stacklevel=2,
-        )
-    place = hub.place(parse_model_ref(config.base_model).model)
-    if options.copy_tokenizer:
-        _warn_of_tokenizer(config, family, place)
-    mode = gates.gate_mode(config.gate_mode)
-    try:
-        request = models.gate_request(config, options, reads_text=config.reads_text)
-    except NoTokenizerError as error:
-        raise NoTokenizerError(f"{error}, or use gate_mode: random") from None
-    with naming_prompts(config):
-        if mode.evaluates:
-            device, routers = evaluating(options, lambda device: mode.routers(request.on(device)))
-        else:
-            device, routers = CPU, mode.routers(request)
     layout = _layout(family, options.expert_layout)
-    graph = Lowering(
-        config=config,
-        family=family,
-        sources=sources,
-        routers=routers,
-        dtype=dtype,
-        layout=layout,
-        seed=options.random_seed,
-        averaged=request.base.averaged,
-    ).graph()
+    graph, device = _graph(config, models, options, layout)
+    place = hub.place(parse_model_ref(config.base_model).model)
     settings = model_config(
         family,
         sources.base,
-        num_experts=count,
+        num_experts=len(config.experts),
         with_shared=bool(config.shared_experts),
         with_output_matrix=OUTPUT_MATRIX in graph.outputs,
         with_slow_tokenizer=is_slow(place),
         experts_per_token=config.experts_per_token,
-        dtype=dtype,
+        dtype=models.dtype(config),
     )
-    _warn_of_readers(config, family, settings, models.families[1:])
+    warn_of_readers(config, models.families, settings)
+    if options.copy_tokenizer:
+        warn_of_tokenizer(config, family, place)
     merged = sources_of(config, [model.directories for _, model in sources.named()])
     if options.write_model_card:
         warn_of_licences(merged)
-    cap = memory_cap(options.max_memory, _packages(mode, sources, options), len(graph.outputs))
+    cap = memory_cap(options.max_memory, _packages(config, sources, options), len(graph.outputs))
     downloading = 0 if options.stream or not hub.holds_weights else DOWNLOAD_NBYTES
-    shard_limit = shard_nbytes(options.out_shard_size, dtype.itemsize)
+    shard_limit = shard_nbytes(options.out_shard_size, models.dtype(config).itemsize)
     snapshot = hub.snapshot(sources.base.checkpoint.path)
     merge_plan = MergePlan(
         config=config,
@@ -217,7 +191,7 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
         layout=layout,
         sources=sources,
         merged=merged,
-        dtype=dtype,
+        dtype=models.dtype(config),
         device=device,
         model_config=settings,
         copied=tuple(tokenizer_files(sources.base.checkpoint.path)) if options.copy_tokenizer else (),
@@ -232,6 +206,31 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     return merge_plan
 
 
+def _graph(config: MergeConfig, models: Models, options: Options, layout: str) -> tuple[TensorGraph, Device]:
+    """What is to be written, and where the base is evaluated for it."""
+    mode = gates.gate_mode(config.gate_mode)
+    try:
+        request = models.gate_request(config, options, reads_text=config.reads_text)
+    except NoTokenizerError as error:
+        raise NoTokenizerError(f"{error}, or use gate_mode: random") from None
+    with naming_prompts(config):
+        if mode.evaluates:
+            device, routers = evaluating(options, lambda device: mode.routers(request.on(device)))
+        else:
+            device, routers = CPU, mode.routers(request)
+    lowering = Lowering(
+        config=config,
+        family=models.families[0],
+        sources=models.sources,
+        routers=routers,
+        dtype=models.dtype(config),
+        layout=layout,
+        seed=options.random_seed,
+        averaged=request.base.averaged,
+    )
+    return lowering.graph(), device
+
+
 def plan_again(hub: Hub, config: MergeConfig, out: str | Path, options: Options) -> MergePlan:
     """Plan the same again, at the same commits, without saying again what there was to say."""
     with warnings.catch_warnings():
@@ -239,9 +238,9 @@ def plan_again(hub: Hub, config: MergeConfig, out: str | Path, options: Options)
         return plan_with(hub.anew(), config, out, options)
 
 
-def _packages(mode: gates.GateMode, sources: Sources, options: Options) -> tuple[str, ...]:
+def _packages(config: MergeConfig, sources: Sources, options: Options) -> tuple[str, ...]:
     """The heavy packages that the merge will use: those of its gates, and torch to multiply the factors of adapters."""
-    modules = mode.modules(options.bits)
+    modules = gates.gate_mode(config.gate_mode).modules(options.bits)
     adapted = any(model.adapter is not None for _, model in sources.named())
     return ("torch", *modules) if adapted and not modules else modules
 
@@ -259,27 +258,3 @@ def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
     for _, model in sources.named():
         if out.resolve() in (directory.resolve() for directory in model.directories):
             raise OutputError(f"{out}: is a source of this merge; give another directory")
-
-
-def _warn_of_readers(
-    config: MergeConfig, family: Family, settings: Mapping[str, Any], alternatives: tuple[Family, ...]
-) -> None:
-    """Say which programs cannot read a model of `family` with these `settings` in its config.json as it is meant."""
-    said = family.warnings(settings)
-    if family.readers is not None:
-        others = "".join(f"; `architecture: {other.name}` would fit, too" for other in alternatives)
-        said.append(f"transformers 5 cannot load a {family.name} model: use {family.readers}{others}")
-    for words in said:
-        warnings.warn(f"{config.where('architecture')}: {words}", MoeplanWarning, stacklevel=3)
-
-
-def _warn_of_tokenizer(config: MergeConfig, family: Family, base: Place) -> None:
-    """Of one that transformers 5 reads wrong in the merged model, and not by code of its own."""
-    if family.ignores_tokenizer_class and is_slow(base) and not has_code(base):
-        warnings.warn(
-            f"{config.where('base_model')}: {base.label} has a {SLOW} and no {FAST}, without which transformers 5 "
-            f"reads the tokenizer of a {family.name} model wrong; to make one, run in the merged model's directory: "
-            f"{MAKE_FAST}",
-            MoeplanWarning,
-            stacklevel=3,
-        )
