@@ -89,7 +89,7 @@ def merge(
                 result = run(
                     merge_plan.plan,
                     stage.directory,
-                    gates.gate_mode(config.gate_mode).kernels,
+                    gates.gate_mode(config.gate_mode).all_kernels(),
                     after(fetched_nbytes, on_progress),
                     journal=stage.journal,
                     share_extents=not options.clone_tensors,

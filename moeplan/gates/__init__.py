@@ -81,9 +81,10 @@ class GateRequest:
 class GateMode:
     """A way to make routers.
 
-    `routers` gives a kernel's result for each layer, `[num_rows, hidden_size]` float32. `kernels` are the functions
-    that compute them, by name; `imports` are the heavy packages that those use, torch first (without any, they are
-    given numpy's arrays, not tensors). `evaluates`: they evaluate the base.
+    `routers` gives a kernel's result for each layer, `[num_rows, hidden_size]` float32. `kernels` are the functions of
+    its own that compute them, by name; `imports` are the heavy packages that those use, torch first (without any, they
+    are given numpy's arrays, not tensors). Where it `evaluates` the base, that is done by kernels that it need not
+    name, with packages of theirs.
     """
 
     routers: Callable[[GateRequest], Sequence[Opaque]]
@@ -91,9 +92,21 @@ class GateMode:
     imports: tuple[str, ...] = ("torch",)
     evaluates: bool = False
 
+    def all_kernels(self) -> dict[str, Kernel]:
+        """Its own, and those that it takes to evaluate the base, if it does."""
+        if not self.evaluates:
+            return dict(self.kernels)
+        from moeplan.gates.evaluation import KERNELS  # here, because it is made of what is above
+
+        return {**KERNELS, **self.kernels}
+
     def modules(self, bits: int) -> tuple[str, ...]:
         """The heavy packages that are used with a base of so many bits."""
-        return self.imports + (("moeplan.gates.quantised",) if bits and self.evaluates else ())
+        if not self.evaluates:
+            return self.imports
+        from moeplan.gates.evaluation import modules
+
+        return modules(bits)
 
 
 def gate_mode(name: str) -> GateMode:

@@ -332,5 +332,7 @@ def _mask_nbytes(length: int, windows: Sequence[int]) -> int:
 
 KERNELS = {"sample": sample, "embed": embed, "decoder_layer": decoder_layer, "mlp_input": mlp_input}
 
-IMPORTS = ("torch", "moeplan.gates.skeleton")
-"""What they use."""
+
+def modules(bits: int) -> tuple[str, ...]:
+    """The heavy packages that they use with a base of so many bits."""
+    return ("torch", "moeplan.gates.skeleton", *(["moeplan.gates.quantised"] if bits else []))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
 from moeplan.gates.cheap_embed import normalized
-from moeplan.gates.evaluation import IMPORTS, KERNELS, Evaluation
+from moeplan.gates.evaluation import Evaluation
 from planner.expr import DType, Opaque
 
 if TYPE_CHECKING:
@@ -53,4 +53,4 @@ def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) ->
         output[expert] = normalized(direction)
 
 
-MODE = GateMode(routers, {**KERNELS, "hidden": hidden}, imports=IMPORTS, evaluates=True)
+MODE = GateMode(routers, {"hidden": hidden}, evaluates=True)

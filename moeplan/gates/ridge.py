@@ -30,7 +30,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.evaluation import IMPORTS, KERNELS, Evaluation
+from moeplan.gates.evaluation import Evaluation
 from moeplan.gates.prompts import PromptError
 from planner.expr import DType, Opaque
 
@@ -313,4 +313,4 @@ def _parts(size: int, step: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, size)) for begin in range(0, size, step))
 
 
-MODE = GateMode(routers, {**KERNELS, "ridge": ridge}, imports=IMPORTS, evaluates=True)
+MODE = GateMode(routers, {"ridge": ridge}, evaluates=True)

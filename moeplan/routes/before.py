@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from moeplan import gates
 from moeplan.config import MergeConfig
+from moeplan.gates import evaluation
 from moeplan.gates.device import evaluating
-from moeplan.gates.evaluation import IMPORTS
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
 from moeplan.hub import Hub
 from moeplan.memory import compile_within, memory_cap, runtime_is_known
@@ -57,7 +57,7 @@ def routes_before(
     for layer, (router, scores) in enumerate(zip(found.routers, found.scores, strict=True)):
         graph.add(f"router.{layer}", router)
         graph.add(f"scores.{layer}", scores)
-    modules = (*IMPORTS, *(["moeplan.gates.quantised"] if options.bits else []))
+    modules = evaluation.modules(options.bits)
     if not runtime_is_known():  # so it is seen what they take
         for module in modules:
             import_module(module)
