@@ -29,10 +29,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Scored:
-    """The routers of a request, `[num_experts, hidden_size]`, and their scores of all tokens, `[num_tokens,
-    num_experts]`, both layer by layer; where the tokens of each expert's prompts are, and those of each of `texts`.
+    """The routers of a request, `[num_rows, hidden_size]`, and their scores of all tokens, `[num_tokens, num_experts]`,
+    both layer by layer; where the tokens of each expert's prompts are, and those of each of `texts`.
 
-    BOS is no token of a text. A shared expert's gate is left out.
+    BOS is no token of a text. Scores leave out a shared expert's gate, which is the last of a router's rows.
     """
 
     routers: tuple[Opaque, ...]
