@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
+from moeplan.gates.directions import normalized
 from moeplan.gates.folds import kept
 from moeplan.gates.prompts import embedding_rows
 from moeplan.tensor_names import EMBEDDING
@@ -61,12 +62,6 @@ def cheap_embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tenso
 
     for expert, (positive, negative) in enumerate(zip(params["positive"], params["negative"], strict=True)):
         output[expert] = normalized(direction(positive) - direction(negative))
-
-
-def normalized(vector: torch.Tensor) -> torch.Tensor:
-    """`vector` at length 1 along its last dimension; zero stays zero."""
-    length: torch.Tensor = vector.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-    return vector / length
 
 
 MODE = GateMode(routers, {"cheap_embed": cheap_embed})

@@ -14,9 +14,8 @@ from importlib.metadata import version
 from typing import TypeVar
 
 from moeplan.errors import MoeplanWarning
+from moeplan.memory import MIB
 from moeplan.options import OptionError, Options, memory_nbytes
-
-MIB = 1 << 20
 
 BLOCKS = 2
 """How many blocks of weights are on a GPU at a time: one is multiplied while the next one comes."""

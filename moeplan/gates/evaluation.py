@@ -185,11 +185,11 @@ class Evaluation:
     def _groups(self) -> list[list[int]]:
         base = self.request.base.model
         most_tokens, switch = GROUP_NBYTES // token_nbytes(base), rope_switch(base)
-        return [group for part in self._parts for group in _groups(part, most_tokens, switch)]
+        return [group for part in self._parts for group in _grouped(part, most_tokens, switch)]
 
     @cached_property
     def _workspace_nbytes(self) -> int:
-        return _workspace_nbytes(self.request.base.model, self._groups)
+        return _activations_nbytes(self.request.base.model, self._groups)
 
 
 def _check_bitsandbytes(bits: int) -> None:
@@ -299,7 +299,7 @@ def _within_memory_of(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _groups(lengths: Sequence[int], most_tokens: int, switch: int | None) -> list[list[int]]:
+def _grouped(lengths: Sequence[int], most_tokens: int, switch: int | None) -> list[list[int]]:
     """Consecutive prompts, shortest first, that are evaluated together; none across `rope_switch`."""
     groups: list[list[int]] = [[]]
     for length in lengths:
@@ -311,7 +311,7 @@ def _groups(lengths: Sequence[int], most_tokens: int, switch: int | None) -> lis
     return groups
 
 
-def _workspace_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
+def _activations_nbytes(base: DenseModel, groups: Sequence[Sequence[int]]) -> int:
     """The most memory that a layer's evaluation takes beside its weights and the residual stream."""
     windows = [window for window in base.windows() if window is not None]
     return max(len(group) * (max(group) * token_nbytes(base) + _mask_nbytes(max(group), windows)) for group in groups)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.cheap_embed import normalized
+from moeplan.gates.directions import normalized
 from moeplan.gates.evaluation import Evaluation
 from planner.expr import DType, Opaque
 
