@@ -83,6 +83,23 @@ class _Text:
         return PromptError(self.source, message)
 
 
+@dataclass(frozen=True)
+class _OfExpert:
+    """An expert's texts. Of those from files so many tokens are taken as are asked for."""
+
+    positive: list[_Text]
+    negative: list[_Text]
+    of_files: list[_Text]
+
+    @staticmethod
+    def of(number: int, expert: Expert, seed: int, room: int) -> _OfExpert:
+        return _OfExpert(
+            _prompts(number, "positive_prompts", expert.positive_prompts),
+            _prompts(number, "negative_prompts", expert.negative_prompts),
+            _of_files(number, expert.positive_files, seed, room),
+        )
+
+
 def tokenize(
     base: DenseModel,
     experts: Sequence[Expert],
@@ -100,39 +117,39 @@ def tokenize(
     PassageError for one of `texts`.
     """
     room = TEXT_NBYTES_PER_TOKEN * gate_tokens
-    groups = [
-        group
-        for number, expert in enumerate(experts)
-        for group in (
-            _prompts(number, "positive_prompts", expert.positive_prompts),
-            _prompts(number, "negative_prompts", expert.negative_prompts),
-            _of_files(number, expert.positive_files, seed, room),
-        )
+    of_experts = [_OfExpert.of(number, expert, seed, room) for number, expert in enumerate(experts)]
+    of_texts = [
+        [_Text(text, file, True) for text in passages(file, f"{seed} text {number}", room)]
+        for number, file in enumerate(texts)
     ]
-    for number, file in enumerate(texts):
-        groups.append([_Text(text, file, True) for text in passages(file, f"{seed} text {number}", room)])
-    distinct = list(dict.fromkeys(text.text for text in chain(*groups)))
+    groups = [group for expert in of_experts for group in (expert.positive, expert.negative, expert.of_files)]
+    distinct = list(dict.fromkeys(text.text for text in chain(*groups, *of_texts)))
     start, encoded = encode(base, distinct, trust_remote_code)
     # A text may begin with the BOS token, as chat templates write it: that is none of its own.
     ids = {
         text: tokens[len(start) :] if tokens[: len(start)] == start else tokens
         for text, tokens in zip(distinct, encoded, strict=True)
     }
-    tokens = [list(_tokens(group, ids, start, base, gate_tokens)) for group in groups]
-    for group, found in zip(groups[: 3 * len(experts)], tokens, strict=False):
+
+    def tokens(group: Sequence[_Text]) -> list[tuple[int, ...]]:
+        return list(_tokens(group, ids, start, base, gate_tokens))
+
+    def some_tokens(group: Sequence[_Text]) -> list[tuple[int, ...]]:
+        found = tokens(group)
         if group and not found:
             raise group[0].error("there is no token in it that the base could be given")
-    ordered = sorted({*chain(*tokens)}, key=lambda tokens: (len(tokens), tokens))
+        return found
+
+    positive = [[*some_tokens(expert.positive), *some_tokens(expert.of_files)] for expert in of_experts]
+    negative = [some_tokens(expert.negative) for expert in of_experts]
+    routed = [tokens(group) for group in of_texts]
+    ordered = sorted({*chain(*positive, *negative, *routed)}, key=lambda tokens: (len(tokens), tokens))
     index = {tokens: i for i, tokens in enumerate(ordered)}
-    indices = [tuple(index[tokens] for tokens in group) for group in tokens]
-    of_experts, of_texts = indices[: 3 * len(experts)], indices[3 * len(experts) :]
-    return Prompts(
-        tokens=tuple(ordered),
-        positive=tuple(own + of_files for own, of_files in zip(of_experts[::3], of_experts[2::3], strict=True)),
-        negative=tuple(of_experts[1::3]),
-        texts=tuple(of_texts),
-        start=start,
-    )
+
+    def indices(groups: Sequence[Sequence[tuple[int, ...]]]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(index[tokens] for tokens in group) for group in groups)
+
+    return Prompts(tuple(ordered), indices(positive), indices(negative), indices(routed), start)
 
 
 def _prompts(number: int, key: str, prompts: Sequence[str]) -> list[_Text]:

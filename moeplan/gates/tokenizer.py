@@ -50,27 +50,11 @@ def encode(
     text_nbytes = sum(len(text.encode()) for text in texts)
     request = {"texts": texts, "most_tokens": 16 * (text_nbytes + len(texts))}
     if trust_remote_code and _has_own_tokenizer(path):
-        answer = _ask(
-            path / TOKENIZER_CONFIG, {**request, **TRANSFORMERS_LIMITS, "directory": str(path), "own_code": True}
-        )
+        answer = _ask_own_code(path, request)
     elif os.path.lexists(path / FAST):
         answer = _ask_fast(model, request, text_nbytes)
     elif os.path.lexists(path / SLOW):
-        for name in (*TOKENIZER_FILES, CONFIG):  # transformers opens what it finds
-            if os.path.lexists(path / name):
-                with opened(path, name) as file:
-                    _check_file(path / name, file)
-                    if name == SLOW and file.read(1) != SENTENCEPIECE:
-                        raise CheckpointError(f"{path / name}: is not a sentencepiece model; download it again")
-        missing = [package for package, module in READERS.items() if not _is_installed(module)]
-        if missing:
-            raise CheckpointError(
-                f"{path / SLOW}: is a sentencepiece model, and what reads it is not installed: "
-                f"`pip install {' '.join(missing)}`, or put the tokenizer's {FAST} beside it"
-            )
-        named = model.settings["tokenizer_class"] or SLOW_CLASS
-        about = {"directory": str(path), "own_code": False, "tokenizer_class": named}
-        answer = _ask(path / SLOW, {**request, **TRANSFORMERS_LIMITS, **about})
+        answer = _ask_sentencepiece(model, request)
     else:
         raise NoTokenizerError(
             f"{path}: there is no tokenizer ({FAST} or {SLOW}) to read text with; copy the model's tokenizer files "
@@ -117,6 +101,32 @@ def _ask_fast(model: DenseModel, request: dict[str, Any], text_nbytes: int) -> d
     elif special.bos is not None and answer["bos_id"] is None:
         raise CheckpointError(f"{path / special.bos_file}: bos_token {show(special.bos)} is not a token of {FAST}")
     return answer
+
+
+def _ask_sentencepiece(model: DenseModel, request: dict[str, Any]) -> dict[str, Any]:
+    """transformers reads it, as the class that the files name, or as Llama's."""
+    path = model.checkpoint.path
+    for name in (*TOKENIZER_FILES, CONFIG):  # transformers opens what it finds
+        if os.path.lexists(path / name):
+            with opened(path, name) as file:
+                _check_file(path / name, file)
+                if name == SLOW and file.read(1) != SENTENCEPIECE:
+                    raise CheckpointError(f"{path / name}: is not a sentencepiece model; download it again")
+    missing = [package for package, module in READERS.items() if not _is_installed(module)]
+    if missing:
+        raise CheckpointError(
+            f"{path / SLOW}: is a sentencepiece model, and what reads it is not installed: "
+            f"`pip install {' '.join(missing)}`, or put the tokenizer's {FAST} beside it"
+        )
+    named = model.settings["tokenizer_class"] or SLOW_CLASS
+    about = {"directory": str(path), "own_code": False, "tokenizer_class": named}
+    return _ask(path / SLOW, {**request, **TRANSFORMERS_LIMITS, **about})
+
+
+def _ask_own_code(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The code of the model in `path`, which is run."""
+    about = {"directory": str(path), "own_code": True}
+    return _ask(path / TOKENIZER_CONFIG, {**request, **TRANSFORMERS_LIMITS, **about})
 
 
 def _check_file(where: Path, file: BinaryIO) -> int:
