@@ -298,6 +298,7 @@ class Hub:
         """Download the file `name` into the cache; `bar` stands in for tqdm. Raises CheckpointError."""
         from huggingface_hub import hf_hub_download
 
+        interruption.clear_at_end(remove_halves)  # for good: who interrupts may leave threads behind that are at it
         # Versions before 1 have no bar to replace here, and show their own.
         bars = {"tqdm_class": bar or SilentBar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
         try:
@@ -354,7 +355,7 @@ class Hub:
             snapshot, name = self._places[file]
             self.download_one(snapshot, name, Bar)
 
-        with plainly, interruption.clearing(remove_halves), ThreadPoolExecutor(workers) as pool:
+        with plainly, ThreadPoolExecutor(workers) as pool:
             try:
                 list(pool.map(download, files))
             except CheckpointError as error:

@@ -79,14 +79,10 @@ def in_order(message: str) -> Iterator[None]:
         _is_orderly = False
 
 
-@contextmanager
-def clearing(clear: Callable[[], None]) -> Iterator[None]:
-    """Within, `clear` is called where the process is ended at once. It must not wait for anything."""
-    _clearing.append(clear)
-    try:
-        yield
-    finally:
-        _clearing.remove(clear)
+def clear_at_end(clear: Callable[[], None]) -> None:
+    """From now on, `clear` is called where the process is ended at once. It must not wait for anything."""
+    if clear not in _clearing:
+        _clearing.append(clear)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
