@@ -38,6 +38,13 @@ def change_tokenizer_config(model: Path, **settings: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
+def tokens_of_texts(model: Path) -> list[tuple[int, ...]]:
+    """What moeplan makes of each of `TEXTS`, as prompts of a base."""
+    expert = Expert(source_model="model", positive_prompts=TEXTS)
+    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
+    return [tokenized.tokens[index] for index in tokenized.positive[0]]
+
+
 def name_class(model: Path, file: str | None, name: str) -> None:
     """Have `file` name the tokenizer's class, and no other file of the model."""
     for each in ("tokenizer_config.json", "config.json"):
@@ -54,12 +61,8 @@ def test_a_sentencepiece_model_alone_gives_plain_text_sentencepiece_s_tokens_whe
     model = shutil.copytree(checkpoint(recipe), tmp_path / "model")
     use_sentencepiece(model)
     name_class(model, named_in, "LlamaTokenizer")
-    expert = Expert(source_model="model", positive_prompts=TEXTS)
-    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     oracle = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
-    assert [tokenized.tokens[index] for index in tokenized.positive[0]] == [
-        (oracle.bos_id(), *oracle.encode(text)) for text in TEXTS
-    ]
+    assert tokens_of_texts(model) == [(oracle.bos_id(), *oracle.encode(text)) for text in TEXTS]
 
 
 CASES_OF_SENTENCEPIECE = [
@@ -118,10 +121,8 @@ def test_a_sentencepiece_model_is_read_by_the_class_that_is_named(
     model = shutil.copytree(checkpoint(recipe), tmp_path / "model")
     use_sentencepiece(model)
     name_class(model, named_in, "GemmaTokenizer")
-    expert = Expert(source_model="model", positive_prompts=TEXTS)
-    tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     oracle = GemmaTokenizer.from_pretrained(model)
-    found = [tokenized.tokens[index][1:] for index in tokenized.positive[0]]
+    found = [tokens[1:] for tokens in tokens_of_texts(model)]
     assert found == [tuple(oracle.encode(text, add_special_tokens=False)) for text in TEXTS]
     assert found[0] != tuple(LlamaTokenizer.from_pretrained(model).encode(TEXTS[0], add_special_tokens=False))
 

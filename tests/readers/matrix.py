@@ -5,9 +5,11 @@ Every recipe of one source for each output, and a few recipes of what another so
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from families import OUTPUTS, Case, recipes_of
+from reading import Reader, ReaderError, error_of, some_tokens
 
 LLAMA3 = ("rope-old-llama3", "rope-new-llama3")
 YARN = ("rope-old-yarn", "rope-new-yarn")
@@ -32,6 +34,14 @@ class Limit:
     outputs: Sequence[str]
     variants: Sequence[str]
     message: str | None = None
+
+    def check(self, reader: Reader, out: Path, source: Path, least_error: float) -> None:
+        """See that the reader does not give the model `out` the logits of `source`."""
+        if self.message is None:
+            assert error_of(reader, out, source) > least_error
+        else:
+            with pytest.raises(ReaderError, match=self.message):
+                reader.logits(out, some_tokens(source))
 
 
 def variant_of(case: Case, recipe: str) -> str:

@@ -60,12 +60,7 @@ def test_llama_cpp_mixes_distinct_experts_as_transformers_does(case, gpt2_checkp
 @pytest.mark.parametrize(("case", "recipe", "limit"), MATRIX.limited)
 def test_what_llama_cpp_cannot_do_is_refused_or_wrong(case, recipe, limit, gpt2_checkpoint, merge, llama_cpp):
     source = gpt2_checkpoint(recipe)
-    out = merge_copies(merge, source, case)
-    if limit.message is None:
-        assert error_of(llama_cpp, out, source) > 10 * TOLERANCE
-    else:
-        with pytest.raises(ReaderError, match=limit.message):
-            llama_cpp.logits(out, some_tokens(source))
+    limit.check(llama_cpp, merge_copies(merge, source, case), source, 10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("case", WITHOUT_SHARED, ids=str)

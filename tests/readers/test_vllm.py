@@ -54,12 +54,7 @@ def test_vllm_normalises_the_weight_of_a_single_expert_of_deepseek_moe(case, wid
 @pytest.mark.parametrize(("case", "recipe", "limit"), MATRIX.limited)
 def test_what_vllm_cannot_do_is_refused_or_wrong(case, recipe, limit, wide_checkpoint, merge, vllm):
     source = wide_checkpoint(recipe)
-    out = merge_copies(merge, source, case)
-    if limit.message is None:
-        assert error_of(vllm, out, source) > 100 * TOLERANCE
-    else:
-        with pytest.raises(ReaderError, match=limit.message):
-            vllm.logits(out, some_tokens(source))
+    limit.check(vllm, merge_copies(merge, source, case), source, 100 * TOLERANCE)
 
 
 def test_vllm_computes_the_experts_of_a_granite_moe_without_shared_expert_with_silu(wide_checkpoint, merge, vllm):
