@@ -299,7 +299,11 @@ class _Run:
         """Have a worker do `work(slab, *args)` as soon as there is a slab for it."""
         self._check_stopping()
         slab = self._slabs.take()
-        under_way.append(self._workers.submit(self._with_slab, slab, work, *args))
+        try:
+            under_way.append(self._workers.submit(self._with_slab, slab, work, *args))
+        except RuntimeError:  # no thread could be started, and the other part may wait for this slab
+            self._slabs.give_back(slab)
+            raise
         while under_way and under_way[0].done():
             self._count(*under_way.popleft().result())
 

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from executor import engine, writer
+from executor.buffers import SlabPool
 from executor.engine import Progress, run
 from executor.errors import OutOfRangeError, RunError
 from executor.reader import SourceReader
@@ -530,6 +531,32 @@ def test_where_the_system_lets_no_more_threads_be_started_it_is_said_what_limits
             break
     assert len(said) > 3
     assert all(re.search(r"start no more threads; raise .*\(`ulimit -u`\) .*\(`ulimit -v`\)$", text) for text in said)
+
+
+def test_a_part_that_no_thread_could_be_started_for_does_not_keep_the_other_waiting_for_its_slab(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned({"copy": outputs["copy"], "sums": outputs["adapted sums"]}, budget=1 << 21)
+    assert plan.pool.workers == 1
+    is_taken, is_waited_for, start = Event(), Event(), threading.Thread.start
+    taken: list[memoryview] = []
+
+    def take(self: SlabPool) -> memoryview:
+        (is_waited_for if is_taken.is_set() else is_taken).set()
+        taken.append(self._free.get(timeout=10))
+        return taken[-1]
+
+    def limited(self: threading.Thread) -> None:
+        if is_taken.is_set():
+            assert is_waited_for.wait(30)
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(SlabPool, "take", take)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RunError, match="start no more threads"):
+        run(plan, tmp_path, {"column_sums": column_sums})
+    assert len(taken) == 2
 
 
 def test_buffers_that_take_more_than_the_plan_forecast_end_the_run(tmp_path: Path, outputs: dict[str, Expr]) -> None:
