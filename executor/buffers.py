@@ -17,9 +17,12 @@ HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def allocate(nbytes: int) -> memoryview:
-    """`nbytes` of zeroed memory, given back when the last view of it goes."""
-    # Private, though nobody shares it: the system has no large pages for what might be shared.
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """`nbytes` of zeroed memory, given back when the last view of it goes. Raises MemoryError where there is none."""
+    try:
+        # Private, though nobody shares it: the system has no large pages for what might be shared.
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes could not be mapped") from error
     if HUGEPAGE is not None:
         with suppress(OSError):
             memory.madvise(HUGEPAGE)

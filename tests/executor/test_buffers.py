@@ -1,5 +1,6 @@
 """Memory for whole tensors: what is freed serves again, and never makes the whole take more than it may."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,12 @@ def test_nothing_is_kept_where_nothing_may_be():
     tensors.get(0)
     tensors.free([0])
     assert tensors.nbytes[1] == 0
+
+
+def test_where_the_system_has_no_memory_for_a_tensor_that_is_what_is_said():
+    tensors = WholeTensors((1 << 60,))
+    with pytest.raises(MemoryError, match="1152921504606846976 bytes could not be mapped"):
+        tensors.get(0)
 
 
 @given(
