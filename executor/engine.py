@@ -128,14 +128,14 @@ def run(
         engine.written_nbytes += ways.shortcut_nbytes + work.finished_nbytes
         try:
             engine.run_steps(ways.aliases)
+            engine.report("syncing")
+            durability.finish()
         except BaseException:
             reader.interrupt()
             workers.shutdown(wait=True, cancel_futures=True)
             with suppress(RunError):  # it is the first error that tells what happened
                 _check_unchanged(reader, journal)
             raise
-        engine.report("syncing")
-        durability.finish()
         _check_unchanged(reader, journal)
         return RunResult(
             read_nbytes=engine.read_nbytes,
