@@ -501,7 +501,7 @@ def test_a_run_that_fails_waits_for_no_network(
 
     def waiting(self: SourceReader, source: int, offset: int, *args: Any, **how: Any) -> None:
         if offset == reads["other"].offset:
-            assert interrupted.wait(10)
+            assert interrupted.wait(30)
             raise RunError("interrupted")
         read_into(self, source, offset, *args, **how)
 
