@@ -6,7 +6,7 @@ A chunk is worked on in place of a slab that the caller cuts up, so nothing here
 
 Regions begin at pages, but for the first, which lies in its page as in the file it was read from, and the last, which
 lies as in the file that it goes to: so both can be moved directly. Those that a stream's operations do not need are not
-there (`planner.schedule` sizes chunks by the same rule). Of a mean, the chunk is where its parts are added up, and each
+there (`planner.steps` sizes chunks by the same rule). Of a mean, the chunk is where its parts are added up, and each
 part is read into what lies behind it.
 """
 
