@@ -1,5 +1,6 @@
 """What a journal keeps, and when it is on the disk."""
 
+import json
 import os
 import random
 import tracemalloc
@@ -15,6 +16,28 @@ from executor.errors import RunError
 from executor.journal import Journal
 from executor.writer import ShardWriter
 from planner.plan import FileSink
+
+
+def test_a_journal_is_under_its_name_on_the_disk_before_anything_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def noting(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    Journal(tmp_path, {}).close()
+    assert synced == [tmp_path / f"{journal.NAME}.new", tmp_path]
+
+
+def test_the_identity_that_a_journal_was_begun_with_can_be_read(tmp_path: Path) -> None:
+    assert journal.read_identity(tmp_path) is None
+    Journal(tmp_path, {"config": {"a": 1}}).close()
+    assert journal.read_identity(tmp_path) == {"config": {"a": 1}}
+    assert json.loads((tmp_path / journal.NAME).read_text().splitlines()[0])["identity"] == {"config": {"a": 1}}
 
 
 def test_results_that_an_earlier_run_had_no_time_to_remove_are_removed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import TOKEN, Fault, Hub, serving
-from test_engine import digest, planned, source
+from plans import digest, planned, source
 
 from executor import patience
 from executor.engine import Progress, run

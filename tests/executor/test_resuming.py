@@ -1,85 +1,25 @@
 """Runs that are interrupted and gone on with: nothing is done twice, and the bytes are those of a run in one go."""
 
-import json
 import os
 import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from plans import Stop, column_sums, digest, go_on, planned, source, stopping_after
 from safetensors.torch import load_file
-from test_engine import column_sums, digest, planned, source
 
-from executor import durability, journal, ways
+from executor import journal, ways
 from executor.chunk_runner import ChunkRunner
-from executor.engine import RunResult, run
+from executor.engine import RunResult
 from executor.errors import RunError
-from executor.journal import Journal
-from executor.local import LocalFile
 from executor.reader import SourceReader
 from executor.results import Results
-from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, mean, rows, scale
+from planner.expr import Concat, DType, Expr, Opaque, Read, add_low_rank, cast, mean, rows
 from planner.plan import BufferRoot, Plan, StreamStep
-
-KERNELS = {"column_sums": column_sums}
-
-
-class Stop(Exception):  # noqa: N818
-    """Stops a run from within."""
-
-
-@pytest.fixture
-def reads(tmp_path: Path) -> dict[str, Read]:
-    generator = torch.Generator().manual_seed(0)
-    names = ("large", "other", "third")
-    tensors = {name: torch.randn(3001, 1000, generator=generator).bfloat16() for name in names}
-    return source(tmp_path / "source.safetensors", tensors)
-
-
-@pytest.fixture
-def plan(reads: dict[str, Read]) -> Plan:
-    """Copies, copies of one thing in two places, casts, and a chain of kernels."""
-    first = Opaque("column_sums", "1", (reads["large"],), DType.F32, (1, 1000))
-    second = Opaque("column_sums", "2", (first,), DType.F32, (1000,))
-    outputs: dict[str, Expr] = {
-        "copy": reads["large"],
-        "copy again": reads["large"],
-        "other": reads["other"],
-        "halved": cast(scale(reads["third"], 0.5), DType.F16),
-        "third": reads["third"],
-        "sums": second,
-    }
-    return planned(outputs, budget=40 << 20, shard=16 << 20)
-
-
-@pytest.fixture
-def whole(plan: Plan, tmp_path: Path) -> tuple[dict[str, str], RunResult]:
-    """The digests of a run in one go, and its result."""
-    (tmp_path / "whole").mkdir()
-    result = run(plan, tmp_path / "whole", KERNELS)
-    return digest(tmp_path / "whole"), result
-
-
-def go_on(plan: Plan, place: Path, **how: Any) -> RunResult:
-    """Run with the journal in `place`, into a directory beside it."""
-    (place / "model").mkdir(parents=True, exist_ok=True)
-    kept = Journal(place, {"plan": plan.fingerprint})
-    try:
-        return run(plan, place / "model", how.pop("kernels", KERNELS), journal=kept, **how)
-    finally:
-        kept.close()
-
-
-def stopping_after(nbytes: int) -> Callable[[object], None]:
-    def watch(state: Any) -> None:
-        if state.written_nbytes >= nbytes:
-            raise Stop
-
-    return watch
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
@@ -109,29 +49,6 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert resumed >= share * plan.written_nbytes - under_way - (1 << 20)
     journal_nbytes = sum(file.stat().st_size for file in place.iterdir() if file.is_file())
     assert written <= plan.written_nbytes - resumed + journal_nbytes + (1 << 16)
-
-
-@pytest.mark.parametrize("fails", [None, "copying", "syncing"])
-def test_what_was_made_of_a_source_that_changed_meanwhile_does_not_count_when_it_is_as_it_was_again(
-    plan: Plan, whole: tuple[dict[str, str], RunResult], tmp_path: Path, fails: str | None
-) -> None:
-    place, path = tmp_path / "place", tmp_path / "source.safetensors"
-    data, before = path.read_bytes(), path.stat()
-
-    def change(state: Any) -> None:
-        if state.written_nbytes >= plan.written_nbytes // 3 and path.stat().st_mtime_ns == before.st_mtime_ns:
-            with path.open("r+b") as file:  # which stays as long as it is, so that reading goes on
-                file.write(bytes(len(data)))
-        if fails == (state.doing or "copying") and state.written_nbytes >= plan.written_nbytes // 2:
-            raise Stop
-
-    with pytest.raises(Stop if fails else RunError):
-        go_on(plan, place, on_progress=change)
-    path.write_bytes(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    result = go_on(plan, place)
-    assert "resumed" not in result.nbytes_by_path
-    assert digest(place / "model") == whole[0]
 
 
 def test_what_was_finished_under_one_budget_counts_under_another(
@@ -263,27 +180,6 @@ def test_a_result_is_kept_until_what_is_made_of_it_is_written(
     assert digest(tmp_path / "place" / "model") == whole[0]
 
 
-def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
-    reads: dict[str, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
-    whole = rows(reads["third"], 0, 1000)
-    kernel = Opaque("slow", "0", (), DType.F32, (1,), weights=(whole,), block_nbytes=16 << 20)
-    plan = planned({"copy": reads["large"], "sums": kernel}, budget=64 << 20)
-    synced: list[int] = []
-    mark_safe = Journal.mark_safe
-    monkeypatch.setattr(Journal, "mark_safe", lambda self, at: (synced.append(at), mark_safe(self, at)))
-
-    def slow(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Any) -> None:
-        output.zero_()
-        before, deadline = len(synced), time.monotonic() + 30
-        while len(synced) < before + 3 and time.monotonic() < deadline:
-            weights.for_each_block(weights.matrices[0], 1000, lambda begin, block: None)
-        assert len(synced) >= before + 3
-
-    go_on(plan, tmp_path / "place", kernels={"slow": slow})
-
-
 def test_a_saved_result_that_was_damaged_is_computed_again(plan: Plan, tmp_path: Path, whole: Any) -> None:
     def stopping(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         if params == 2:
@@ -317,26 +213,6 @@ def test_what_was_written_to_one_place_to_be_shared_with_others_is_written_again
     assert result.read_nbytes == weight.nbytes
 
 
-@pytest.mark.parametrize("place", ["first", "other"])
-def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
-    plan: Plan, tmp_path: Path, whole: Any, place: str
-) -> None:
-    """A disk may come back without what the system was still to write, though the machine was never down."""
-    stopped = tmp_path / "place"
-    with pytest.raises(Stop):
-        go_on(plan, stopped, on_progress=stopping_after(20_000_000))
-    lines = map(json.loads, (stopped / journal.NAME).read_text().splitlines())
-    chunks = [line for line in lines if len(line.get("sinks", ())) == (2 if place == "other" else 1)]
-    (first, numel), (shard, offset) = chunks[0]["elements"], chunks[0]["sinks"][-1]
-    with (stopped / "model" / plan.shards[shard].filename).open("r+b") as file:
-        file.seek(offset + 2 * first + numel)
-        file.write(bytes(numel))
-    result = go_on(plan, stopped)
-    assert digest(stopped / "model") == whole[0]
-    assert result.checksums == whole[1].checksums
-    assert result.nbytes_by_path["resumed"] >= 4_000_000
-
-
 def test_more_shards_are_gone_on_with_than_files_may_be_open(tmp_path: Path, few_open_files: None) -> None:
     tensors = {f"{number:03}": torch.full((2048,), float(number)) for number in range(150)}
     reads = source(tmp_path / "source.safetensors", tensors)
@@ -346,109 +222,6 @@ def test_more_shards_are_gone_on_with_than_files_may_be_open(tmp_path: Path, few
         go_on(plan, tmp_path / "place", on_progress=stopping_after(plan.written_nbytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     assert go_on(plan, tmp_path / "place").nbytes_by_path["resumed"] == 150 * 4096
-
-
-def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
-    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "place"
-    with pytest.raises(Stop):
-        go_on(plan, place, on_progress=stopping_after(12_000_000))
-    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
-    result = go_on(plan, place)
-    assert "resumed" not in result.nbytes_by_path
-    assert digest(place / "model") == whole[0]
-
-    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
-    with pytest.raises(Stop):
-        go_on(plan, tmp_path / "synced", on_progress=stopping_after(plan.written_nbytes))
-    monkeypatch.setattr(journal, "_machine_start", lambda: "yet another start")
-    assert go_on(plan, tmp_path / "synced").nbytes_by_path["resumed"] > 0
-    assert digest(tmp_path / "synced" / "model") == whole[0]
-
-
-def test_what_could_not_be_synced_does_not_count(
-    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "place"
-    fsync = os.fsync
-
-    def failing(fd: int) -> None:
-        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()):
-            raise OSError(5, "Input/output error")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(RunError, match="Input/output error"):
-        go_on(plan, place)
-    monkeypatch.undo()
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
-
-
-def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes(
-    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "place"
-    fsync, failures = os.fsync, iter([True])
-
-    def failing(fd: int) -> None:
-        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()) and next(failures, False):
-            time.sleep(0.5)  # by then, everything is written
-            raise OSError(5, "Input/output error")
-        fsync(fd)
-
-    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(RunError, match="Input/output error"):
-        go_on(plan, place)
-    monkeypatch.undo()
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
-
-
-@pytest.mark.parametrize("harm", [Path.unlink, lambda shard: os.truncate(shard, 5000)])
-def test_a_shard_that_is_gone_or_cut_is_written_anew(
-    plan: Plan, tmp_path: Path, whole: Any, harm: Callable[[Path], None]
-) -> None:
-    place = tmp_path / "place"
-    with pytest.raises(Stop):
-        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
-    harm(min((place / "model").iterdir()))
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
-
-
-def test_a_shard_that_was_gone_is_not_trusted_after_a_restart_of_the_machine_either(
-    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "place"
-    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
-    with pytest.raises(Stop):
-        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
-    monkeypatch.undo()
-    for shard in (place / "model").iterdir():
-        shard.unlink()
-    with pytest.raises(Stop):  # the shards are there again, at full size, with next to nothing in them
-        go_on(plan, place, on_progress=stopping_after(0))
-    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
-
-
-def test_a_journal_is_under_its_name_on_the_disk_before_anything_is_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[Path] = []
-    fsync = os.fsync
-
-    def noting(fd: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", noting)
-    Journal(tmp_path, {}).close()
-    assert synced == [tmp_path / f"{journal.NAME}.new", tmp_path]
 
 
 class Copying:
@@ -524,54 +297,6 @@ def test_a_journal_that_ends_in_the_middle_of_a_line_counts_up_to_there(plan: Pl
     (place / journal.NAME).write_bytes(text[: len(text) * 2 // 3] + b"\x00\xff{")
     assert "resumed" in go_on(plan, place).nbytes_by_path
     assert digest(place / "model") == whole[0]
-
-
-def test_the_identity_that_a_journal_was_begun_with_can_be_read(tmp_path: Path) -> None:
-    assert journal.read_identity(tmp_path) is None
-    Journal(tmp_path, {"config": {"a": 1}}).close()
-    assert journal.read_identity(tmp_path) == {"config": {"a": 1}}
-    assert json.loads((tmp_path / journal.NAME).read_text().splitlines()[0])["identity"] == {"config": {"a": 1}}
-
-
-def test_a_second_reading_that_differs_is_told(
-    plan: Plan, reads: dict[str, Read], tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "checked").mkdir()
-    run(plan, tmp_path / "checked", KERNELS, check_sources=True)
-    assert digest(tmp_path / "checked") == whole[0]
-    read_into = LocalFile.read_into
-
-    def flipping(
-        self: LocalFile, offset: int, slab: memoryview, begin: int, nbytes: int, *, cached: bool = True
-    ) -> None:
-        read_into(self, offset, slab, begin, nbytes, cached=cached)
-        slab[begin] ^= 0 if cached else 4
-
-    monkeypatch.setattr(LocalFile, "read_into", flipping)
-    averaged = planned({"mean": mean([reads["large"], reads["other"]])})
-    for checked in (plan, averaged):
-        with pytest.raises(
-            RunError, match=r"source\.safetensors: the [\d,]+ bytes from byte [\d,]+ on were other ones"
-        ):
-            run(checked, tmp_path / "checked", KERNELS, check_sources=True)
-
-
-def test_what_a_second_reading_found_wrong_is_not_taken_for_finished(
-    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read_into, wrong = LocalFile.read_into, iter([0, 0, 4])
-
-    def flipping(
-        self: LocalFile, offset: int, slab: memoryview, begin: int, nbytes: int, *, cached: bool = True
-    ) -> None:
-        read_into(self, offset, slab, begin, nbytes, cached=cached)
-        slab[begin] ^= next(wrong, 0) if cached else 0
-
-    monkeypatch.setattr(LocalFile, "read_into", flipping)
-    with pytest.raises(RunError, match="were other ones when read again"):
-        go_on(plan, tmp_path / "place", check_sources=True)
-    go_on(plan, tmp_path / "place")
-    assert digest(tmp_path / "place" / "model") == whole[0]
 
 
 def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_nothing_else(tmp_path: Path) -> None:

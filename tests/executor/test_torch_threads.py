@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import planned, source
+from plans import planned, source
 
 from executor.engine import RunResult, run
 from executor.torch_threads import TorchThreads

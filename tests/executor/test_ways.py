@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import pytest
 import torch
-from test_engine import digest, planned, source
+from plans import digest, planned, source
 
 from executor import shortcuts
 from executor.engine import RunResult, run

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import DTYPES, load, mean_of, source
+from plans import DTYPES, load, mean_of, source
 
 from executor.engine import run
 from executor.errors import RunError

@@ -1,0 +1,147 @@
+"""What of an interrupted run counts, when a disk, a machine or a file failed since."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plans import Stop, digest, go_on, planned, stopping_after
+
+from executor import durability, journal
+from executor.errors import RunError
+from executor.journal import Journal
+from planner.expr import DType, Opaque, Read, rows
+from planner.plan import Plan
+
+
+def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
+    reads: dict[str, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
+    whole = rows(reads["third"], 0, 1000)
+    kernel = Opaque("slow", "0", (), DType.F32, (1,), weights=(whole,), block_nbytes=16 << 20)
+    plan = planned({"copy": reads["large"], "sums": kernel}, budget=64 << 20)
+    synced: list[int] = []
+    mark_safe = Journal.mark_safe
+    monkeypatch.setattr(Journal, "mark_safe", lambda self, at: (synced.append(at), mark_safe(self, at)))
+
+    def slow(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Any) -> None:
+        output.zero_()
+        before, deadline = len(synced), time.monotonic() + 30
+        while len(synced) < before + 3 and time.monotonic() < deadline:
+            weights.for_each_block(weights.matrices[0], 1000, lambda begin, block: None)
+        assert len(synced) >= before + 3
+
+    go_on(plan, tmp_path / "place", kernels={"slow": slow})
+
+
+@pytest.mark.parametrize("place", ["first", "other"])
+def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
+    plan: Plan, tmp_path: Path, whole: Any, place: str
+) -> None:
+    """A disk may come back without what the system was still to write, though the machine was never down."""
+    stopped = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, stopped, on_progress=stopping_after(20_000_000))
+    lines = map(json.loads, (stopped / journal.NAME).read_text().splitlines())
+    chunks = [line for line in lines if len(line.get("sinks", ())) == (2 if place == "other" else 1)]
+    (first, numel), (shard, offset) = chunks[0]["elements"], chunks[0]["sinks"][-1]
+    with (stopped / "model" / plan.shards[shard].filename).open("r+b") as file:
+        file.seek(offset + 2 * first + numel)
+        file.write(bytes(numel))
+    result = go_on(plan, stopped)
+    assert digest(stopped / "model") == whole[0]
+    assert result.checksums == whole[1].checksums
+    assert result.nbytes_by_path["resumed"] >= 4_000_000
+
+
+def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(12_000_000))
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    result = go_on(plan, place)
+    assert "resumed" not in result.nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "synced", on_progress=stopping_after(plan.written_nbytes))
+    monkeypatch.setattr(journal, "_machine_start", lambda: "yet another start")
+    assert go_on(plan, tmp_path / "synced").nbytes_by_path["resumed"] > 0
+    assert digest(tmp_path / "synced" / "model") == whole[0]
+
+
+def test_what_could_not_be_synced_does_not_count(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(RunError, match="Input/output error"):
+        go_on(plan, place)
+    monkeypatch.undo()
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    fsync, failures = os.fsync, iter([True])
+
+    def failing(fd: int) -> None:
+        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()) and next(failures, False):
+            time.sleep(0.5)  # by then, everything is written
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(RunError, match="Input/output error"):
+        go_on(plan, place)
+    monkeypatch.undo()
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda shard: os.truncate(shard, 5000)])
+def test_a_shard_that_is_gone_or_cut_is_written_anew(
+    plan: Plan, tmp_path: Path, whole: Any, harm: Callable[[Path], None]
+) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
+    harm(min((place / "model").iterdir()))
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
+
+
+def test_a_shard_that_was_gone_is_not_trusted_after_a_restart_of_the_machine_either(
+    plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
+    monkeypatch.undo()
+    for shard in (place / "model").iterdir():
+        shard.unlink()
+    with pytest.raises(Stop):  # the shards are there again, at full size, with next to nothing in them
+        go_on(plan, place, on_progress=stopping_after(0))
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    assert "resumed" not in go_on(plan, place).nbytes_by_path
+    assert digest(place / "model") == whole[0]
