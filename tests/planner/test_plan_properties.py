@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from planner.errors import BudgetError
 from planner.expr import (
+    BLOCK,
     LOW_RANK_TILE,
+    AddNoise,
     Concat,
     DType,
     Expr,
@@ -305,6 +307,22 @@ def test_a_chunk_and_what_is_computed_from_it_fit_a_slab(graph: TensorGraph, bud
 
 
 @given(graphs(), budgets, shard_sizes)
+def test_the_second_block_of_a_stream_begins_at_a_page_of_the_first_file_that_it_goes_to(
+    graph: TensorGraph, budget: int, shard_size: int
+) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
+    for step in plan.steps:
+        if isinstance(step, StreamStep):
+            assert 0 < step.head_numel <= BLOCK
+            if any(isinstance(op, AddNoise) for branch in step.branches for op in branch.ops):
+                assert step.head_numel == BLOCK  # which noise is drawn by
+                continue
+            places = [(sink, branch.dtype.itemsize) for branch in step.branches for sink in branch.sinks]
+            for sink, itemsize in [place for place in places if isinstance(place[0], FileSink)][:1]:
+                assert (sink.offset + step.head_numel * itemsize) % PAGE < itemsize
+
+
+@given(graphs(), budgets, shard_sizes)
 def test_a_plan_survives_json(graph: TensorGraph, budget: int, shard_size: int) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=shard_size)
     assert Plan.from_json(plan.to_json()) == plan
@@ -424,6 +442,12 @@ def test_what_is_no_mean_of_ranges_of_one_shape_is_refused() -> None:
         Opaque("layer", "", (), DType.F32, (4,), weights=(scale(x, 0.5),))
 
 
+def test_what_is_strung_together_cannot_be_adjusted_as_a_whole() -> None:
+    x = Read(FILES[0], 8, DType.F32, (4, 4))
+    with pytest.raises(TypeError, match="apply it to the parts"):
+        compile(TensorGraph({"x": scale(stack([x, x]), 0.5)}), budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+
+
 def test_overlapping_reads_are_counted_as_read_again() -> None:
     table = Read(FILES[0], 8, DType.F32, (100, 4))
     graph = TensorGraph()
@@ -535,6 +559,18 @@ def test_only_the_kernels_whose_weights_do_not_fit_are_streamed() -> None:
         "layer": 0,
         "large": 1,
     }
+
+
+def test_weights_that_are_in_the_way_of_an_earlier_kernel_are_streamed_though_their_own_has_room_for_them() -> None:
+    table = Read(FILES[0], 8, DType.F32, (1 << 20, 4))
+    first = Opaque("first", "", (row_of(table, 7),), DType.F32, (16,), 20 << 20)  # whose row the table's stream fills
+    second = Opaque("second", "", (first,), DType.F32, (16,), 0, (table,), block_nbytes=1 << 20)
+    wide, narrow = (
+        compile(TensorGraph({"y": second}), budget_nbytes=budget << 20, shard_nbytes=1 << 40) for budget in (40, 30)
+    )
+    assert [bool(step.streamed) for step in wide.kernels] == [False, False]
+    assert [bool(step.streamed) for step in narrow.kernels] == [False, True]
+    assert narrow.peak_nbytes <= 30 << 20
 
 
 def test_as_many_blocks_are_under_way_as_threads_and_budget_allow() -> None:
