@@ -159,11 +159,11 @@ def _wanted(piece: Piece) -> Iterator[Piece]:
         reached = max(reached, place[1])
     for run in runs:
         first, stop = run[0][0], max(place[1] for place in run)
-        parts = (
+        parts = tuple(
             Part(replace(part.branch, sinks=tuple(sink for *_, of, sink in run if of is part)), None)
             for part in piece.parts
         )
-        yield Piece(first, stop - first, tuple(part for part in parts if part.branch.sinks))
+        yield Piece(first, stop - first, parts)
 
 
 def _done(part: Part, journal: Journal) -> list[Interval]:

@@ -129,6 +129,22 @@ def test_kernels_whose_results_were_saved_do_not_run_again(plan: Plan, tmp_path:
     assert list((tmp_path / "place" / journal.RESULTS).iterdir()) == []
 
 
+def test_a_kernel_whose_results_are_written_does_not_run_again(plan: Plan, tmp_path: Path, whole: Any) -> None:
+    ran: list[int] = []
+
+    def counted(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        ran.append(params)
+        column_sums(params, inputs, output)
+
+    with pytest.raises(Stop):
+        go_on(
+            plan, tmp_path / "place", on_progress=stopping_after(plan.written_nbytes), kernels={"column_sums": counted}
+        )
+    go_on(plan, tmp_path / "place", kernels={"column_sums": counted})
+    assert ran == [1, 2]
+    assert digest(tmp_path / "place" / "model") == whole[0]
+
+
 def test_a_result_that_is_damaged_while_it_is_needed_ends_the_run_and_is_made_again_by_the_next(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,10 +319,15 @@ def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(3001, 1000, generator=generator)
     reads = source(tmp_path / "source.safetensors", {"table": table})
-    taken = [3000, 7, 8, 0, 1500]
-    rows = tuple(Read(reads["table"].file, reads["table"].offset + 4000 * row, DType.F32, (1, 1000)) for row in taken)
-    sums = Opaque("column_sums", "1", (Concat(rows, (len(rows), 1000)),), DType.F32, (1000,))
-    outputs: dict[str, Expr] = {"table": reads["table"], "sums": sums}
+    taken = {
+        "sums": (DType.F32, [3000, 7, 8, 0, 1500]),
+        "other sums": (DType.F32, [9, 1500, 8]),
+        "sums of rounded rows": (DType.BF16, [7, 3000, 8]),
+    }
+    outputs: dict[str, Expr] = {"table": reads["table"]}
+    for name, (dtype, numbers) in taken.items():
+        some = tuple(cast(rows(reads["table"], row, row + 1), dtype) for row in numbers)
+        outputs[name] = Opaque("column_sums", "1", (Concat(some, (len(numbers), 1000)),), DType.F32, (1000,))
     plan = planned(outputs, 8 << 20)
 
     def stopping(*_: Any) -> None:
@@ -315,8 +336,10 @@ def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_
     with pytest.raises(Stop):
         go_on(plan, tmp_path / "place", kernels={"column_sums": stopping})
     result = go_on(plan, tmp_path / "place")
-    assert result.read_nbytes == len(taken) * 4000
+    assert result.read_nbytes == len({row for _, numbers in taken.values() for row in numbers}) * 4000
     (shard,) = (tmp_path / "place" / "model").iterdir()
     written = load_file(shard)
-    torch.testing.assert_close(written["sums"], table[taken].sum(dim=0))
+    for name, (dtype, numbers) in taken.items():
+        some_rows = table[numbers] if dtype is DType.F32 else table[numbers].bfloat16().float()
+        torch.testing.assert_close(written[name], some_rows.sum(dim=0))
     assert torch.equal(written["table"], table)
