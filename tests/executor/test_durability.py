@@ -11,10 +11,10 @@ import pytest
 import torch
 from plans import Stop, digest, go_on, planned, stopping_after
 
-from executor import durability, journal
+from executor import durability, journal, resuming, verifying
 from executor.errors import RunError
 from executor.journal import Journal
-from planner.expr import DType, Opaque, Read, rows
+from planner.expr import DType, Expr, Opaque, Read, cast, rows, scale
 from planner.plan import Plan
 
 
@@ -57,6 +57,48 @@ def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
     assert digest(stopped / "model") == whole[0]
     assert result.checksums == whole[1].checksums
     assert result.nbytes_by_path["resumed"] >= 4_000_000
+
+
+def test_what_is_read_again_beside_what_a_disk_lost_counts_once(reads: dict[str, Read], tmp_path: Path) -> None:
+    outputs: dict[str, Expr] = {
+        "copy": reads["large"],
+        "halved": cast(scale(reads["large"], 0.5), DType.F16),
+        "sums": Opaque("column_sums", "1", (reads["large"],), DType.F32, (1000,)),
+    }
+    plan = planned(outputs)
+    whole = go_on(plan, tmp_path / "whole")
+
+    def stopping(*_: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", kernels={"column_sums": stopping})
+    (shard,) = plan.shards
+    offset = next(tensor.offset for tensor in shard.tensors if tensor.name == "halved")
+    with (tmp_path / "place" / "model" / shard.filename).open("r+b") as file:
+        file.seek(offset + 1_000_000)
+        file.write(bytes(4096))
+    result = go_on(plan, tmp_path / "place")  # reads it for what is halved, and for the kernel
+    assert result.nbytes_by_path["resumed"] == reads["large"].nbytes
+    assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
+    assert result.checksums == whole.checksums
+
+
+def test_what_is_read_again_before_it_counts_takes_no_more_memory_than_chunks_will(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    wrong = verifying.wrong
+
+    def noting(ranges: Sequence[verifying.Range], *, num_workers: int, chunk_nbytes: int) -> list[int]:
+        taken.append(2 * num_workers * chunk_nbytes)
+        return wrong(ranges, num_workers=num_workers, chunk_nbytes=chunk_nbytes)
+
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path / "place", on_progress=stopping_after(plan.written_nbytes))
+    monkeypatch.setattr(resuming, "wrong", noting)
+    go_on(plan, tmp_path / "place")
+    assert taken == [plan.pool.nbytes]
 
 
 def test_after_a_restart_of_the_machine_only_what_was_on_the_disk_counts(
