@@ -376,6 +376,15 @@ def test_rows_that_a_kernel_needs_of_a_tensor_that_is_copied_are_taken_as_it_pas
     assert (plan.read_nbytes, plan.reread_nbytes) == (1600, 0)
 
 
+def test_rows_that_noise_is_added_to_are_not_taken_from_what_passes_by() -> None:
+    """Noise is drawn by an element's place in the tensor that it is added to."""
+    table = Read(FILES[0], 8, DType.F32, (100, 4))
+    noisy = add_noise(row_of(table, 3), 0.1, seed=1)
+    graph = TensorGraph({"table": table, "gate": Opaque("gate", "{}", (noisy,), DType.F32, (4,))})
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    assert [step.numel for step in plan.steps if isinstance(step, StreamStep)] == [400, 4, 4]
+
+
 def test_a_mean_is_one_step_that_reads_each_part_once_in_chunks_that_do_not_depend_on_their_number() -> None:
     sizes = set()
     for count in (2, 64):
@@ -550,15 +559,33 @@ def test_the_next_weights_are_read_beside_a_kernel_where_two_layers_fit() -> Non
     assert wide.peak_nbytes - wide.pool.nbytes > 2 * nbytes > narrow.peak_nbytes - narrow.pool.nbytes > nbytes
 
 
-def test_only_the_kernels_whose_weights_do_not_fit_are_streamed() -> None:
-    graph = layer_graph(1, 4 << 20)
-    large = Read(FILES[1], 8, DType.F32, (1 << 20, 16))
-    graph.add("large", Opaque("large", "", (), DType.F32, (16,), 0, (large,), block_nbytes=1 << 20))
-    plan = compile(graph, budget_nbytes=16 << 20, shard_nbytes=1 << 40)
-    assert {step.kernel: len(step.streamed) for step in plan.steps if isinstance(step, KernelStep)} == {
-        "layer": 0,
-        "large": 1,
+def test_a_kernel_without_weights_keeps_none_from_being_read_beside_the_layer_before_it() -> None:
+    graph = TensorGraph()
+    state: tuple[Expr, ...] = ()
+    for number in range(3):
+        weight = Read(FILES[0], 8 + (number << 22), DType.F32, (1 << 16, 16))
+        state = (Opaque("layer", str(number), state, DType.F32, (16,), 0, (weight,), block_nbytes=1 << 20),)
+        graph.add(f"router {number}", Opaque("router", str(number), state, DType.F32, (4,)))
+    plan = compile(graph, budget_nbytes=64 << 20, shard_nbytes=1 << 40)
+    assert [(step.kernel, step.beside) for step in plan.kernels[:4]] == [
+        ("layer", 1),
+        ("router", 0),
+        ("layer", 1),
+        ("router", 0),
+    ]
+
+
+@pytest.mark.parametrize("order", [("small", "large"), ("large", "small")])
+def test_only_the_kernels_whose_weights_do_not_fit_are_streamed(order: tuple[str, str]) -> None:
+    weights = {
+        "small": Read(FILES[0], 8, DType.F32, (1 << 16, 16)),
+        "large": Read(FILES[1], 8, DType.F32, (1 << 20, 16)),
     }
+    graph = TensorGraph()
+    for name in order:
+        graph.add(name, Opaque(name, "", (), DType.F32, (16,), 0, (weights[name],), block_nbytes=1 << 20))
+    plan = compile(graph, budget_nbytes=16 << 20, shard_nbytes=1 << 40)
+    assert {step.kernel: len(step.streamed) for step in plan.kernels} == {"small": 0, "large": 1}
 
 
 def test_weights_that_are_in_the_way_of_an_earlier_kernel_are_streamed_though_their_own_has_room_for_them() -> None:
