@@ -14,7 +14,7 @@ from moeplan.architectures.family import Family
 from moeplan.config import MergeConfig
 from moeplan.errors import MoeplanWarning
 from moeplan.places import CheckpointError
-from moeplan.tensor_names import OUTPUT_MATRIX, is_mlp
+from moeplan.tensor_names import is_mlp
 from moeplan.untrusted_json import show
 
 MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
@@ -78,12 +78,11 @@ def check_fit(config: MergeConfig, family: Family, sources: Sources) -> None:
             warnings.warn(f"{difference}; the merged model has the base's", MoeplanWarning, stacklevel=2)
         _refuse_what_is_lost(family, expert, [n for n in expert.unknown_tensors() if is_averaged or is_mlp(n)])
         if is_averaged:
-            _check_backbone(family, base, expert, where)
+            _check_backbone(expert, where)
 
 
-def _check_backbone(family: Family, base: DenseModel, expert: DenseModel, where: str) -> None:
+def _check_backbone(expert: DenseModel, where: str) -> None:
     """Refuse what cannot be a part of the mean over the experts' backbones."""
-    label = expert.checkpoint.label
     if expert.adapter is not None and expert.adapter.left_out:
         name, *others = expert.adapter.left_out
         more = f" (and {len(others)} more)" if others else ""
@@ -95,12 +94,6 @@ def _check_backbone(family: Family, base: DenseModel, expert: DenseModel, where:
         expert.check_tensors()
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    if base.settings["tie_word_embeddings"] and not expert.settings["tie_word_embeddings"] and family.tied:
-        raise CheckpointError(
-            f"{where}: {label} has a tensor {OUTPUT_MATRIX} of its own, and the base {base.checkpoint.label} ties "
-            "it to the embeddings (tie_word_embeddings), so the merged model cannot hold the mean (backbone: "
-            "average); untie it in the base"
-        )
 
 
 def _setting(model: DenseModel, key: str) -> Any:

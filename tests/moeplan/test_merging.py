@@ -384,15 +384,6 @@ def test_a_shared_expert_is_no_part_of_the_mean(models, tmp_path):
     assert len(warned(moeplan(config, "--plan", "--i-understand-this-is-not-useful-without-training"))) == 1
 
 
-def test_an_output_matrix_beside_a_base_that_ties_its_own_is_not_averaged(models, refused):
-    edit_config(models[0], tie_word_embeddings=True)
-    assert refused(backbone="average") == (
-        "config.yml:1: experts[1].source_model: other has a tensor lm_head.weight of its own, and the base base ties "
-        "it to the embeddings (tie_word_embeddings), so the merged model cannot hold the mean (backbone: average); "
-        "untie it in the base"
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -103,15 +103,14 @@ def test_the_output_matrix_of_an_expert_that_ties_it_is_its_embeddings(case, bas
     assert_same_bits(merged_tensors(out, case), averaged(case, base, experts, base))
 
 
-def test_an_output_matrix_that_is_stored_is_averaged_though_its_config_ties_it(checkpoint, merge, tmp_path):
-    """transformers 5 takes it for the model's own, unless it equals the embeddings."""
-    base, *experts = (shutil.copytree(checkpoint("llama-tied", seed), tmp_path / f"{seed}") for seed in range(3))
-    tensors = read_tensors(experts[0])
-    own = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 3 + 1
-    save_file(tensors, experts[0] / "model.safetensors", metadata={"format": "pt"})
-    out = merge(base, experts, backbone="average")
-    expected = float32_mean([own, read_tensors(experts[1])["model.embed_tokens.weight"]])
-    assert torch.equal(read_tensors(out)["lm_head.weight"], expected)
+@pytest.mark.parametrize("recipe", ["llama-plain", "llama-tied-own-head"])
+def test_an_output_matrix_that_is_stored_is_averaged_though_the_base_ties_its_own(recipe, checkpoint, merge):
+    """And though the expert's config ties it: transformers 5 takes it for the model's own, unless it equals the
+    embeddings."""
+    expert, tied = checkpoint(recipe, 1), checkpoint("llama-tied", 2)
+    out = merge(checkpoint("llama-tied"), [expert, tied], backbone="average")
+    own, embeddings = read_tensors(expert)["lm_head.weight"], read_tensors(tied)["model.embed_tokens.weight"]
+    assert torch.equal(read_tensors(out)["lm_head.weight"], float32_mean([own, embeddings]))
     assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
 
 
