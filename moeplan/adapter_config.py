@@ -108,14 +108,14 @@ class Targets:
     """
 
     targets: frozenset[str] | None
-    excluded: frozenset[str]
+    excluded: frozenset[str] | None
     layers: frozenset[int] | None
     saved: frozenset[str]
 
     def ignoring(self, module: str) -> str | None:
         """The setting for which peft ignores factors of `module`; None where there is none."""
         endings = _endings(module)
-        if not self.excluded.isdisjoint(endings):
+        if self.excluded is not None and not self.excluded.isdisjoint(endings):
             return "exclude_modules"
         if self.targets is None or module in self.targets:
             return None
@@ -127,7 +127,7 @@ class Targets:
 
     def names(self, module: str) -> bool:
         """Whether `module` is one that must have factors."""
-        return self.targets is not None and self.ignoring(module) is None
+        return self.targets is not None and self.excluded is not None and self.ignoring(module) is None
 
     def saves(self, module: str) -> bool:
         """Whether `module`, or one that it is in, was saved whole."""
@@ -219,10 +219,11 @@ def _read_targets(config: Mapping[str, Any]) -> Targets:
     of expressions, which are a stranger's, and no knowledge of `target_parameters`."""
     layers = config.get("layers_to_transform")
     numbers = [layers] if type(layers) is int else layers
-    plain = config.get("layers_pattern") in (None, [], "", "layers", ["layers"])
+    pattern = config.get("layers_pattern")
+    plain = not pattern or "layers" in (pattern if isinstance(pattern, list) else [pattern])
     return Targets(
         targets=None if config.get("target_parameters") else _items(config.get("target_modules"), str),
-        excluded=_items(config.get("exclude_modules"), str) or frozenset(),
+        excluded=_items(config.get("exclude_modules") or [], str),
         layers=(_items(numbers, int) or None) if plain else None,
         saved=_items(config.get("modules_to_save"), str) or frozenset(),
     )
