@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import fields
 from itertools import accumulate, pairwise
 from math import prod
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from families import CASES, OUTPUTS, Case, plain_recipe
-from models import RECIPES
+from models import LLAMA3_SCALING, RECIPES
 from transformers import AutoConfig, PretrainedConfig
 
 from moeplan import gates
@@ -416,6 +417,28 @@ def test_a_rope_parameter_that_is_null_is_as_one_that_is_not_there(checkpoint, t
     assert settings_of(source)[1] == found
 
 
+ROPE_TAKES = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0},
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    "llama3": {key: value for key, value in LLAMA3_SCALING.items() if key != "rope_type"},
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind in ROPE_TAKES for key in ROPE_TAKES[kind]])
+def test_rope_scaling_without_something_that_it_takes_is_refused(kind, key, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("llama-plain"), tmp_path / "source")
+    whole = {"rope_type": kind, **ROPE_TAKES[kind]}
+    config = {"model_type": "llama", "head_dim": 16, "rope_scaling": whole}
+    (source / "config.json").write_text(json.dumps(config))
+    assert settings_of(source)[1] == (10000.0, whole)
+    del whole[key]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"RoPE scaling of type '{kind}' has no {key}"):
+        settings_of(source)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
 def test_no_setting_of_an_output_family_is_left_to_its_default_and_none_is_misspelt(case, checkpoint, plan):
     path = checkpoint(plain_recipe(case))
@@ -423,6 +446,21 @@ def test_no_setting_of_an_output_family_is_left_to_its_default_and_none_is_missp
     known = own_fields(written["model_type"]).keys()
     assert known - written.keys() <= OF_WINDOWS
     assert written.keys() - known <= WRITTEN_FOR_ALL | OF_WINDOWS
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("llama-plain", "llama-rope"))])
+def test_rope_is_written_in_both_spellings(recipe, checkpoint, plan):
+    path = checkpoint(recipe)
+    written = plan(path, [path] * 2, architecture="mixtral").model_config
+    older, newer = ("rope_theta", "rope_scaling"), ("rope_parameters",)
+    read = []
+    for other in (newer, older):
+        config = {key: deepcopy(value) for key, value in written.items() if key not in other}
+        read.append(AutoConfig.for_model(**config).rope_parameters)
+        read[-1].pop("type", None)
+    assert read[0] == read[1]
+    scaling = written["rope_scaling"]
+    assert scaling is None or scaling["type"] == scaling["rope_type"] != "default"
 
 
 @pytest.mark.parametrize("output", ["qwen2-moe", "qwen3-moe"])

@@ -336,6 +336,11 @@ def test_prompts_that_tell_nothing_are_in_neither_half():
     assert kept([[0, 1], [0, 2]], [[0, 1], [0, 2]], lengths, 1, without=1) == [[0, 1], [0, 2]]
 
 
+def test_each_expert_s_halves_have_about_the_same_number_of_tokens_though_it_shares_prompts():
+    assert folds([[0, 1], [0, 2, 3]], lengths=[10, 10, 4, 6], bos=0) == {0: 0, 1: 1, 2: 1, 3: 1}
+    assert folds([[0, 1], [1, 2, 3]], lengths=[10, 10, 4, 6], bos=0) == {0: 0, 1: 1, 2: 0, 3: 0}
+
+
 def test_the_seed_chooses_passages_and_gate_tokens_bounds_them(checkpoint, plan, tmp_path):
     source = checkpoint("llama-plain")
     words = ["doctor", "hurt", "bread", "train", "sword", "cave", "torch", "listen", "help", "good", "day"]
