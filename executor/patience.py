@@ -6,8 +6,14 @@ No request is made here, so whoever makes them in another way can be as patient 
 from __future__ import annotations
 
 import random
+import re
 from email.utils import parsedate_to_datetime
 from time import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from http.client import HTTPMessage
 
 ATTEMPTS = 8
 """How often in a row nothing may come of a request."""
@@ -18,6 +24,8 @@ LONGEST_PAUSE_SECONDS = 300.0
 
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP's statuses for what may work later."""
+
+_USED_UP = re.compile(r"\br=0;\s*t=(\d{1,9})\b")
 
 
 def pause_seconds(failures: int, asked: float | None = None) -> float:
@@ -30,9 +38,16 @@ def pause_seconds(failures: int, asked: float | None = None) -> float:
     return min(max(backoff, asked or 0.0), LONGEST_PAUSE_SECONDS)
 
 
-def retry_after(header: str | None) -> float | None:
-    """The seconds that a server asks to wait in `Retry-After`: RFC 9110, 10.2.3, allows a number and a date."""
-    value = (header or "").strip()
+def asked_seconds(headers: Mapping[str, str] | HTTPMessage) -> float | None:
+    """The seconds that a server asks to wait in the headers of its answer; None where it does not say.
+
+    Most say it in `Retry-After`: RFC 9110, 10.2.3, allows a number and a date. The Hub says in `RateLimit`, which is a
+    draft (draft-ietf-httpapi-ratelimit-headers-09), when requests are to be had again: `"api";r=0;t=55`.
+    """
+    limit = _USED_UP.search(headers.get("RateLimit") or "")
+    if limit is not None:
+        return float(limit[1])
+    value = (headers.get("Retry-After") or "").strip()
     if value.isdecimal():
         return float(value)
     try:

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, BUSY, pause_seconds, retry_after
+from executor.patience import ATTEMPTS, BUSY, asked_seconds, pause_seconds
 from planner.expr import RemoteFile
 
 TIMEOUT_SECONDS = 30.0
@@ -189,8 +189,7 @@ class RemoteReader:
     def _check_range(self, file: RemoteFile, response: HTTPResponse, offset: int, nbytes: int) -> None:
         status = response.status
         if status in BUSY:
-            asked = retry_after(response.headers.get("Retry-After"))
-            raise _TryAgainError(f"the server answers with HTTP {status}", asked)
+            raise _TryAgainError(f"the server answers with HTTP {status}", asked_seconds(response.headers))
         if status in (401, 403):
             raise RunError(f"{file.url}: access is refused (HTTP {status}); is the token still valid?")
         if status in (404, 410):

@@ -24,7 +24,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, BUSY, pause_seconds, retry_after
+from executor.patience import ATTEMPTS, BUSY, asked_seconds, pause_seconds
 from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
 from moeplan.errors import MoeplanWarning
@@ -414,6 +414,6 @@ def _patiently(ask: Callable[[], T]) -> T:
         except HfHubHTTPError as error:
             if error.response.status_code not in BUSY:
                 raise
-            asked = retry_after(error.response.headers.get("Retry-After"))
+            asked = asked_seconds(error.response.headers)
         time.sleep(pause_seconds(failures, asked))
     return ask()

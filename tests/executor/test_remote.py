@@ -165,12 +165,15 @@ def test_a_server_that_fails_often_is_asked_again_as_long_as_something_comes_in_
     assert data == Path(read.file.path).read_bytes()[read.offset : read.offset + 3_000_000]
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(429, {"RateLimit": '"resolvers";r=0;t=1'}), (429, {"Retry-After": "1"}), (503, {"Retry-After": "1"})],
+)
 @pytest.mark.parametrize("server", ["hub", "cdn"])
 def test_a_busy_server_is_asked_again_when_it_says_so(
-    hub: Hub, local: dict[str, Read], file: RemoteFile, status: int, server: str
+    hub: Hub, local: dict[str, Read], file: RemoteFile, status: int, headers: dict[str, str], server: str
 ) -> None:
-    hub.faults.append(Fault(server, "model", status=status, headers={"Retry-After": "1"}))
+    hub.faults.append(Fault(server, "model", status=status, headers=headers))
     started = time.monotonic()
     assert len(RemoteReader(HEADERS).read(file, local["small"].offset, 70)) == 70
     assert 1 <= time.monotonic() - started < 10

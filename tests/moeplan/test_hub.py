@@ -676,14 +676,17 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_says_or_longer_each_time(
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 1)
     at = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
-    for asked in ("200", "1000", at):
-        hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers={"Retry-After": asked}))
-    hub.faults.append(Fault("hub", "/api/models/org/base", status=425))
-    hub.faults.append(Fault("hub", "/api/models/org/base", status=503, times=patience.ATTEMPTS - 5))
+    limit = {"RateLimit": '"api";r=0;t=250', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    for asked in ({"Retry-After": "200"}, {"Retry-After": "1000"}, {"Retry-After": at}, limit):
+        hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers=asked))
+    unspent = {"RateLimit": '"api";r=499;t=250'}
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=425, headers=unspent))
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=503, times=patience.ATTEMPTS - 6))
     assert moeplan(config, "--plan").status == 0
     assert pauses[:2] == [200, patience.LONGEST_PAUSE_SECONDS]
     assert 60 < pauses[2] <= 100
-    assert all(2**failures / 2 <= pause <= 2**failures for failures, pause in enumerate(pauses[3:], 3))
+    assert pauses[3] == 250
+    assert all(2**failures / 2 <= pause <= 2**failures for failures, pause in enumerate(pauses[4:], 4))
     assert len(pauses) == patience.ATTEMPTS - 1
 
 
