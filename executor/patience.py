@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from http.client import HTTPMessage
 
+TIMEOUT_SECONDS = 30.0
+"""How long nothing may come of a request that was made: longer, and the server is away."""
+
 ATTEMPTS = 8
 """How often in a row nothing may come of a request."""
 

@@ -22,10 +22,9 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, BUSY, asked_seconds, pause_seconds
+from executor.patience import ATTEMPTS, BUSY, TIMEOUT_SECONDS, asked_seconds, pause_seconds
 from planner.expr import RemoteFile
 
-TIMEOUT_SECONDS = 30.0
 MAX_REDIRECTS = 5
 
 PIECE_NBYTES = 64 << 10

@@ -24,7 +24,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, BUSY, asked_seconds, pause_seconds
+from executor.patience import ATTEMPTS, BUSY, TIMEOUT_SECONDS, asked_seconds, pause_seconds
 from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
 from moeplan.errors import MoeplanWarning
@@ -250,7 +250,9 @@ class Hub:
             return cached
         api = HfApi(endpoint=self.endpoint, library_name="moeplan")
         try:
-            info = _patiently(lambda: api.model_info(repository, revision=revision, files_metadata=True))
+            info = _patiently(
+                lambda: api.model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS, files_metadata=True)
+            )
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
             is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY
             cached = None if is_answer else self._cached(reference, repository, revision, config)

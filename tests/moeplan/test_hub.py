@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -660,6 +661,16 @@ def test_a_hub_that_cannot_be_reached_is_one_message(hub: Hub, config: Path, mon
     message = refused(config)
     assert f"base_model: {BASE}: http://127.0.0.1:9 cannot be reached, or breaks off (" in message
     assert "if this is meant as a directory, there is none" in message
+
+
+def test_a_hub_that_takes_a_request_and_says_nothing_is_not_waited_for_without_end(
+    hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeplan.hub.TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        set_endpoint(monkeypatch, url)
+        assert f"base_model: {BASE}: {url} cannot be reached, or breaks off ('timed out')" in refused(config)
 
 
 @pytest.mark.parametrize("part", ["/api/models/org/base", "config.json", "model.safetensors"])
