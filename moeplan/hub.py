@@ -163,6 +163,7 @@ class Hub:
         self._sources: dict[str, Source] = {}
         self._places: dict[RemoteFile, tuple[Snapshot, str]] = {}
         self._heads: dict[RemoteFile, bytes] = {}
+        self._is_away = False
         self._reader: RemoteReader | None = None
         self._reader_lock = Lock()
 
@@ -251,14 +252,15 @@ class Hub:
         api = HfApi(endpoint=self.endpoint, library_name="moeplan")
         try:
             info = _patiently(
-                lambda: api.model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS, files_metadata=True)
+                lambda: api.model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS, files_metadata=True),
+                attempts=1 if self._is_away else ATTEMPTS,  # what was waited for in vain is not waited for again
             )
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
-            is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY
-            cached = None if is_answer else self._cached(reference, repository, revision, config)
+            self._is_away = not isinstance(error, HfHubHTTPError) or error.response.status_code in BUSY
+            cached = self._cached(reference, repository, revision, config) if self._is_away else None
             reason = explanation(error, repository, revision, endpoint=self.endpoint, cache=self.cache)
             if cached is None:
-                if not is_answer and reference.count("/") == 1:
+                if self._is_away and reference.count("/") == 1:
                     reason += "; if this is meant as a directory, there is none"
                 raise CheckpointError(f"{reference}: {reason}") from None
             warnings.warn(f"{reference}: {reason}; what is in the cache is taken", MoeplanWarning, stacklevel=2)
@@ -406,11 +408,11 @@ def _may_be_here(path: str) -> bool:
     return True
 
 
-def _patiently(ask: Callable[[], T]) -> T:
+def _patiently(ask: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """What `ask` returns, which is asked again while the Hub says that it is busy."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for failures in range(1, ATTEMPTS):
+    for failures in range(1, attempts):
         try:
             return ask()
         except HfHubHTTPError as error:

@@ -481,6 +481,18 @@ def test_what_is_in_the_cache_is_enough_where_the_hub_cannot_be_reached(
     assert "what is in the cache is taken" in ran.stderr
 
 
+def test_a_hub_that_stays_busy_is_waited_for_once_and_then_what_is_in_the_cache_is_taken(
+    hub: Hub, config: Path, tmp_path: Path
+) -> None:
+    data(config, tmp_path / "out")
+    hub.requests.clear()
+    hub.faults.append(Fault("hub", "/api/models", status=503, times=FOREVER))
+    ran = moeplan(config, tmp_path / "again")
+    assert ran.status == 0
+    assert ran.stderr.count("what is in the cache is taken") == 3
+    assert len(hub.requests) == patience.ATTEMPTS + 2
+
+
 def refused(config: Path, *args: object, status: int = 2) -> str:
     """The error message, which must be one line that begins with the config's."""
     ran = moeplan(config, *(args or ("--plan",)))
