@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,12 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, BUSY, TIMEOUT_SECONDS, asked_seconds, pause_seconds
+from executor.patience import ATTEMPTS, TIMEOUT_SECONDS, asked_seconds, pause_seconds
 from moeplan import interruption
 from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
-from moeplan.hub_errors import check_endpoint, explanation, refuse_address
+from moeplan.hub_errors import breaks_off, check_endpoint, explanation, is_busy, refuse_address
 from moeplan.hub_stream import HEADS_AT_ONCE, RemoteStream
 from moeplan.output import CARD
 from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, LocalPlace, Place, instead_of
@@ -164,6 +163,7 @@ class Hub:
         self._places: dict[RemoteFile, tuple[Snapshot, str]] = {}
         self._heads: dict[RemoteFile, bytes] = {}
         self._is_away = False
+        self._stopping = Event()
         self._reader: RemoteReader | None = None
         self._reader_lock = Lock()
 
@@ -251,12 +251,12 @@ class Hub:
             return cached
         api = HfApi(endpoint=self.endpoint, library_name="moeplan")
         try:
-            info = _patiently(
+            info = self._patiently(
                 lambda: api.model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS, files_metadata=True),
                 attempts=1 if self._is_away else ATTEMPTS,  # what was waited for in vain is not waited for again
             )
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
-            self._is_away = not isinstance(error, HfHubHTTPError) or error.response.status_code in BUSY
+            self._is_away = not isinstance(error, HfHubHTTPError) or is_busy(error)
             cached = self._cached(reference, repository, revision, config) if self._is_away else None
             reason = explanation(error, repository, revision, endpoint=self.endpoint, cache=self.cache)
             if cached is None:
@@ -307,7 +307,7 @@ class Hub:
         bars = {"tqdm_class": bar or SilentBar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
         try:
             with plainly:
-                _patiently(
+                self._patiently(
                     lambda: hf_hub_download(
                         snapshot.repository,
                         name,
@@ -316,7 +316,8 @@ class Hub:
                         endpoint=self.endpoint,
                         library_name="moeplan",
                         **cast(Any, bars),
-                    )
+                    ),
+                    lambda error: is_busy(error) or breaks_off(error),
                 )
         except StoppedError:
             raise
@@ -345,15 +346,23 @@ class Hub:
     def download(self, files: Collection[RemoteFile], workers: int, on_progress: Callable[[int], None]) -> None:
         """Download whole `files` into the cache, up to `workers` at once.
 
-        `on_progress` is told how many bytes came. Raises RunError.
+        `on_progress` is told how many bytes came, and of a file that must be begun again, how many were lost. Raises
+        RunError.
         """
-        stop = Event()
+        stopping = self._stopping
 
         class Bar(SilentBar):
+            nbytes = 0
+
             def update(self, n: float | None = 1) -> None:
-                if stop.is_set():
+                if stopping.is_set():
                     raise StoppedError
+                self.nbytes += int(n or 0)
                 on_progress(int(n or 0))
+
+            def __exit__(self, *error: object) -> None:
+                if error[0] is not None:
+                    on_progress(-self.nbytes)
 
         def download(file: RemoteFile) -> None:
             snapshot, name = self._places[file]
@@ -367,8 +376,29 @@ class Hub:
                     f"{error}; files that came whole are kept: run the same command again to go on"
                 ) from None
             finally:
-                stop.set()
+                stopping.set()
                 pool.shutdown(cancel_futures=True)
+
+    def _patiently(
+        self, ask: Callable[[], T], may_pass: Callable[[Exception], bool] = is_busy, attempts: int = ATTEMPTS
+    ) -> T:
+        """What `ask` returns, which is asked again where what went wrong `may_pass`, as is said in
+        `executor.patience`."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        for failures in range(1, attempts):
+            try:
+                return ask()
+            except Exception as error:
+                if not may_pass(error):
+                    raise
+                asked = asked_seconds(error.response.headers) if isinstance(error, HfHubHTTPError) else None
+            self._pause(pause_seconds(failures, asked))
+        return ask()
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise StoppedError
 
     def one_source(self, digest: str | None, source: Source) -> Source:
         """The source by which this content was first read, whatever it is called."""
@@ -406,18 +436,3 @@ def _may_be_here(path: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _patiently(ask: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-    """What `ask` returns, which is asked again while the Hub says that it is busy."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for failures in range(1, attempts):
-        try:
-            return ask()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in BUSY:
-                raise
-            asked = asked_seconds(error.response.headers)
-        time.sleep(pause_seconds(failures, asked))
-    return ask()

@@ -34,6 +34,23 @@ def check_endpoint(reference: str) -> None:
         ) from None
 
 
+def is_busy(error: Exception) -> bool:
+    """Whether the Hub answered that it may answer later."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY
+
+
+def breaks_off(error: Exception) -> bool:
+    """Whether the network failed in the middle of a file: HTTP libraries have errors of their own for that, so it is
+    what is neither an answer of the Hub nor the fault of this machine."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    if isinstance(error, OSError) and error.errno is not None:
+        return isinstance(error, (ConnectionError, TimeoutError))
+    return not isinstance(error, (HfHubHTTPError, EntryNotFoundError))
+
+
 def explanation(error: Exception, repository: str, revision: str, *, endpoint: str, cache: Path) -> str:
     """What went wrong at the Hub `endpoint`, and what to do about it: a predicate to the name of a model or file."""
     from huggingface_hub import errors, get_token

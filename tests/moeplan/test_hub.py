@@ -696,7 +696,7 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_says_or_longer_each_time(
     hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr("moeplan.hub.Hub._pause", lambda self, seconds: pauses.append(seconds))
     monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 1)
     at = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
     limit = {"RateLimit": '"api";r=0;t=250', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
@@ -733,9 +733,26 @@ def test_connections_that_are_cut_change_nothing(
     assert written(tmp_path / "downloaded") == local
 
 
-def test_a_download_that_breaks_off_for_good_says_so_and_can_be_gone_on_with(
-    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
+def test_a_download_whose_connection_is_reset_is_begun_again_and_progress_says_so(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    data(config, "--plan")
+    heads = hub.asked("cdn")
+    hub.faults.append(Fault("cdn", "model.safetensors", cut_after=250_000, reset=True, spared=heads, times=4))
+    plans: list[api.MergePlan] = []
+    seen: list[Progress] = []
+    api.merge(api.load_config(config), tmp_path / "out", api.Options(), plans.append, seen.append)
+    assert written(tmp_path / "out") == local
+    moved = [state.written_nbytes for state in seen]
+    assert moved != sorted(moved)
+    assert moved[-1] == plans[0].moved_nbytes == max(moved)
+
+
+def test_a_download_that_breaks_off_for_good_says_so_and_can_be_gone_on_with(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # what huggingface_hub does before it goes on
     data(config, "--plan")
     heads = hub.asked("cdn")
     hub.faults.append(Fault("cdn", "model.safetensors", cut_after=10_001, spared=heads, times=FOREVER))
