@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from executor.errors import RunError
 from executor.patience import ATTEMPTS, TIMEOUT_SECONDS, asked_seconds, pause_seconds
 from moeplan import interruption
-from moeplan.checkpoint import CONFIG, MAX_INDEX_NBYTES
+from moeplan.checkpoint import BIN_INDEX, CONFIG, INDEX, MAX_INDEX_NBYTES, PREFERRED
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
 from moeplan.hub_errors import breaks_off, check_endpoint, explanation, is_busy, refuse_address
@@ -48,7 +48,6 @@ MAX_CARD_NBYTES = 128 << 10
 
 MAX_HEADS = 256
 
-_INDEX = ".index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 T = TypeVar("T")
@@ -219,11 +218,15 @@ class Hub:
                 begun = "; an unfinished merge was begun with it: --restart starts afresh"
                 raise CheckpointError(f"{error}{begun if is_begun else instead_of(reference)}") from None
             self._snapshots[reference] = found
-            indexes = [file for file in found.names() if file.endswith(_INDEX) and "/" not in file]
             found.fetch([config], MAX_CONFIG_NBYTES)
-            found.fetch(indexes, MAX_INDEX_NBYTES)
+            weights = next(filter(found.has, PREFERRED), None)
+            if weights in (INDEX, BIN_INDEX):
+                found.fetch([weights], MAX_INDEX_NBYTES)
             if CARD in found.files and found.files[CARD].nbytes <= MAX_CARD_NBYTES:
-                found.fetch([CARD], MAX_CARD_NBYTES)
+                try:
+                    found.fetch([CARD], MAX_CARD_NBYTES)
+                except CheckpointError as error:  # such as a cache that is shared, holds all else, and is read-only
+                    warnings.warn(f"{error}; so its licence is not known", MoeplanWarning, stacklevel=2)
         return self._snapshots[reference]
 
     def snapshot(self, path: Path) -> Snapshot | None:

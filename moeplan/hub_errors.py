@@ -79,7 +79,10 @@ def explanation(error: Exception, repository: str, revision: str, *, endpoint: s
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"cannot be stored: the disk of the cache, {cache}, is full"
         case OSError() if error.filename is not None:
-            return f"{error.filename} cannot be written: {error.strerror}"
+            return (
+                f"{error.filename} cannot be written: {error.strerror}; give another --transformers-cache, or set "
+                "HF_HUB_OFFLINE=1 to take what is there"
+            )
         case _:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return f"{endpoint} cannot be reached, or breaks off ({show(reason)})"

@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -468,6 +469,37 @@ def test_what_is_in_the_cache_is_enough_offline(
     data(config, tmp_path / "offline")
     assert len(hub.requests) == asked
     assert written(tmp_path / "offline") == local
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """Within, nobody can write to the directory."""
+    for how in (["--bind", path], ["-o", "remount,bind,ro"]):
+        if subprocess.run(["mount", *how, path], capture_output=True, check=False).returncode:
+            pytest.skip("cannot mount a directory read-only here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_cache_that_cannot_be_written_to_is_enough_with_what_transformers_has_put_there(
+    hub: Hub, checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    """Which loads no cards, and of two kinds of weights those alone that it prefers."""
+    models = [shutil.copytree(checkpoint("llama-sharded", number), tmp_path / f"{number}") for number in range(2)]
+    for name, model in zip((BASE, EXPERT), models, strict=True):
+        hub.add(name, model)
+    config = write_config(tmp_path / "config.yml", BASE, [BASE, EXPERT])
+    data(config, tmp_path / "out")
+    for model in models:
+        (model / "README.md").write_text("A model.")
+        (model / "pytorch_model.bin.index.json").write_text("{}")
+    with read_only(cache):
+        ran = moeplan(config, tmp_path / "again")
+    assert ran.status == 0, ran.stderr
+    assert re.search(rf"{BASE}/README.md: .* cannot be written: .*; so its licence is not known", ran.stderr)
+    assert written(tmp_path / "again") == written(tmp_path / "out")
 
 
 def test_what_is_in_the_cache_is_enough_where_the_hub_cannot_be_reached(
