@@ -24,14 +24,23 @@ def refuse_address(reference: str) -> None:
 
 
 def check_endpoint(reference: str) -> None:
-    """Raises CheckpointError where the Hub's address cannot be taken apart: huggingface_hub cannot be imported then."""
+    """Raises CheckpointError where the Hub's address cannot be taken apart: huggingface_hub cannot be imported then.
+
+    And where it has a password in it: plans and `moeplan.json` have the addresses of files.
+    """
     address = os.environ.get("HF_ENDPOINT", "")
     try:
-        _ = urlsplit(address).port
+        parts = urlsplit(address)
+        _ = parts.port
     except ValueError as error:
         raise CheckpointError(
             f"{reference}: HF_ENDPOINT is {show(address)}, which is no address ({error}); correct or unset it"
         ) from None
+    if parts.username is not None:
+        raise CheckpointError(
+            f"{reference}: HF_ENDPOINT has a user's name in it: leave that and the password out, and give a token as "
+            "HF_TOKEN"
+        )
 
 
 def is_busy(error: Exception) -> bool:

@@ -700,6 +700,16 @@ def test_an_address_that_is_none_is_one_message(config: Path, monkeypatch: pytes
     assert f"base_model: {BASE}: HF_ENDPOINT is '{address}', which is no address (" in refused(config)
 
 
+def test_an_address_with_a_password_is_refused_without_being_shown(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be shown with every file of the model, and published in moeplan.json."""
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:word@hub.example")
+    message = refused(config)
+    assert f"base_model: {BASE}: HF_ENDPOINT has a user's name in it" in message
+    assert "word@" not in message
+
+
 def test_a_hub_that_cannot_be_reached_is_one_message(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_endpoint(monkeypatch, "http://127.0.0.1:9")
     message = refused(config)
