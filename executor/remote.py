@@ -261,10 +261,11 @@ class RemoteReader:
     def _connect(self, origin: Origin) -> HTTPConnection:
         """A new connection, through a proxy where the environment names one."""
         scheme, host, port = origin
-        proxy = None if proxy_bypass(host) else getproxies().get(scheme)
-        if proxy is None:
+        proxies = {} if proxy_bypass(host) else getproxies()
+        name = scheme if scheme in proxies else "all"
+        if name not in proxies:
             return self._connection(scheme, host, port)
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        proxy = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"
         try:
             at = urlsplit(proxy)
             proxy_scheme, proxy_host, proxy_port = _origin(proxy, port=80)
@@ -272,7 +273,7 @@ class RemoteReader:
                 raise ValueError("another protocol, such as SOCKS")
         except ValueError:  # it is not shown, since it may hold a password
             raise RunError(
-                f"{scheme}_proxy: what the environment names is no address of an HTTP proxy, such as http://host:8080; "
+                f"{name}_proxy: what the environment names is no address of an HTTP proxy, such as http://host:8080; "
                 "correct it, or unset it"
             ) from None
         login = {}

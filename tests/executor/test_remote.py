@@ -292,10 +292,11 @@ def test_a_run_that_is_interrupted_does_not_wait_for_a_busy_server(hub: Hub, fil
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
 def test_a_proxy_that_the_environment_names_is_used(
-    hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("http_proxy", hub.url.replace("://", "://user:word@"))
+    monkeypatch.setenv(name, hub.url.replace("://", "://user:word@"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     elsewhere = RemoteFile("http://hub.invalid/x", "etag", 10)
     with pytest.raises(RunError, match="no longer there"):
