@@ -132,6 +132,15 @@ class Snapshot:
                 raise CheckpointError(f"{self.label}/{name}: is larger than {max_nbytes:,} bytes; a real one is not")
             self.hub.download_one(self, name)
 
+    def link(self) -> None:
+        """Have in its directory what the cache has of other commits: most commits change a file or two."""
+        with suppress(OSError):  # there is none, or it cannot be written to
+            blobs = {blob.name for blob in (self.path.parent.parent / "blobs").iterdir()}
+            for name, file in self.files.items():
+                if file.digest in blobs and "/" not in name and not os.path.lexists(self.path / name):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    (self.path / name).symlink_to(f"../../blobs/{file.digest}")
+
     def _remote(self, name: str) -> RemoteFile:
         from huggingface_hub import constants, hf_hub_url
 
@@ -218,6 +227,7 @@ class Hub:
                 begun = "; an unfinished merge was begun with it: --restart starts afresh"
                 raise CheckpointError(f"{error}{begun if is_begun else instead_of(reference)}") from None
             self._snapshots[reference] = found
+            found.link()
             found.fetch([config], MAX_CONFIG_NBYTES)
             weights = next(filter(found.has, PREFERRED), None)
             if weights in (INDEX, BIN_INDEX):

@@ -184,6 +184,38 @@ def test_downloading_gives_the_same_and_fills_the_cache(
     assert written(tmp_path / "again") == local
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_weights_that_another_commit_has_in_the_cache_are_read_there(
+    hub: Hub,
+    config: Path,
+    local: dict[str, bytes | None],
+    models: dict[str, Path],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_shared: bool,
+) -> None:
+    """Also where huggingface_hub has put them into the store that models share."""
+    data(config, tmp_path / "out")
+    for name, model in models.items():
+        later = shutil.copytree(model, tmp_path / "later" / name)
+        (later / "README.md").write_text("An edit.")
+        hub.add(name, later)
+    if is_shared:
+        for number, blob in enumerate(list(cache.glob("models--*/blobs/*"))):
+            store = cache / "blobs" / f"{number:02}"
+            store.mkdir(parents=True)
+            blob.symlink_to(blob.rename(store / blob.name))
+    moved = hub.weights_moved()
+    for how in ([], ["--stream"]):
+        assert data(config, "--plan", *how)["plan"]["hub"] is None
+    data(config, tmp_path / "again")
+    assert hub.weights_moved() == moved
+    assert written(tmp_path / "again") == local
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert moeplan(config, "--plan").status == 0
+
+
 def large_tokenizer(path: Path) -> int:
     """Put a tokenizer.json of as many tokens as Llama 3's there; returns its size."""
     from tokenizers import Tokenizer
