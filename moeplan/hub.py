@@ -86,7 +86,7 @@ class Snapshot:
         return (self.path / name).exists()
 
     def prepare(self, names: Collection[str]) -> None:
-        missing = [name for name in names if name in self.files and not self.is_here(name)][:MAX_HEADS]
+        missing = [name for name in names if name in self.files and not self._is_read_here(name)][:MAX_HEADS]
         try:
             with ThreadPoolExecutor(HEADS_AT_ONCE) as workers:
                 list(workers.map(self.hub.head, map(self._remote, missing)))
@@ -106,7 +106,7 @@ class Snapshot:
     def opened(self, name: str) -> Iterator[tuple[BinaryIO, Source]]:
         if not self.files and not self.is_here(name):
             raise CheckpointError(f"{self.label}: has no {name}; {self.incomplete}")
-        if self.is_here(name) or name not in self.files:
+        if self._is_read_here(name) or name not in self.files:
             with LocalPlace(self.path).opened(name) as (file, source):
                 yield file, self.hub.one_source(self._digest(name), source)
             return
@@ -141,11 +141,16 @@ class Snapshot:
                     self.path.mkdir(parents=True, exist_ok=True)
                     (self.path / name).symlink_to(f"../../blobs/{file.digest}")
 
-    def _remote(self, name: str) -> RemoteFile:
-        from huggingface_hub import constants, hf_hub_url
+    def _is_read_here(self, name: str) -> bool:
+        return self.is_here(name) and self._url(name) not in self.hub.streamed
 
-        url = hf_hub_url(self.repository, name, revision=self.commit, endpoint=constants.ENDPOINT)
-        file = RemoteFile(url, self.files[name].digest, self.files[name].nbytes)
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repository, name, revision=self.commit, endpoint=self.hub.endpoint)
+
+    def _remote(self, name: str) -> RemoteFile:
+        file = RemoteFile(self._url(name), self.files[name].digest, self.files[name].nbytes)
         self.hub.remember(file, self, name)
         return file
 
@@ -160,12 +165,19 @@ class Snapshot:
 class Hub:
     """The Hub, as one merge sees it: what was asked, where things are. `cache` is a directory for huggingface_hub.
 
-    Models that `commits` has are those commits, wherever their branches are by now.
+    Models that `commits` has are those commits, wherever their branches are by now, and what is at the addresses
+    `streamed` is read there, though it may be in the cache by now.
     """
 
-    def __init__(self, cache: str | Path | None = None, commits: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        cache: str | Path | None = None,
+        commits: Mapping[str, str] | None = None,
+        streamed: Collection[str] = (),
+    ) -> None:
         self._asked_for = cache
         self._asked_commits = commits or {}
+        self.streamed = streamed
         self._snapshots: dict[str, Snapshot] = {}
         self._sources: dict[str, Source] = {}
         self._places: dict[RemoteFile, tuple[Snapshot, str]] = {}
@@ -177,7 +189,7 @@ class Hub:
 
     def anew(self) -> Hub:
         """The same models at the same commits, with what is in the cache by now."""
-        hub = Hub(self._asked_for, self._asked_commits)
+        hub = Hub(self._asked_for, self._asked_commits, self.streamed)
         hub._snapshots = {name: replace(snapshot, hub=hub) for name, snapshot in self._snapshots.items()}
         return hub
 

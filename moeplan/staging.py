@@ -101,6 +101,14 @@ def commits_of_unfinished(directory: Path) -> dict[str, str]:
     return {name: commit for name, commit in commits.items() if isinstance(commit, str) and COMMIT.fullmatch(commit)}
 
 
+def streamed_by_unfinished(directory: Path) -> frozenset[str]:
+    """The addresses of the files on the Hub that an unfinished merge in `directory` reads there."""
+    sources = (read_identity(directory / PARTIAL) or {}).get("source")
+    if not isinstance(sources, dict):
+        return frozenset()
+    return frozenset(name for name, facts in sources.items() if isinstance(facts, dict) and "etag" in facts)
+
+
 def check_unfinished(directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False) -> None:
     """Raises OutputError where a merge of something else, as far as `identity` goes, is in the way in `directory`."""
     before = read_identity(directory / PARTIAL)

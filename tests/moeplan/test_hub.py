@@ -349,6 +349,16 @@ def test_an_unfinished_merge_goes_on_with_the_commits_that_it_was_begun_with(
     assert written(tmp_path / "out") == local
 
 
+def test_an_unfinished_stream_goes_on_where_its_weights_have_come_into_the_cache_meanwhile(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    left_unfinished(config, tmp_path / "out", stream=True)
+    assert moeplan(config, tmp_path / "other").status == 0
+    result = data(config, tmp_path / "out", "--stream")["result"]
+    assert result["nbytes_by_path"]["resumed"] > 0
+    assert written(tmp_path / "out") == local
+
+
 def test_nothing_is_downloaded_where_something_else_was_left_unfinished(
     hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
 ) -> None:
