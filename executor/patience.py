@@ -25,8 +25,8 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 300.0
 """Before the next attempt. The Hub counts requests in windows of five minutes."""
 
-BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP's statuses for what may work later."""
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
+"""HTTP's statuses for what may work later, and Cloudflare's for a server behind it that does not answer."""
 
 _USED_UP = re.compile(r"\br=0;\s*t=(\d{1,9})\b")
 

@@ -167,7 +167,12 @@ def test_a_server_that_fails_often_is_asked_again_as_long_as_something_comes_in_
 
 @pytest.mark.parametrize(
     ("status", "headers"),
-    [(429, {"RateLimit": '"resolvers";r=0;t=1'}), (429, {"Retry-After": "1"}), (503, {"Retry-After": "1"})],
+    [
+        (429, {"RateLimit": '"resolvers";r=0;t=1'}),
+        (429, {"Retry-After": "1"}),
+        (503, {"Retry-After": "1"}),
+        (522, {"Retry-After": "1"}),
+    ],
 )
 @pytest.mark.parametrize("server", ["hub", "cdn"])
 def test_a_busy_server_is_asked_again_when_it_says_so(
