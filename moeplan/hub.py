@@ -445,6 +445,11 @@ class Hub:
                 self._reader = RemoteReader(self.headers)
         return self._reader.read(file, offset, nbytes)
 
+    def close_connections(self) -> None:
+        """Close those that are idle. What is read afterwards opens others."""
+        if self._reader is not None:
+            self._reader.close()
+
     def head(self, file: RemoteFile) -> bytes:
         """The beginning of a file on the Hub. Raises RunError."""
         if file not in self._heads:

@@ -77,7 +77,10 @@ class Models:
 def open_models(config: MergeConfig, options: Options, hub: Hub, *, reads_text: bool) -> Models:
     """Open the models that `config` names: their configs and headers, and the tokenizer of a base on the Hub where it
     `reads_text`. Raises UserError for what cannot be opened or merged."""
-    sources = _open_sources(config, hub)
+    try:
+        sources = _open_sources(config, hub)
+    finally:
+        hub.close_connections()
     families = architectures.choose(config, [model for _, model in sources.named()])
     check_fit(config, families[0], sources)
     snapshot = hub.snapshot(sources.base.checkpoint.path)

@@ -1,6 +1,7 @@
 """Merging models on the Hub, from a server that behaves like it: what is moved, what is kept, what goes wrong."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -264,6 +266,14 @@ def test_the_plan_says_what_would_be_downloaded_from_where_and_how_much_of_it_is
     assert f"to {cache}" in told
     assert "of it is needed; --stream reads no more" in told
     assert f"to be streamed from {hub.url}" in moeplan(config, "--plan", "--stream").stdout
+
+
+def test_a_plan_keeps_no_connections_open(hub: Hub, config: Path) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", ResourceWarning)
+        api.plan(api.load_config(config))
+        gc.collect()
+    assert given == []
 
 
 def test_a_model_under_two_names_is_read_once(hub: Hub, tmp_path: Path, models: dict[str, Path], cache: Path) -> None:
