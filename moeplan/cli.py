@@ -30,6 +30,17 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _path(text: str) -> Path:
+    """A path, which pathlib takes the empty text for, too: what a variable that is not set leaves is no directory."""
+    if not text:
+        raise typer.BadParameter("is empty; give a path")
+    return Path(text)
+
+
+def _argument(metavar: str, what: str) -> Any:
+    return typer.Argument(metavar=metavar, parser=_path, help=what, show_default=False)
+
+
 def _unneeded(spelling: str, metavar: str | None = None) -> Any:
     """A flag of mergekit-moe that changes nothing: taken, and listed at the end of the help."""
     return typer.Option(spelling, metavar=metavar, hidden=True)
@@ -93,13 +104,8 @@ def _refuse_a_late_word(config: Path) -> None:
 @app.command(cls=GroupedHelp, no_args_is_help=True)
 def command(
     context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="The YAML file that names the models.", show_default=False)
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Argument(metavar="OUT", help="A new or empty directory for the merged model.", show_default=False),
-    ] = None,
+    config: Annotated[Path, _argument("CONFIG", "The YAML file that names the models.")],
+    out: Annotated[Path | None, _argument("OUT", "A new or empty directory for the merged model.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan and result as JSON.")] = False,
     max_memory: MaxMemory = None,

@@ -96,6 +96,7 @@ def test_help_fits_a_terminal_and_names_every_option():
         (["config.yml", "out", "--fast"], "No such option: --fast"),
         (["config.yml", "out", "--random-seed", "-1"], "'--random-seed'"),
         (["config.yml", "out", "more"], "more"),
+        (["config.yml", ""], "Invalid value for 'OUT': is empty; give a path"),
     ],
 )
 def test_wrong_usage_is_status_2(args, message):
