@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 import moeplan
-from executor.errors import RunError
+from executor.errors import RunError, reason
 from moeplan import interruption, report, report_data
 from moeplan.errors import MoeplanWarning, UserError
 from moeplan.output import CONFIG_COPY
@@ -153,7 +153,7 @@ def writing_to_stdout() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(1) from error
-        raise RunError(f"standard output: {error.strerror}") from error
+        raise RunError(f"standard output: {reason(error)}") from error
 
 
 @contextmanager
@@ -189,6 +189,6 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case MemoryError():
             return "the machine has no memory left; give a smaller --max-memory", 1
         case OSError():
-            return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 1
+            return ": ".join(str(part) for part in (error.filename, reason(error)) if part), 1
         case _:
             return f"{type(error).__name__}: {error} (a bug in moeplan: please report it with what -v shows)", 1

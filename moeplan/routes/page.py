@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from executor.errors import RunError
+from executor.errors import RunError, reason
 from executor.files import write_file
 from moeplan.errors import UserError
 from moeplan.routes.wording import CUT, among, best, decimals, layer_cells, layer_columns, percent, shortened
@@ -99,7 +99,7 @@ def write_page(html: Path, text: str) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(f"--html: {html}: {error.strerror}") from error
+        raise RunError(f"--html: {html}: {reason(error)}") from error
 
 
 def _real(path: Path) -> Path:

@@ -527,7 +527,7 @@ def test_output_that_cannot_be_written_is_an_error(config, args, unbuffered):
     config_of_plan = [config] if args[0] == "--plan" else []
     with open("/dev/full", "w") as full:
         result = outcome(start(*args, *config_of_plan, stdout=full, env=environment))
-    assert (result.stderr, result.status) == ("error: standard output: No space left on device\n", 1)
+    assert (result.stderr, result.status) == ("error: standard output: the disk is full; free some space\n", 1)
 
 
 # ------------------------------------------------------------------------------------------------ a plan takes a second

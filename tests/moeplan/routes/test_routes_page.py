@@ -241,7 +241,7 @@ def test_a_page_takes_the_place_of_another_when_it_is_whole(tmp_path: Path, monk
     link.symlink_to(html)
     with monkeypatch.context() as patch:
         patch.setattr("executor.files.os.pwrite", full)
-        with pytest.raises(RunError, match=f"--html: {html}: No space left on device"):
+        with pytest.raises(RunError, match=f"--html: {html}: the disk is full; free some space"):
             write_page(html, "new")
     assert html.read_text() == "old"
     write_page(link, "new")
