@@ -16,6 +16,7 @@ for _power, _letter in enumerate("KMGT", 1):
     _BYTES |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
 _MEMORY = _BYTES | {letter: 1024**power for power, letter in enumerate("KMGT", 1)}  # as Docker and Slurm have it
 _LEAST_NBYTES = 1 << 20
+_MOST_THREADS = 4096  # of tens of thousands OpenMP crashes
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -107,9 +108,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.random_seed < 0:
             raise OptionError(f"--random-seed: {self.random_seed} is below zero")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise OptionError(f"--num-threads: {self.num_threads} is not above zero")
-
+        if self.num_threads is not None and not 1 <= self.num_threads <= _MOST_THREADS:
+            raise OptionError(f"--num-threads: {self.num_threads} is not from 1 to {_MOST_THREADS:,}")
         if self.load_in_8bit and self.load_in_4bit:
             raise OptionError("--load-in-8bit and --load-in-4bit: only one can be used at the same time")
         if not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", self.device):
@@ -128,7 +128,7 @@ class Options:
         if self.num_threads is not None:
             return self.num_threads
         given = os.environ.get("OMP_NUM_THREADS", "")
-        return int(given) if given.isdecimal() and int(given) else cores()
+        return min(int(given), _MOST_THREADS) if given.isdecimal() and int(given) else cores()
 
 
 def cores() -> int:

@@ -114,5 +114,8 @@ def test_as_many_threads_compute_as_there_are_cores_unless_told_otherwise(monkey
     assert 1 <= Options().threads <= os.cpu_count()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert [Options().threads, Options(num_threads=5).threads] == [3, 5]
-    with pytest.raises(OptionError, match="--num-threads: 0 is not above zero"):
-        Options(num_threads=0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000")
+    assert Options().threads == 4096
+    for number in (0, 4097):
+        with pytest.raises(OptionError, match=f"--num-threads: {number} is not from 1 to 4,096"):
+            Options(num_threads=number)
