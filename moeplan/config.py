@@ -73,12 +73,21 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        message = "has a character that no path has in this locale: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        raise PydanticCustomError("rule", message) from None
+    return text
+
+
 def _model_reference(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise PydanticCustomError("rule", "names no model: write a model's directory, or its name on the Hub")
     if len(text) > _MAX_NAME:
         raise PydanticCustomError("rule", "is a name of more than 4,096 characters, which no system takes")
-    return text
+    return _path(text)
 
 
 def _in_one_string(reference: Any) -> Any:
@@ -98,7 +107,7 @@ def _in_one_string(reference: Any) -> Any:
 def _file_name(text: str) -> str:
     if not text or "\0" in text or len(text) > _MAX_NAME:
         raise PydanticCustomError("rule", "names no file: write the path of a file of text")
-    return text
+    return _path(text)
 
 
 def _family_name(text: str) -> str:

@@ -68,6 +68,17 @@ def test_a_character_that_standard_output_has_none_of_ends_no_merge(checkpoint, 
         assert f"\ndone    {tmp_path}/?ut\n" in result.stdout
 
 
+def test_a_path_that_the_locale_has_no_bytes_for_is_refused(tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text(
+        "base_model: m\ngate_mode: random\nexperts_per_token: 1\nexperts:\n  - source_model: mödel\n", "utf-8"
+    )
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = outcome(start(config, "--plan", env={**os.environ, **ascii_alone}))
+    message = "has a character that no path has in this locale: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+    assert (result.status, result.error) == (2, f"{config}:5: experts[0].source_model: {message}")
+
+
 def test_a_merge_of_local_models_needs_no_cache_of_the_hub(config, tmp_path):
     (tmp_path / "file").touch()
     assert moeplan(config, "--plan", "--transformers-cache", tmp_path / "file" / ("x" * 300)).status == 0
