@@ -42,7 +42,6 @@ Backbone = Literal["base", "average"]
 ALLOW_ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
 
 _FLOAT32_MAX = 3.4028234663852886e38  # weights are scaled in float32, where more than this is infinite
-_LEAST_RIDGE = 1e-8  # what is added to a matrix must not be lost in float64's rounding of it
 _DTYPE_NICKNAMES = {
     "bf16": "bfloat16",
     "f16": "float16",
@@ -54,11 +53,7 @@ _DTYPE_NICKNAMES = {
 }
 
 _MAX_LISTED = 20
-_WHOLE = ("experts_per_token", "gate_tokens", "positive_samples")
-
 _MAX_NAME = 4096
-_MAX_GATE_TOKENS = 1 << 20
-_MAX_SAMPLES = 1024
 
 
 # ---------------------------------------------------------------------------------------------- what a config says
@@ -132,16 +127,31 @@ def _refuse_true(expected: Literal["int_type", "float_type"]) -> BeforeValidator
     return BeforeValidator(check)
 
 
+def _within(least: float, most: float, numbers: str) -> AfterValidator:
+    """Numbers from `least` to `most`, which are called `numbers` where another is refused."""
+
+    def check(value: float) -> float:
+        if not least <= value <= most:
+            raise PydanticCustomError("limit", "must be {numbers}", {"numbers": numbers})
+        return value
+
+    return AfterValidator(check)
+
+
 Whole = Annotated[int, _refuse_true("int_type")]
-Real = Annotated[float, Field(allow_inf_nan=False), _refuse_true("float_type")]
+Real = Annotated[float, _refuse_true("float_type")]
 Text = Annotated[str, Field(strict=True), AfterValidator(_encodable)]
 ModelReference = Annotated[Text, BeforeValidator(_in_one_string), AfterValidator(_model_reference)]
 FileName = Annotated[Text, AfterValidator(_file_name)]
 FamilyName = Annotated[Text, AfterValidator(_family_name)]
-NoiseScale = Annotated[Real, Field(ge=0, le=_FLOAT32_MAX)]
-NumSamples = Annotated[Whole, Field(ge=0, le=_MAX_SAMPLES)]
-Ridge = Annotated[Real, Field(ge=_LEAST_RIDGE, le=1e6)]
-ResidualScale = Annotated[Real, Field(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
+NoiseScale = Annotated[Real, _within(0, _FLOAT32_MAX, "a number from 0 to 3.4e38, which is finite in float32")]
+ResidualScale = Annotated[
+    Real, _within(-_FLOAT32_MAX, _FLOAT32_MAX, "a number from -3.4e38 to 3.4e38, which is finite in float32")
+]
+NumSamples = Annotated[Whole, _within(0, 1024, "a whole number from 0 to 1,024")]
+GateTokens = Annotated[Whole, _within(1, 1 << 20, "a whole number from 1 to 1,048,576")]
+# What is added to a matrix must not be lost in float64's rounding of it.
+Ridge = Annotated[Real, _within(1e-8, 1e6, "a number from 1e-8 to a million")]
 
 
 class Expert(BaseModel):
@@ -189,7 +199,7 @@ class MergeConfig(BaseModel):
     shared_experts: tuple[Expert, ...] = ()
     gate_mode: ModeName = "hidden"
     ridge: Ridge = 0.1
-    gate_tokens: Whole = 4096
+    gate_tokens: GateTokens = 4096
     dtype: Annotated[DTypeName | None, BeforeValidator(_without_torch)] = None
     experts_per_token: Whole = 2
     architecture: FamilyName | None = None
@@ -241,8 +251,6 @@ def _conflicts(config: MergeConfig) -> Iterator[tuple[KeyPath, str]]:
             ("experts_per_token",),
             f"{config.experts_per_token}{default} is more than the number of experts: write at most {count}",
         )
-    if not 1 <= config.gate_tokens <= _MAX_GATE_TOKENS:
-        yield ("gate_tokens",), f"must be from 1 to {_MAX_GATE_TOKENS:,}, not {config.gate_tokens}"
     if len(config.shared_experts) > 1:
         yield ("shared_experts", 1), "only one shared expert can be built: remove the others"
     if not config.reads_text:
@@ -400,19 +408,12 @@ def _explain(error: ErrorDetails, values: Mapping[KeyPath, Value]) -> tuple[KeyP
             return path, f"must be a list, not {value.kind}: begin each entry with a dash, on a line of its own"
         case "model_type":
             return path, f"must be a mapping, not {value.kind}: write `source_model:` before the path of the model"
-        case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float":
-            return path, f"must be a whole number such as 2, not {value}"
-        case "finite_number" if path[-1] in _WHOLE:
+        case "limit":
+            return path, f"must be {context['numbers']}, not {value}"
+        case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float" | "finite_number":
             return path, f"must be a whole number such as 2, not {value}"
         case "float_type" | "float_parsing":
             return path, f"must be a number such as 0.1, not {value}"
-        case "greater_than_equal" | "less_than_equal" if path[-1] == "positive_samples":
-            return path, f"must be a whole number from 0 to {_MAX_SAMPLES:,}, not {value}"
-        case "finite_number" | "greater_than_equal" | "less_than_equal" if path == ("ridge",):
-            return path, f"must be a number from {_LEAST_RIDGE} to a million, not {value}"
-        case "finite_number" | "greater_than_equal" | "less_than_equal":
-            least = "0" if path[-1] == "noise_scale" else "-3.4e38"
-            return path, f"must be a number from {least} to 3.4e38, which is finite in float32, not {value}"
         case "literal_error" if path == ("dtype",):
             return path, _one_of(get_args(DTypeName), value, _nearest_dtype(value.text or ""))
         case "literal_error" if path == ("backbone",):

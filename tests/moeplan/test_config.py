@@ -705,12 +705,12 @@ def test_the_same_files_for_every_expert_are_refused_and_samples_of_different_mo
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("ridge: 0", "ridge: must be a number from 1e-08 to a million, not 0"),
-        ("ridge: 1.0e-9", "ridge: must be a number from 1e-08 to a million, not 1.0e-9"),
-        ("ridge: .inf", "ridge: must be a number from 1e-08 to a million, not .inf"),
+        ("ridge: 0", "ridge: must be a number from 1e-8 to a million, not 0"),
+        ("ridge: 1.0e-9", "ridge: must be a number from 1e-8 to a million, not 1.0e-9"),
+        ("ridge: .inf", "ridge: must be a number from 1e-8 to a million, not .inf"),
         ("ridge: much", "ridge: must be a number such as 0.1, not much"),
-        ("gate_tokens: 0", "gate_tokens: must be from 1 to 1,048,576, not 0"),
-        ("gate_tokens: 1048577", "gate_tokens: must be from 1 to 1,048,576, not 1048577"),
+        ("gate_tokens: 0", "gate_tokens: must be a whole number from 1 to 1,048,576, not 0"),
+        ("gate_tokens: 1048577", "gate_tokens: must be a whole number from 1 to 1,048,576, not 1048577"),
         ("gate_tokens: 1.5", "gate_tokens: must be a whole number such as 2, not 1.5"),
         (
             "    positive_files: [a, '']",
