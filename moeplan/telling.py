@@ -190,5 +190,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return "the machine has no memory left; give a smaller --max-memory", 1
         case OSError():
             return ": ".join(str(part) for part in (error.filename, reason(error)) if part), 1
+        case ImportError():
+            return f"{error}; a package that moeplan needs cannot be loaded: install it again (-v shows which)", 1
         case _:
             return f"{type(error).__name__}: {error} (a bug in moeplan: please report it with what -v shows)", 1

@@ -366,6 +366,18 @@ def test_a_bug_is_told_without_a_traceback_which_v_shows(config, monkeypatch):
     assert 'monkeypatch.setattr(api, "plan"' in moeplan(config, "--plan", "-v").stderr
 
 
+def test_a_package_that_cannot_be_loaded_is_told_as_such(checkpoint, tmp_path):
+    models = [checkpoint("llama-plain", seed) for seed in range(2)]
+    config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="cheap_embed")
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')")
+    result = outcome(start(config, tmp_path / "out", env={**os.environ, "PYTHONPATH": str(tmp_path)}))
+    assert result.status == 1
+    assert result.error.startswith(
+        "libcudnn.so.9: cannot open shared object file; a package that moeplan needs cannot be loaded: "
+        "install it again (-v shows which)"
+    )
+
+
 def test_v_shows_where_an_error_came_from(config, tmp_path):
     result = moeplan(config, tmp_path / "out", "--max-memory", "1MiB", "-v")
     assert result.stderr.startswith("Traceback")
