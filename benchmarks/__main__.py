@@ -32,9 +32,12 @@ def command(
     only: Annotated[list[str] | None, typer.Option(metavar="CASE", help="Run this case or group; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender takes its turn.")] = 3,
     directory: Annotated[
-        Path, typer.Option("--dir", help="A directory on the disk to measure. All that is put there is removed.")
+        Path,
+        typer.Option(
+            "--dir", file_okay=False, help="A directory on the disk to measure. All that is put there is removed."
+        ),
     ] = DEFAULT_DIRECTORY,
-    out: Annotated[Path, typer.Option(help="Where the report goes.")] = DEFAULT_DIRECTORY / "report",
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where the report goes.")] = DEFAULT_DIRECTORY / "report",
     large: Annotated[bool, typer.Option("--large", help="Run what takes 310 GB or many minutes, too.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="One round of everything on tiny models.")] = False,
     mergekit: Annotated[
@@ -49,7 +52,8 @@ def command(
     if smoke:
         cases, rounds = [case.tiny() for case in cases if case.smoke], 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    directory.mkdir(parents=True, exist_ok=True)
+    for needed in (directory, out):
+        needed.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     with tempfile.TemporaryDirectory(prefix="moeplan-bench-", dir=directory) as work:
         settings = Settings(Path(work).resolve(), rounds, programs, warm_code=not smoke)

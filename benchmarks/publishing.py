@@ -12,12 +12,11 @@ from rich.console import Console
 
 
 def publish(measured: Any, out: Path, console: Console, *, views: ModuleType, plots: str) -> None:
-    """Write `measured` to the directory `out`.
+    """Write `measured` to the directory `out`, which is there.
 
     `views` has `to_terminal`, `to_json` and `to_markdown` for it; the module named `plots`, which needs matplotlib, has
     `draw`.
     """
-    out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(views.to_json(measured), encoding="utf-8")
     drawable = find_spec("matplotlib") is not None
     drawn: list[str] = import_module(plots).draw(measured, out) if drawable else []

@@ -36,7 +36,9 @@ LOG_WIDTH = 160
 
 def command(
     only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Measure this row; repeatable.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the report goes, and where trained models are kept.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Where the report goes, and where trained models are kept.")
+    ] = DEFAULT_OUT,
     smoke: Annotated[bool, typer.Option("--smoke", help="Everything tiny, and one variant.")] = False,
     mergekit: Annotated[
         Path, typer.Option("--peer", help="The environment that mergekit-moe is installed in.")

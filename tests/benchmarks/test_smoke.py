@@ -55,3 +55,12 @@ def test_a_run_that_is_terminated_removes_its_files_and_reports_what_was_finishe
     assert report["interrupted"] is True
     assert [case["name"] for case in report["cases"]] == ["growth-7b-8"]
     assert "The run was interrupted" in (out / "report.md").read_text()
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "benchmarks", "--smoke", "--dir", tmp_path / "work", "--out", tmp_path / "file"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Invalid value for '--out'" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
