@@ -48,9 +48,9 @@ def command(
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    cases = _chosen(only or [], large=large)
+    cases = _chosen(only or [], large=large, smoke=smoke)
     if smoke:
-        cases, rounds = [case.tiny() for case in cases if case.smoke], 1
+        cases, rounds = [case.tiny() for case in cases], 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for needed in (directory, out):
         needed.mkdir(parents=True, exist_ok=True)
@@ -71,13 +71,13 @@ def command(
         raise typer.Exit(INTERRUPTED if measured.interrupted else 1)
 
 
-def _chosen(only: list[str], *, large: bool) -> list[Case]:
+def _chosen(only: list[str], *, large: bool, smoke: bool) -> list[Case]:
     unknown = [name for name in only if not any(name in (case.name, case.group) for case in CASES)]
     if unknown:
         known = ", ".join(case.name for case in CASES)
         raise typer.BadParameter(f"there is no case {unknown[0]}; there are {known}", param_hint="--only")
     if not only:
-        return [case for case in CASES if large or not case.large]
+        return [case for case in CASES if (large or not case.large) and (case.smoke or not smoke)]
     return [case for case in CASES if case.name in only or case.group in only]
 
 

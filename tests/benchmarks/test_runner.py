@@ -56,6 +56,11 @@ def test_a_contender_that_takes_several_turns_is_skipped_once(skipped) -> None:
 
 
 def test_a_large_case_is_run_where_it_is_named() -> None:
-    assert [case.name for case in _chosen(["ridge", "random"], large=False)] == ["random", "ridge-7b-4"]
-    assert _chosen([], large=False) == ORDINARY
-    assert _chosen([], large=True) == list(CASES)
+    assert [case.name for case in _chosen(["ridge", "random"], large=False, smoke=False)] == ["random", "ridge-7b-4"]
+    assert _chosen([], large=False, smoke=False) == ORDINARY
+    assert _chosen([], large=True, smoke=False) == list(CASES)
+
+
+def test_a_case_that_is_named_is_run_on_tiny_models_too() -> None:
+    assert [case.name for case in _chosen(["cold"], large=False, smoke=True)] == ["cold"]
+    assert _chosen([], large=False, smoke=True) == [case for case in ORDINARY if case.smoke]
