@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -49,6 +50,7 @@ def command(
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     rows = _chosen(only or [])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     measured = _Measuring(SMOKE if smoke else FULL, programs, out.resolve(), console).report(rows, tiny=smoke)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +64,7 @@ def trained_models(corpus: Corpus, settings: Settings, directory: Path, say: Say
         for path, tokens in zip(paths, corpus.tokens, strict=True)
         if not path.exists()
     ]
-    # In processes of their own, since torch's number of threads is a process's.
-    with ProcessPoolExecutor(settings.num_cores, get_context("spawn")) as pool:
+    with _processes(settings.num_cores) as pool:
         if not base.exists():
             say("training the base")
             trains = [tokens.train for tokens in corpus.tokens]
@@ -73,6 +74,20 @@ def trained_models(corpus: Corpus, settings: Settings, directory: Path, say: Say
             future.result()
             say(f"trained {done} of {len(missing)} experts")
     return Models(base, experts)
+
+
+@contextmanager
+def _processes(number: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes to train in, since torch's number of threads is a process's. They end with who waits for them, also on
+    an interruption, which is for nobody else."""
+    context, ignored = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(number, context, initializer=signal.signal, initargs=ignored) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def _key(corpus: Corpus, settings: Settings) -> str:

@@ -1,10 +1,13 @@
 """How well routers route is measured on text that nobody was trained on, from prompts that all programs share."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -174,3 +177,17 @@ def test_every_kind_of_row_runs_on_tiny_models_and_what_is_left_out_is_named(tmp
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == ({"routing.png"} if find_spec("matplotlib") is not None else set())
     assert {path.name for path in tmp_path.iterdir()} - drawn == {"models", "report.json", "report.md"}
+
+
+def test_training_ends_with_a_run_that_is_terminated(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.routing", "--smoke", "--out", tmp_path, "--only", rows.EQUAL.key]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
+        try:
+            next(line for line in running.stdout if "training the base" in line)
+            running.terminate()
+            running.communicate(timeout=60)  # it has an end when all who may write have ended
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 130
+    assert list((tmp_path / "models").glob("*/base")) == []
