@@ -7,7 +7,6 @@ such as the licences at the top of headers, are left out, so that nothing that i
 from __future__ import annotations
 
 import ast
-import hashlib
 import random
 import re
 import sysconfig
@@ -59,11 +58,6 @@ class TooLittleTextError(Exception):
 def texts(settings: Settings) -> tuple[Text, ...]:
     """The text of each domain, as much of one as of another. Equal on machines where the same is installed."""
     return tuple(_text(domain, _SOURCES[domain], settings) for domain in DOMAINS)
-
-
-def digest(made: Iterable[Text]) -> str:
-    """Changes where any text does."""
-    return hashlib.sha256(repr(list(made)).encode()).hexdigest()
 
 
 def _text(domain: str, source: Callable[[], Iterator[str]], settings: Settings) -> Text:

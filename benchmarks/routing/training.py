@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.prompts import save_tokenizer
 from benchmarks.routing.settings import VARIANTS, Settings, file_name
-from benchmarks.routing.texts import digest
 from benchmarks.routing.tokens import BOS, Corpus, Ids, with_bos
 
 disable_progress_bar()
@@ -93,8 +93,12 @@ def _processes(number: int) -> Iterator[ProcessPoolExecutor]:
 def _key(corpus: Corpus, settings: Settings) -> str:
     """Changes where another model would be trained."""
     judged = replace(settings, seeds=(), num_prompts=0, prompt_tokens=0, gate_tokens=0, num_samples=0, variants=())
-    parts = (digest(corpus.texts), repr(judged), torch.__version__, Path(__file__).read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    code = Path(__file__).read_text(encoding="utf-8")
+    parts = (corpus.tokenizer.to_str(), repr(judged), torch.__version__, transformers.__version__, code)
+    whole = hashlib.sha256("\n".join(parts).encode())
+    for tokens in corpus.tokens:
+        whole.update(tokens.train.tobytes())
+    return whole.hexdigest()[:16]
 
 
 def _make_base(path: Path, texts: list[Ids], tokenizer: str, settings: Settings) -> None:

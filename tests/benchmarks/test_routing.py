@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from benchmarks.contenders import Program
 from benchmarks.programs import Programs
+from benchmarks.prompts import trained_tokenizer
 from benchmarks.results import Machine
 from benchmarks.routing import rows
 from benchmarks.routing.merging import Merge, Workshop
@@ -23,7 +25,7 @@ from benchmarks.routing.settings import DOMAINS, FULL, SMOKE, VARIANTS, file_nam
 from benchmarks.routing.targets import target_rows
 from benchmarks.routing.texts import _SOURCES, TooLittleTextError, texts
 from benchmarks.routing.tokens import ANYWHERE, BEGINNINGS, BOS, Corpus, corpus, prompts
-from benchmarks.routing.training import Models
+from benchmarks.routing.training import Models, _key
 from benchmarks.targets import TargetRow
 from moeplan import load_config
 
@@ -83,6 +85,12 @@ def test_prompts_are_of_one_length_and_of_text_that_was_trained_on(small: Corpus
             assert len(small.tokenizer.encode(prompt, add_special_tokens=False).ids) == SMOKE.prompt_tokens
             assert any(prompt in block for block in text.train)
             assert after is ANYWHERE or any(prompt in paragraph for paragraph in "".join(text.train).split("\n\n"))
+
+
+def test_models_are_trained_again_where_the_tokenizer_is_another(small: Corpus) -> None:
+    other = replace(small, tokenizer=trained_tokenizer(["other text"], SMOKE.vocab_size))
+    assert _key(other, SMOKE) != _key(small, SMOKE)
+    assert _key(small, replace(SMOKE, seeds=(7,))) == _key(small, SMOKE)
 
 
 def test_mergekit_gets_the_prompts_that_moeplan_gets_and_no_key_that_it_does_not_know(
