@@ -81,6 +81,18 @@ def test_reading_once_is_what_the_engine_counts_and_what_the_kernel_saw(counted:
     assert row(report(run, case="upcycling"), "upcycling").holds is holds
 
 
+def test_what_is_read_once_and_what_is_shared_is_so_in_every_round() -> None:
+    read_twice = result(moeplan(), 1.0, printed={"result": {"read_nbytes": 2000}}).runs
+    once = result(moeplan(), 1.0)
+    measured = report(replace(once, runs=read_twice + once.runs), case="upcycling")
+    assert row(measured, "upcycling").holds is False
+    copied, shared = (result(moeplan(), 1.0, output_nbytes=1000, volume_growth_nbytes=growth) for growth in (500, 0))
+    measured = report(replace(shared, runs=copied.runs + shared.runs), case="xfs-8x7b")
+    judged = row(measured, "XFS, 8 × 7B from sparse files: adds")
+    assert (judged.holds, judged.measured) == (False, "50.00% of 0.0 GB")
+    assert row(report(shared, case="xfs-8x7b"), "XFS, 8 × 7B from sparse files: adds").holds is True
+
+
 @pytest.mark.parametrize("cap", ["384MiB", MEMORY_CAPS[0]])
 def test_outputs_of_other_bytes_are_said_to_be_so(cap: str) -> None:
     capped = moeplan("--max-memory", cap)
