@@ -210,12 +210,7 @@ def _layers(
     torch.set_num_threads(threads)
     model = _loaded(checkpoint)
     layers = model.model.layers
-    rows = [
-        torch.from_numpy(
-            stored(Path(name_of(router.file)), router.offset, router.dtype, router.shape).astype("float32")
-        )
-        for router in routers
-    ]
+    rows = [torch.from_numpy(_stored(router).astype("float32")) for router in routers]
     scores: list[list[np.ndarray]] = [[] for _ in layers]
 
     def note(layer: int, seen: torch.Tensor) -> None:
