@@ -125,7 +125,8 @@ def _starved(data: dict[str, Any]) -> Iterator[str]:
         them = "them" if len(starved) > 1 else "it"
         yield (
             f"{_experts(starved)} {'get' if len(starved) > 1 else 'gets'} almost no tokens "
-            f"({percent(max(shares[expert] for expert in starved))}{' or less' * (len(starved) > 1)}; an even share is "
+            f"({percent(max(shares[expert] for expert in starved))}"
+            f"{' or less' * (len({percent(shares[expert]) for expert in starved}) > 1)}; an even share is "
             f"{percent(even)}): {_remedy(data, f'give {them} more and clearer prompts, or leave {them} out')}"
         )
 
@@ -193,7 +194,8 @@ def _little_text(data: dict[str, Any]) -> Iterator[str]:
     if short:
         yield (
             f"there is too little text to say much: {_experts(short)} {'have' if len(short) > 1 else 'has'} "
-            f"{count(max(tokens[label] for label in short), 'token')}{' or fewer' * (len(short) > 1)}, and "
+            f"{count(max(tokens[label] for label in short), 'token')}"
+            f"{' or fewer' * (len({tokens[label] for label in short}) > 1)}, and "
             f"{MIN_TOKENS} are few"
         )
 

@@ -157,7 +157,7 @@ def _colours(parts: np.ndarray) -> np.ndarray:
 def _write_numbers(axes: Axes, values: np.ndarray, signed: bool) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            number = f"{value:.2f}".replace("-", "−") if signed else f"{100 * value:.0f}"
+            number = f"{value:z.2f}".replace("-", "−") if signed else f"{100 * value:.0f}"
             axes.text(column, row, number, ha="center", va="center_baseline", fontsize=9)
 
 

@@ -17,7 +17,7 @@ def percent(share: float | None) -> str:
 
 def decimals(number: float | None) -> str:
     """`1.04`; nothing where it is not known."""
-    return "" if number is None else f"{number:.2f}"
+    return "" if number is None else f"{number:z.2f}"
 
 
 def mean(values: Sequence[float | None]) -> float | None:

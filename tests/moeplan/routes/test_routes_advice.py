@@ -163,6 +163,17 @@ def test_who_has_flat_routers_of_ridge_is_not_sent_to_ridge() -> None:
     assert remedy("ridge") == "give more text for each expert, or, where `ridge:` is large, lower it"
 
 
+def test_what_several_experts_have_alike_is_not_said_to_be_the_most() -> None:
+    def nothing(scores: np.ndarray) -> np.ndarray:
+        return scores - np.array([0, 0, 99, 99], dtype=np.float32)
+
+    starved, *_, short = said(scores=nothing, texts=texts_of(EXPERTS, 20))
+    assert starved.startswith("experts 2 and 3 get almost no tokens (0 %; an even share is 50 %)")
+    assert short.endswith("4 experts (0, 1, 2, …) have 20 tokens, and 64 are few")
+    [line] = said(texts=[*texts_of(EXPERTS[:2]), Text("c", 2, 63, True), Text("d", 3, 1, True)])
+    assert line.endswith("experts 2 and 3 have 63 tokens or fewer, and 64 are few")
+
+
 def test_text_that_the_routers_were_made_from_is_named() -> None:
     texts = texts_of(EXPERTS)
     assert said(texts=[replace(texts[0], held_out=False), *texts[1:]])[0].startswith(

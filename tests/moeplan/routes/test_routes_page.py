@@ -148,6 +148,12 @@ def test_plots_name_texts_as_tables_do() -> None:
     assert all(name in plots for name in names)
 
 
+def test_cosines_that_are_nearly_nothing_have_no_sign() -> None:
+    data = example(2, 2).to_data()
+    data["overall"]["cosine"] = [[1.0, -0.004], [-0.004, 1.0]]
+    assert "−0.00" not in page(data)
+
+
 def test_long_tables_are_folded(small: str, large: str) -> None:
     assert 64 > MAX_OPEN_ROWS > 4
     for text, folded in ((small, 1), (large, 5)):

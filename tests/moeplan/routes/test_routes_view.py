@@ -14,7 +14,7 @@ from routes_cases import example
 
 from moeplan.routes.statistics import Routes, Text
 from moeplan.routes.view import COLOURS, WIDTH, HeatMap, _luminance, _style, _ticks, routes_view
-from moeplan.routes.wording import best, layer_columns
+from moeplan.routes.wording import best, decimals, layer_columns
 
 SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 5, 4)]
 
@@ -174,3 +174,8 @@ def test_text_on_every_colour_can_be_read() -> None:
 def test_colours_get_lighter_in_even_steps() -> None:
     lightness = [_luminance(colour) ** (1 / 2.4) for colour in COLOURS]
     assert all(low < high for low, high in pairwise(lightness))
+
+
+def test_what_is_nearly_nothing_is_not_less_than_nothing() -> None:
+    assert decimals(-0.004) == "0.00"
+    assert decimals(-0.006) == "-0.01"
