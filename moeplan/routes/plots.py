@@ -187,10 +187,15 @@ def _svg(figure: Figure, label: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
+    text = re.sub("<[^>]*>", _tag, text)
     opening, rest = text.split(">", 1)
     opening = re.sub(r' (width|height|version)="[^"]*"', "", opening)
-    text = f'{opening} role="img" aria-label="{html.escape(label)}">{rest}'
+    return f'{opening} role="img" aria-label="{html.escape(label)}">{rest}'
+
+
+def _tag(found: re.Match[str]) -> str:
+    """A tag as the page has it. What stands between tags are names, whatever they look like."""
+    tag = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", found[0])
     for placeholder, colour in STYLES.items():
-        text = text.replace(placeholder, colour)
-    return text
+        tag = tag.replace(placeholder, colour)
+    return tag

@@ -142,8 +142,8 @@ def test_plots_say_what_they_are_and_tables_have_their_numbers(small: str) -> No
 
 
 def test_plots_name_texts_as_tables_do() -> None:
-    names = ["experts/python", "experts/medicine"]
-    text = page(example(2, 2, names=names).to_data())
+    names = ["experts/python", "experts/medicine", 'a id="b_1" #010101']
+    text = page(example(3, 2, names=names).to_data())
     plots = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
     assert all(name in plots for name in names)
 
