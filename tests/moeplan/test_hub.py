@@ -55,7 +55,8 @@ def cache(tmp_path: Path) -> Path:
 def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """What HF_ENDPOINT does where it is set before huggingface_hub is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # the older versions have it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 @pytest.fixture
