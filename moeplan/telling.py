@@ -188,6 +188,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return INTERRUPTED, interruption.STATUS
         case MemoryError():
             return "the machine has no memory left; give a smaller --max-memory", 1
+        case FileNotFoundError(filename=None):  # of os.getcwd
+            return "the working directory is not there any more; go to one that is", 1
         case OSError():
             return ": ".join(str(part) for part in (error.filename, reason(error)) if part), 1
         case ImportError():

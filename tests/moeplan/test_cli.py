@@ -366,6 +366,12 @@ def test_a_bug_is_told_without_a_traceback_which_v_shows(config, monkeypatch):
     assert 'monkeypatch.setattr(api, "plan"' in moeplan(config, "--plan", "-v").stderr
 
 
+def test_a_working_directory_that_was_removed_is_told(config):
+    removed = "import moeplan.cli, os, tempfile; os.chdir(tempfile.mkdtemp()); os.rmdir(os.getcwd()); "
+    result = outcome(start(config, "--plan", code=removed + MAIN))
+    assert (result.status, result.error) == (1, "the working directory is not there any more; go to one that is")
+
+
 def test_a_package_that_cannot_be_loaded_is_told_as_such(checkpoint, tmp_path):
     models = [checkpoint("llama-plain", seed) for seed in range(2)]
     config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="cheap_embed")
