@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,7 @@ def _how_it_was_made(plan: MergePlan) -> list[str]:
     return [
         "## How it was made",
         "",
-        f"`{' '.join(['moeplan', CONFIG_COPY, 'OUT', *_options(plan)])}`, with this `{CONFIG_COPY}`:",
+        f"`{shlex.join(['moeplan', CONFIG_COPY, 'OUT', *_options(plan)])}`, with this `{CONFIG_COPY}`:",
         "",
         f"{fence}yaml",
         *text.removesuffix("\n").split("\n"),
@@ -229,7 +230,7 @@ def _options(plan: MergePlan) -> list[str]:
     for name in DECISIVE:
         value = getattr(given, name)
         if value != getattr(defaults, name) and (evaluates or name not in EVALUATION):
-            options.append(flag(name) if value is True else f"{flag(name)} {value}")
+            options += [flag(name)] if value is True else [flag(name), str(value)]
     return options
 
 

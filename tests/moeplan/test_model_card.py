@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_the_commands_on_the_card_merge_and_load_the_model(linked):
     given = [
         "--trust-remote-code",
         "--out-shard-size",
-        "20K",
+        "20 K",
         "--random-seed",
         "7",
         "--i-understand-this-is-not-useful-without-training",
@@ -150,7 +151,7 @@ def test_the_commands_on_the_card_merge_and_load_the_model(linked):
     content = Path("out/README.md").read_text()
 
     command = re.search(r"^`moeplan (\S+) OUT (.*)`, with", content, re.MULTILINE)
-    assert moeplan(f"out/{command[1]}", "again", *command[2].split()).status == 0
+    assert moeplan(f"out/{command[1]}", "again", *shlex.split(command[2])).status == 0
     assert snapshot(Path("again")) == snapshot(Path("out"))
 
     loaded = {}
