@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from moeplan import gates
+from moeplan import gates, interruption
 from moeplan.config import MergeConfig
 from moeplan.gates import evaluation
 from moeplan.gates.device import evaluating
@@ -65,7 +65,9 @@ def routes_before(
     if on_start is not None:
         on_start(plan.written_nbytes)
     routing = None if on_progress is None else lambda state: on_progress(replace(state, doing=ROUTING))
-    with TemporaryDirectory(prefix="moeplan-routes-") as directory, device.within_budget():
+    temporary = TemporaryDirectory(prefix="moeplan-routes-")
+    interruption.clear_at_end(temporary.cleanup)
+    with temporary as directory, device.within_budget():
         run(
             plan,
             Path(directory),

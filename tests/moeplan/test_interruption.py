@@ -23,7 +23,7 @@ import os, sys, time
 from pathlib import Path
 
 def stand_still():
-    Path(sys.argv[1]).with_name("standing still").touch()
+    Path(sys.argv[-1]).with_name("standing still").touch()
     time.sleep(60)
 """
 IN_AN_IMPORT = """
@@ -256,3 +256,14 @@ def test_a_download_that_is_ended_leaves_no_half_of_a_file(checkpoint, tmp_path,
         assert len(list(blobs.glob("*.incomplete"))) == 1
         interrupted(process)
     assert list(blobs.glob("*.incomplete")) == []
+
+
+def test_scores_that_were_to_be_looked_at_do_not_stay_behind(config, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    process = start("routes", config, code=STANDING_STILL + IN_A_KERNEL + MAIN, env=environment)
+    wait_until(process, (tmp_path / "standing still").exists)
+    assert len(list(temporary.glob("moeplan-routes-*"))) == 1
+    interrupted(process)
+    assert list(temporary.glob("moeplan-routes-*")) == []
