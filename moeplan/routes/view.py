@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.style import Style
@@ -78,14 +79,14 @@ class HeatMap:
             stop = min(start + columns, self.shares.shape[1])
             yield Text(" " * label + _ticks(start, stop, cells, self.room - label), style="dim", no_wrap=True)
             for row, name in enumerate(self.rows):
-                line = Text(f"{name:<{label}}", no_wrap=True)
+                line = Text(name + " " * (label - cell_len(name)), no_wrap=True)
                 for column in range(start, stop):
                     line.append_text(self._cell(row, column, cells, most, shades))
                 yield line
         yield self._legend(most, label, shades, is_cut=largest > most)
 
     def _label_width(self) -> int:
-        return max(map(len, self.rows)) + 1
+        return max(map(cell_len, self.rows)) + 1
 
     def _cell_width(self) -> int:
         """Wide enough for numbers if all columns fit so, else as wide as fits, at least 1."""

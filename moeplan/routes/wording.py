@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
+
 
 def percent(share: float | None) -> str:
     """`38 %`, `1.6 %`, `0 %`: a share to two digits, and to tenths at most; nothing where it is not known."""
@@ -50,8 +52,13 @@ def best(shares: Sequence[float | None]) -> str:
 
 
 def shortened(name: str, width: int) -> str:
-    """The end of a name says most: `…/models/doctor`."""
-    return name if len(name) <= width else f"…{name[1 - width :]}"
+    """The end of a name says most: `…/models/doctor`. A character may be as wide as two."""
+    if cell_len(name) <= width:
+        return name
+    end = name[1 - width :]
+    while cell_len(end) >= width:
+        end = end[1:]
+    return f"…{end}"
 
 
 def layer_columns(data: dict[str, Any]) -> list[str]:

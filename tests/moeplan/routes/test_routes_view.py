@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from routes_cases import example
 
@@ -160,6 +161,13 @@ def test_names_cannot_write_to_the_terminal() -> None:
     assert "\x1b" not in text
     assert "\x07" not in text
     assert r"\x1b[2J[red]" in text
+
+
+def test_cells_stand_below_each_other_whatever_the_width_of_names() -> None:
+    text = printed(example(4, 2, names=["模型/医生助手", "models/b", "モデル" * 14, "d"]))
+    _, _, confusion = text.partition("text: best expert")
+    lines = [line for line in confusion.splitlines() if re.search(r"\[\d+\]", line)]
+    assert [cell_len(line.partition("[")[0]) for line in lines] == [41, 46, 51, 56]
 
 
 def test_text_on_every_colour_can_be_read() -> None:
