@@ -50,14 +50,18 @@ def run_cases(cases: list[Case], settings: Settings, say: Say) -> Iterator[CaseR
             if (reason := _no_room(case.disk_nbytes - there, settings)) is not None:
                 yield _skipped(case, reason)
                 continue
-            if case.volume is not None:
-                yield _on_volume(case, case.volume, settings, say)
-                continue
-            if made is None:
-                say(f"{case.name}: making models")
-                sources = stack.enter_context(_models(case.models, settings.directory))
-                made = case.models
-            yield _run(case, sources, settings.directory, settings, say)
+            try:
+                if case.volume is not None:
+                    result = _on_volume(case, case.volume, settings, say)
+                else:
+                    if made is None:
+                        say(f"{case.name}: making models")
+                        sources = stack.enter_context(_models(case.models, settings.directory))
+                        made = case.models
+                    result = _run(case, sources, settings.directory, settings, say)
+            except OSError as error:  # from a disk that somebody else has filled, say; what was measured is not lost
+                result = _failed(case, str(error))
+            yield result
 
 
 def _no_room(further_nbytes: int, settings: Settings) -> str | None:
@@ -70,6 +74,10 @@ def _no_room(further_nbytes: int, settings: Settings) -> str | None:
 
 def _skipped(case: Case, reason: str) -> CaseResult:
     return _case_result(case, (Result(contender.name, skipped=reason) for contender in dict.fromkeys(case.contenders)))
+
+
+def _failed(case: Case, reason: str) -> CaseResult:
+    return _case_result(case, (Result(each.name, (not_run(reason),)) for each in dict.fromkeys(case.contenders)))
 
 
 def _case_result(case: Case, results: Iterable[Result]) -> CaseResult:

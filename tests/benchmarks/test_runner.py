@@ -1,6 +1,9 @@
 """The cases that are asked for are run; one is skipped where the disk has no room for what it adds."""
 
+import errno
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from benchmarks import runner
 from benchmarks.__main__ import _chosen
 from benchmarks.cases import CASES
-from benchmarks.models import Models
+from benchmarks.models import Models, make_models
 from benchmarks.programs import Programs
 
 ORDINARY = [case for case in CASES if not case.large]
@@ -53,6 +56,26 @@ def test_a_case_without_room_is_skipped_and_says_how_much_it_needs(skipped) -> N
 
 def test_a_contender_that_takes_several_turns_is_skipped_once(skipped) -> None:
     assert len(skipped(5e9)["checks"]) == 2
+
+
+def test_a_case_whose_models_cannot_be_made_has_failed_and_the_others_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(models: Models, directory: Path) -> list[Path]:
+        if models.count == packed.models.count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make_models(models, directory)
+
+    packed, growth = (next(case for case in CASES if case.name == name).tiny() for name in ("packed", "growth-7b-8"))
+    monkeypatch.setattr(runner, "make_models", make)
+    programs = Programs(Path(sys.executable).with_name("moeplan"), Path())
+    settings = runner.Settings(tmp_path, 1, programs, warm_code=False)
+    full, measured = runner.run_cases([packed, growth], settings, lambda _: None)
+    assert [result.name for result in full.results] == [contender.name for contender in packed.contenders]
+    assert {result.failure for result in full.results} == {"[Errno 28] No space left on device"}
+    assert not any(result.skipped for result in full.results)
+    assert [result.failure for result in measured.results] == [None]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_case_is_run_where_it_is_named() -> None:
