@@ -141,7 +141,10 @@ class _Measuring:
             judge = losses_at_equal_weight if merge.row.equal else losses
             with self._phase("evaluation"):
                 started = time.monotonic()
-                measured = judge(merged, self._corpus.tokens)
+                try:
+                    measured = judge(merged, self._corpus.tokens)
+                except Exception as error:  # whatever transformers raises at a model that it cannot load
+                    return Run(merge.seed, error=f"{type(error).__name__}: {error}")
             return Run(merge.seed, measured, made.seconds, time.monotonic() - started)
         finally:
             shutil.rmtree(merged, ignore_errors=True)

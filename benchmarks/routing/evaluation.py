@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -41,7 +42,7 @@ def losses_at_equal_weight(model: Path, tokens: Sequence[Tokens]) -> tuple[float
     """The same of the model with routers of zeros and all experts at work: each gets the same weight."""
     config = AutoConfig.from_pretrained(model)
     config.num_experts_per_tok = config.num_local_experts
-    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+    loaded = _loaded(model, config=config)
     routers = [weight for name, weight in loaded.named_parameters() if name.endswith(".gate.weight")]
     if len(routers) != config.num_hidden_layers:
         raise ValueError(f"{model} has {len(routers)} routers in {config.num_hidden_layers} layers")
@@ -50,8 +51,15 @@ def losses_at_equal_weight(model: Path, tokens: Sequence[Tokens]) -> tuple[float
     return _losses(loaded, tokens)
 
 
-def _loaded(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def _loaded(path: Path, **settings: Any) -> PreTrainedModel:
+    """The model, whole. Raises ValueError where a tensor is amiss: transformers would draw it at random."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    for how in ("missing", "unexpected", "mismatched"):
+        if amiss := found[f"{how}_keys"]:
+            raise ValueError(f"{how} in {path.name}: {min(map(str, amiss))}")
+    return model
 
 
 def _losses(model: PreTrainedModel, tokens: Sequence[Tokens]) -> tuple[float, ...]:

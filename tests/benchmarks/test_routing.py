@@ -13,12 +13,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.contenders import Program
 from benchmarks.programs import Programs
 from benchmarks.prompts import trained_tokenizer
 from benchmarks.results import Machine
 from benchmarks.routing import rows
+from benchmarks.routing.__main__ import _Measuring
+from benchmarks.routing.evaluation import losses
 from benchmarks.routing.merging import Merge, Workshop
 from benchmarks.routing.results import Reference, Report, Result, Run
 from benchmarks.routing.settings import DOMAINS, FULL, SMOKE, VARIANTS, file_name
@@ -185,6 +191,37 @@ def test_every_kind_of_row_runs_on_tiny_models_and_what_is_left_out_is_named(tmp
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == ({"routing.png"} if find_spec("matplotlib") is not None else set())
     assert {path.name for path in tmp_path.iterdir()} - drawn == {"models", "report.json", "report.md"}
+
+
+def test_a_model_that_cannot_be_judged_has_failed(tmp_path: Path, small: Corpus) -> None:
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\nfor out; do :; done; mkdir "$out"; echo {} > "$out/config.json"\n')
+    program.chmod(0o755)
+    programs = Programs(program, program)
+    measuring = _Measuring(SMOKE, programs, tmp_path, Console(quiet=True))
+    measuring._corpus = small
+    models = Models(tmp_path / "base", {VARIANTS[0]: ()})
+    run = measuring._run(
+        Merge(rows.MERGEKIT_RANDOM, VARIANTS[0], 0), Workshop(tmp_path, SMOKE, small, models, programs)
+    )
+    assert run.error.startswith("ValueError: ")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("how", "amiss"), [("missing", "layers.1.mlp.experts"), ("unexpected", "more.weight")])
+def test_a_model_without_all_its_tensors_is_not_judged(how: str, amiss: str, tmp_path: Path, small: Corpus) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=SMOKE.vocab_size, num_hidden_layers=2, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    assert len(losses(tmp_path, small.tokens)) == len(DOMAINS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if how == "missing":
+        tensors = {name: tensor for name, tensor in tensors.items() if "layers.1.block_sparse_moe.experts" not in name}
+    else:
+        tensors["model.more.weight"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{how} in .*{amiss}"):
+        losses(tmp_path, small.tokens)
 
 
 def test_training_ends_with_a_run_that_is_terminated(tmp_path: Path) -> None:
