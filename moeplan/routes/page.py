@@ -183,7 +183,7 @@ def _key_numbers(data: dict[str, Any]) -> str:
         facts.insert(0, (f"agreement, among {k}", percent(overall["agreement_topk"]), _chance(k / num_experts)))
     facts.insert(0, ("agreement, first", percent(overall["agreement_top1"]), _chance(1 / num_experts)))
     degenerate = sum(layer["degenerate"] for layer in data["layers"])
-    facts.append(("degenerate", str(degenerate), f"of {len(data['layers'])} layers"))
+    facts.append(("degenerate", str(degenerate), f"of {count(len(data['layers']), 'layer')}"))
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{number or '–'}<small>{said}</small></dd></div>" for name, number, said in facts
     )

@@ -185,6 +185,7 @@ def test_every_size_has_a_page(experts: int, layers: int, k: int) -> None:
 def test_what_there_is_one_of_is_not_said_in_the_plural() -> None:
     text = Parsed(page(example(1, 1, 1).to_data())).text
     assert "1 expert, 1 per token, 1 layer, gate mode hidden. 200 tokens in 1 text, 200 of them held out." in text
+    assert "of 1 layer " in text
 
 
 def test_what_is_not_finite_has_a_page() -> None:
