@@ -49,13 +49,13 @@ def measure(argv: Sequence[str], out: Path | None, log: Path, limits: Limits) ->
     load = os.getloadavg()[0]
     failed, launched = _launch(job, stderr)
     if failed:
-        return not_run(_error(failed, "", stderr))
+        return not_run(_exit(failed, stderr))
     measured: dict[str, Any] = json.loads(launched)
     status, stopped = measured.pop("status"), measured.pop("stopped")
     return Measurement(
         **measured,
         load=load,
-        error=_error(status, stopped, stderr),
+        error=stopped or (_exit(status, stderr) if status else None),
         printed=_printed_json(stdout),
     )
 
@@ -67,6 +67,8 @@ def _launch(job: dict[str, Any], stderr: Path) -> tuple[int, bytes]:
         open(stderr, "ab") as said,
         subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said) as launcher,
     ):
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
         try:
             printed = launcher.stdout.read()
         finally:
@@ -75,9 +77,7 @@ def _launch(job: dict[str, Any], stderr: Path) -> tuple[int, bytes]:
     return status, printed
 
 
-def _error(status: int, stopped: str, stderr: Path) -> str | None:
-    if stopped or not status:
-        return stopped or None
+def _exit(status: int, stderr: Path) -> str:
     said = stderr.read_text(errors="replace").strip()[-ERROR_CHARS:].replace("\n", " ")
     return f"exit status {status}: {said}"
 

@@ -7,6 +7,7 @@ noted, and nothing is synced before the end.
 """
 
 from typing import Any
+from unittest.mock import patch
 
 from executor import chunk_runner, durability
 from executor.journal import Journal
@@ -24,7 +25,9 @@ def no_checksum(*args: Any) -> int:
 
 
 if __name__ == "__main__":
-    staging.Journal = without_file  # type: ignore[assignment, misc]
-    chunk_runner.checksum = no_checksum
-    durability.SYNC_SECONDS = float("inf")
-    main()
+    with (
+        patch.object(staging, "Journal", without_file),
+        patch.object(chunk_runner, "checksum", no_checksum),
+        patch.object(durability, "SYNC_SECONDS", float("inf")),
+    ):
+        main()

@@ -53,9 +53,11 @@ def losses_at_equal_weight(model: Path, tokens: Sequence[Tokens]) -> tuple[float
 
 def _loaded(path: Path, **settings: Any) -> PreTrainedModel:
     """The model, whole. Raises ValueError where a tensor is amiss: transformers would draw it at random."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **settings
     )
+    model: PreTrainedModel
+    model, found = loaded
     for how in ("missing", "unexpected", "mismatched"):
         if amiss := found[f"{how}_keys"]:
             raise ValueError(f"{how} in {path.name}: {min(map(str, amiss))}")

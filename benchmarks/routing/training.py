@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.prompts import save_tokenizer
@@ -123,7 +123,7 @@ def _make_base(path: Path, texts: list[Ids], tokenizer: str, settings: Settings)
 
 def _make_expert(path: Path, base: Path, tokens: Ids, variant: str, settings: Settings) -> None:
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(variant != VARIANTS[0] or ".mlp." in name)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
