@@ -108,6 +108,7 @@ class Snapshot:
             raise CheckpointError(f"{self.label}: has no {name}; {self.incomplete}")
         if self._is_read_here(name) or name not in self.files:
             with LocalPlace(self.path).opened(name) as (file, source):
+                self._check_size(name, source)
                 yield file, self.hub.one_source(self._digest(name), source)
             return
         remote = self._remote(name)
@@ -122,6 +123,14 @@ class Snapshot:
                 yield stream, first
         except RunError as error:
             raise CheckpointError(str(error)) from None
+
+    def _check_size(self, name: str, source: SourceFile) -> None:
+        """Raises CheckpointError where a file in the cache is no longer whole: huggingface_hub would leave it so."""
+        if name in self.files and source.nbytes != self.files[name].nbytes:
+            raise CheckpointError(
+                f"{self.label}/{name}: has {self.files[name].nbytes:,} bytes on the Hub, and {source.nbytes:,} in the "
+                f"cache: remove {source.path}, and it is downloaded again"
+            )
 
     def fetch(self, names: Collection[str], max_nbytes: int) -> None:
         """Have the small files `names` in the cache, those that there are. Raises CheckpointError."""

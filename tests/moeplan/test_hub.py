@@ -507,6 +507,21 @@ def test_a_malicious_pickle_on_the_hub_is_refused_and_does_not_run(
     assert victim.exists()
 
 
+def test_a_file_that_is_not_whole_in_the_cache_is_told_with_what_to_remove(
+    hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path, cache: Path
+) -> None:
+    data(config, tmp_path / "out")
+    pointer = next(file for file in large_files(cache) if "models--org--expert" in str(file))
+    blob, size = pointer.resolve(), pointer.stat().st_size
+    os.truncate(blob, 100_000)
+    message = refused(config)
+    assert f"{EXPERT}/model.safetensors: has {size:,} bytes on the Hub, and 100,000 in the cache: remove" in message
+    assert f"remove {blob}, and" in message
+    blob.unlink()
+    data(config, tmp_path / "again")
+    assert written(tmp_path / "again") == local
+
+
 def test_the_cache_may_be_anywhere(hub: Hub, config: Path, tmp_path: Path, cache: Path) -> None:
     assert moeplan(config, tmp_path / "out", "--transformers-cache", tmp_path / "elsewhere").status == 0
     assert len(large_files(tmp_path / "elsewhere")) == 3
