@@ -291,7 +291,9 @@ class Hub:
             )
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
             self._is_away = not isinstance(error, HfHubHTTPError) or is_busy(error)
-            cached = self._cached(reference, repository, revision, config) if self._is_away else None
+            is_downloaded = reference in self._asked_commits and not self.streamed
+            is_taken = self._is_away or is_downloaded
+            cached = self._cached(reference, repository, revision, config) if is_taken else None
             reason = explanation(error, repository, revision, endpoint=self.endpoint, cache=self.cache)
             if cached is None:
                 if self._is_away and reference.count("/") == 1:
