@@ -48,6 +48,9 @@ MAX_CARD_NBYTES = 128 << 10
 
 MAX_HEADS = 256
 
+SILENT_SECONDS = 5.0
+"""How long a Hub is waited for without a word."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 T = TypeVar("T")
@@ -433,6 +436,9 @@ class Hub:
         return ask()
 
     def _pause(self, seconds: float) -> None:
+        if seconds > SILENT_SECONDS:
+            message = f"{self.endpoint} is busy, or breaks off: it is asked again in {seconds:.0f} seconds"
+            warnings.warn(message, MoeplanWarning, stacklevel=2)
         if self._stopping.wait(seconds):
             raise StoppedError
 

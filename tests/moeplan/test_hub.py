@@ -827,6 +827,13 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_says_or_longer_each_time(
     assert len(pauses) == patience.ATTEMPTS - 1
 
 
+def test_who_waits_for_long_is_told(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers={"Retry-After": "1"}))
+    monkeypatch.setattr("moeplan.hub.SILENT_SECONDS", 0.9)
+    ran = moeplan(config, "--plan")
+    assert f"warning: {hub.url} is busy, or breaks off: it is asked again in 1 seconds" in ran.stderr
+
+
 def test_a_hub_that_stays_busy_is_one_message(hub: Hub, config: Path) -> None:
     hub.faults.append(Fault("hub", "/api/models", status=503, headers={"Retry-After": "0"}, times=99))
     assert f"{hub.url} answers with HTTP 503: it is busy, try again later" in refused(config)
