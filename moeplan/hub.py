@@ -203,6 +203,8 @@ class Hub:
         """The same models at the same commits, with what is in the cache by now."""
         hub = Hub(self._asked_for, self._asked_commits, self.streamed)
         hub._snapshots = {name: replace(snapshot, hub=hub) for name, snapshot in self._snapshots.items()}
+        for snapshot in hub._snapshots.values():
+            snapshot.link()
         return hub
 
     @property

@@ -219,6 +219,20 @@ def test_weights_that_another_commit_has_in_the_cache_are_read_there(
     assert moeplan(config, "--plan").status == 0
 
 
+def test_weights_that_two_revisions_share_are_downloaded_once_and_are_enough_for_both_offline(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = shutil.copytree(models[BASE], tmp_path / "older")
+    (older / "README.md").write_text("Before an edit.")
+    hub.add(BASE, older, revision="v1")
+    config = write_config(tmp_path / "config.yml", BASE, [f"{BASE}@v1", EXPERT])
+    data(config, tmp_path / "out")
+    assert len({file.resolve() for file in large_files(cache)}) == 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    data(config, tmp_path / "offline")
+    assert written(tmp_path / "offline") == written(tmp_path / "out")
+
+
 def large_tokenizer(path: Path) -> int:
     """Put a tokenizer.json of as many tokens as Llama 3's there; returns its size."""
     from tokenizers import Tokenizer
