@@ -47,7 +47,8 @@ def is_busy(error: Exception) -> bool:
     """Whether the Hub answered that it may answer later."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY
+    answer = error.response if isinstance(error, HfHubHTTPError) else None  # nor has each error of older versions one
+    return answer is not None and answer.status_code in BUSY
 
 
 def breaks_off(error: Exception) -> bool:

@@ -21,6 +21,7 @@ import pytest
 from commands import moeplan, outcome, snapshot, sparse_llama, start, write_config
 from hub_server import TOKEN, Fault, Hub, serving
 from huggingface_hub import constants, file_download
+from huggingface_hub.errors import HfHubHTTPError
 from rich.filesize import decimal
 
 import moeplan as api
@@ -29,6 +30,7 @@ from executor.engine import Progress
 from moeplan import fetching, planning
 from moeplan.checkpoint import open_checkpoint
 from moeplan.hub_download import plainly
+from moeplan.hub_errors import breaks_off, is_busy
 from moeplan.staging import PARTIAL
 from moeplan.tokenizer_files import MAX_READ_NBYTES
 from planner.schedule import COPYING
@@ -839,6 +841,14 @@ def test_a_busy_hub_is_waited_for_as_long_as_it_says_or_longer_each_time(
     assert pauses[3] == 250
     assert all(2**failures / 2 <= pause <= 2**failures for failures, pause in enumerate(pauses[4:], 4))
     assert len(pauses) == patience.ATTEMPTS - 1
+
+
+def test_an_error_without_an_answer_says_nothing_of_a_busy_hub() -> None:
+    """huggingface_hub 0 has such: that a file is neither there nor in the cache."""
+    error = HfHubHTTPError.__new__(HfHubHTTPError)
+    error.response = None
+    assert not is_busy(error)
+    assert not breaks_off(error)
 
 
 def test_who_waits_for_long_is_told(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
