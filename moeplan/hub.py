@@ -28,7 +28,7 @@ from moeplan import interruption
 from moeplan.checkpoint import BIN_INDEX, CONFIG, INDEX, MAX_INDEX_NBYTES, PREFERRED
 from moeplan.errors import MoeplanWarning
 from moeplan.hub_download import SilentBar, StoppedError, plainly, remove_halves
-from moeplan.hub_errors import breaks_off, check_endpoint, explanation, is_busy, refuse_address
+from moeplan.hub_errors import answer_of, breaks_off, check_endpoint, explanation, is_busy, refuse_address
 from moeplan.hub_stream import HEADS_AT_ONCE, RemoteStream
 from moeplan.output import CARD
 from moeplan.places import MAX_CONFIG_NBYTES, CheckpointError, LocalPlace, Place, instead_of
@@ -272,7 +272,7 @@ class Hub:
     def _found(self, reference: str, repository: str, revision: str, config: str) -> Snapshot:
         check_endpoint(reference)
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         try:
@@ -295,7 +295,7 @@ class Hub:
                 attempts=1 if self._is_away else ATTEMPTS,  # what was waited for in vain is not waited for again
             )
         except Exception as error:  # huggingface_hub raises what its HTTP library of the day raises, too
-            self._is_away = not isinstance(error, HfHubHTTPError) or is_busy(error)
+            self._is_away = answer_of(error) is None or is_busy(error)
             is_downloaded = reference in self._asked_commits and not self.streamed
             is_taken = self._is_away or is_downloaded
             cached = self._cached(reference, repository, revision, config) if is_taken else None
@@ -425,15 +425,14 @@ class Hub:
     ) -> T:
         """What `ask` returns, which is asked again where what went wrong `may_pass`, as is said in
         `executor.patience`."""
-        from huggingface_hub.errors import HfHubHTTPError
-
         for failures in range(1, attempts):
             try:
                 return ask()
             except Exception as error:
                 if not may_pass(error):
                     raise
-                asked = asked_seconds(error.response.headers) if isinstance(error, HfHubHTTPError) else None
+                answer = answer_of(error)
+                asked = None if answer is None else asked_seconds(answer.headers)
             self._pause(pause_seconds(failures, asked))
         return ask()
 

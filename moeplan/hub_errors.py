@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from executor.patience import BUSY
@@ -43,11 +44,20 @@ def check_endpoint(reference: str) -> None:
         )
 
 
+def answer_of(error: Exception) -> Any | None:
+    """The Hub's answer, with `status_code` and `headers`, where `error` tells of one.
+
+    Versions of huggingface_hub before 1 tell of it as the cause of an error of their own.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    return told.response if isinstance(told, HfHubHTTPError) else None
+
+
 def is_busy(error: Exception) -> bool:
     """Whether the Hub answered that it may answer later."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    answer = error.response if isinstance(error, HfHubHTTPError) else None  # nor has each error of older versions one
+    answer = answer_of(error)
     return answer is not None and answer.status_code in BUSY
 
 

@@ -58,7 +58,9 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """What HF_ENDPOINT does where it is set before huggingface_hub is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     for module in (constants, file_download):  # the older versions have it in both
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            module, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}", raising=False
+        )
 
 
 @pytest.fixture
