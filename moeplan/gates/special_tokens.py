@@ -37,13 +37,15 @@ AddedToken = Mapping[str, Any]
 class SpecialTokens:
     """What is said of them: which is BOS, and in which file (the one that has the last word, None where there is none).
 
-    `bos_of_class` is BOS where the files are silent and the tokenizer does not work on bytes. `added` are in the order
-    in which they get their ids; of those that tokenizer.json has, nothing changes. With `split` their text is like any.
+    `bos_of_class` is BOS where the files are silent and the tokenizer does not work on bytes. `listed` are to be added
+    even where tokenizer.json says something else of them, `added` where it has none of that text; both in the order in
+    which they get their ids. With `split` their text is like any.
     """
 
     bos: str | None
     bos_file: str | None
     bos_of_class: str | None
+    listed: tuple[AddedToken, ...]
     added: tuple[AddedToken, ...]
     split: bool
 
@@ -64,14 +66,15 @@ def special_tokens(path: Path) -> SpecialTokens:
         raise CheckpointError(f"{path / str(bos_file)}: bos_token is {show(bos)}; it must be text, or null")
     of_class = newer is not None and "bos_token" not in said and newer.get("tokenizer_class") in LLAMA_CLASSES
     named = list(_named(said))
-    listed = _listed(said["added_tokens_decoder"]) if lists_added else _listed_before(path, named)
+    before = () if lists_added else _listed_before(path, named)
     added: dict[str, AddedToken] = {}
-    for token in (*listed, *(token for token in named if token["content"] != bos)):
+    for token in (*before, *(token for token in named if token["content"] != bos)):
         added.setdefault(token["content"], token)
     return SpecialTokens(
         bos=bos or None,  # none may be written as empty text
         bos_file=bos_file,
         bos_of_class=LLAMA_BOS if of_class else None,
+        listed=tuple(_listed(said["added_tokens_decoder"])) if lists_added else (),
         added=tuple(added.values()),
         split=said.get("split_special_tokens") is True,
     )

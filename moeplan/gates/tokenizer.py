@@ -85,11 +85,12 @@ def _ask_fast(model: DenseModel, request: dict[str, Any], text_nbytes: int) -> d
     about = {
         "bos_token": special.bos,
         "bos_of_class": special.bos_of_class,
+        "listed_tokens": special.listed,
         "added_tokens": special.added,
         "split_special_tokens": special.split,
     }
     with opened(path, FAST) as file:
-        work_nbytes = _check_file(path / FAST, file) + len(json.dumps(special.added)) + TEXT_WEIGHT * text_nbytes
+        work_nbytes = _check_file(path / FAST, file) + len(json.dumps(about)) + TEXT_WEIGHT * text_nbytes
         limits = {
             "seconds": SECONDS + work_nbytes / NBYTES_PER_SECOND,
             "data_nbytes": DATA_NBYTES + DATA_NBYTES_PER_BYTE * work_nbytes,

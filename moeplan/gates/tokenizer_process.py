@@ -13,7 +13,8 @@ A request is a JSON object on standard input:
     texts                 what to tokenise
     bos_token             beside `file`: the token whose id is wanted, or null; then
     bos_of_class          the one that it is where the tokenizer does not work on bytes, or null
-    added_tokens          beside `file`: the arguments of tokens to add to those of tokenizer.json, where it lacks them
+    listed_tokens         beside `file`: the arguments of tokens that stand in for those of tokenizer.json; then
+    added_tokens          those of tokens to add where there is none of that text
     split_special_tokens  beside `file`: whether special tokens are split like other text
     seconds, data_nbytes  the most processor time and memory to take
     most_tokens           the most tokens to answer with
@@ -76,11 +77,13 @@ def _fast(request: dict[str, Any]) -> tuple[Encode, int | None]:
     with open(request["file"], "rb") as file:
         content = file.read()
     tokenizer = Tokenizer.from_buffer(content)
-    tokenizer.add_tokens([AddedToken(**token) for token in request["added_tokens"]])
+    tokenizer.add_tokens([AddedToken(**token) for token in request["listed_tokens"]])
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens([AddedToken(**token) for token in request["added_tokens"] if token["content"] not in there])
     tokenizer.encode_special_tokens = request["split_special_tokens"]
     bos = request["bos_token"] or (None if b'"ByteLevel"' in content else request["bos_of_class"])
     bos_id = None if bos is None else tokenizer.token_to_id(bos)
-    if bos_id is not None:
+    if bos_id is not None and bos not in there:
         tokenizer.add_special_tokens([bos])
     return _whole(tokenizer), bos_id
 

@@ -14,6 +14,7 @@ from commands import moeplan, write_config
 from families import CASES, OUTPUTS, Case, plain_recipe
 from models import use_sentencepiece
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from moeplan.architectures import as_dense_model
@@ -170,13 +171,37 @@ def test_where_no_file_speaks_of_a_bos_token_its_class_has_one_as_in_transformer
     assert tokenized.start == (() if bos is None else (bos,))
 
 
-MARKUP = "<|im_start|>user\nWrite <tool> code<s> </s>  now<|im_end|> <pad>"
+MARKUP = "<|im_start|> user\nWrite <tool> code<s> </s>  now<|im_end|> <pad>"
 
 
 def listed(*contents: str, **flags: bool) -> dict[str, object]:
     """`added_tokens_decoder` as transformers writes it; ids are what their order comes to."""
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     return {str(400 + number): {"content": content, **plain, **flags} for number, content in enumerate(contents)}
+
+
+def assert_tokens_are_those_of_transformers(
+    model: Path, files: dict[str, dict[str, object]], *there: AddedToken
+) -> None:
+    """Of MARKUP, where tokenizer.json has `there` and <unk> for added tokens, and `files` say this beside it."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] == "<unk>"]
+    with_added = Tokenizer.from_str(json.dumps(tokenizer))
+    with_added.add_tokens(list(there))
+    with_added.save(str(model / "tokenizer.json"))
+    for name in ("tokenizer_config", "special_tokens_map", "added_tokens"):
+        (model / f"{name}.json").unlink(missing_ok=True)
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    for name, said in {"tokenizer_config": {}, **files}.items():
+        (model / f"{name}.json").write_text(json.dumps({**(plain if name == "tokenizer_config" else {}), **said}))
+    oracle = AutoTokenizer.from_pretrained(model)
+    with_room = json.loads((model / "config.json").read_text()) | {"vocab_size": len(oracle)}
+    (model / "config.json").write_text(json.dumps(with_room))
+    expert = Expert(source_model="model", positive_prompts=[MARKUP])
+    base = as_dense_model(open_checkpoint(model))
+    base = replace(base, sizes={**base.sizes, "vocab_size": len(oracle)})
+    tokenized = tokenize(base, (expert,))
+    assert list(tokenized.tokens[0]) == [oracle.bos_token_id, *oracle.encode(MARKUP, add_special_tokens=False)]
 
 
 @pytest.mark.parametrize(
@@ -209,22 +234,27 @@ def listed(*contents: str, **flags: bool) -> dict[str, object]:
 def test_special_tokens_that_are_named_beside_tokenizer_json_are_those_of_transformers(
     model: Path, files: dict[str, dict[str, object]]
 ) -> None:
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] == "<unk>"]
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for name in ("tokenizer_config", "special_tokens_map", "added_tokens"):
-        (model / f"{name}.json").unlink(missing_ok=True)
-    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    for name, said in {"tokenizer_config": {}, **files}.items():
-        (model / f"{name}.json").write_text(json.dumps({**(plain if name == "tokenizer_config" else {}), **said}))
-    oracle = AutoTokenizer.from_pretrained(model)
-    with_room = json.loads((model / "config.json").read_text()) | {"vocab_size": len(oracle)}
-    (model / "config.json").write_text(json.dumps(with_room))
-    expert = Expert(source_model="model", positive_prompts=[MARKUP])
-    base = as_dense_model(open_checkpoint(model))
-    base = replace(base, sizes={**base.sizes, "vocab_size": len(oracle)})
-    tokenized = tokenize(base, (expert,))
-    assert list(tokenized.tokens[0]) == [oracle.bos_token_id, *oracle.encode(MARKUP, add_special_tokens=False)]
+    assert_tokens_are_those_of_transformers(model, files)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"<|im_start|>": 384, "<|im_end|>": 385}},
+        {"special_tokens_map": {"eos_token": {"content": "<|im_end|>", "lstrip": True}, "pad_token": "<|im_start|>"}},
+        {"tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": True}}},
+        {"tokenizer_config": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
+        {"tokenizer_config": {"added_tokens_decoder": {}, "eos_token": "<|im_end|>"}},
+        {"tokenizer_config": {"added_tokens_decoder": listed("<|im_end|>", lstrip=True), "eos_token": "<|im_end|>"}},
+        {"tokenizer_config": {"bos_token": "<|im_end|>"}},
+    ],
+    ids=str,
+)
+def test_what_tokenizer_json_says_of_a_token_counts_where_transformers_has_it_count(
+    model: Path, files: dict[str, dict[str, object]]
+) -> None:
+    there = (AddedToken(token, rstrip=True, special=True) for token in ("<|im_start|>", "<|im_end|>"))
+    assert_tokens_are_those_of_transformers(model, files, *there)
 
 
 def test_what_is_no_token_where_tokens_are_named_is_passed_over(tmp_path: Path) -> None:
@@ -237,7 +267,8 @@ def test_what_is_no_token_where_tokens_are_named_is_passed_over(tmp_path: Path) 
         "my_token": 1,
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    assert special_tokens(tmp_path).added == ({"content": "a"},)
+    assert special_tokens(tmp_path).listed == ({"content": "a"},)
+    assert special_tokens(tmp_path).added == ()
 
 
 def test_a_prompt_that_begins_with_the_bos_token_gets_no_second_one(model: Path) -> None:
