@@ -7,6 +7,7 @@ value.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from moeplan.architectures.attention import attention_settings
@@ -17,6 +18,8 @@ from moeplan.tokenizer_files import FAST_CLASS, SLOW_CLASS
 from planner.expr import DType
 
 DTYPE_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
+
+VERSION = re.compile(r"[0-9]+(\.[0-9]+)*(\.?(a|b|rc|dev|post)[0-9]+)*")
 
 
 def model_config(
@@ -53,6 +56,11 @@ def model_config(
         config |= {**family.shared.present, **present} if with_shared else family.shared.absent
     if (tokenizer := _tokenizer_class(family, base, with_slow_tokenizer)) is not None:
         config["tokenizer_class"] = tokenizer
+    # Which version wrote the base, and so its tokenizer: where none is named, transformers 4.57 warns of every large
+    # tokenizer as of those that were wrong in Mistral's (tokenization_utils_base.py, `_patch_mistral_regex`).
+    version = base.checkpoint.config.get("transformers_version")
+    if isinstance(version, str) and VERSION.fullmatch(version):
+        config["transformers_version"] = version
     return config
 
 

@@ -385,7 +385,7 @@ def test_a_dense_family_s_defaults_are_those_of_transformers(model_type):
 # Understood by all classes, or by readers other than transformers 5. Attention layers read head_dim in every family.
 WRITTEN_FOR_ALL = {
     *("architectures", "model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters"),
-    *("head_dim", "sliding_window", "tokenizer_class"),
+    *("head_dim", "sliding_window", "tokenizer_class", "transformers_version"),
 }
 # Read only where there is a sliding window; they are written then.
 OF_WINDOWS = {"max_window_layers", "layer_types"}

@@ -191,6 +191,16 @@ def test_config_json_says_the_same_to_old_and_new_readers(case, recipe, checkpoi
         assert config["rope_scaling"]["type"] == rope["rope_type"]
 
 
+@pytest.mark.parametrize("version", ["4.46.0", "4.57.0.dev0", "5.0.0rc1"])
+def test_config_json_says_which_transformers_the_base_and_its_tokenizer_are_from(version, checkpoint, plan, tmp_path):
+    source = shutil.copytree(checkpoint("llama-plain"), tmp_path / "source")
+    config = read_json(source / "config.json")
+    for said in (version, None, 4.46, "4.46\x1b[2J", ""):
+        (source / "config.json").write_text(json.dumps(config | {"transformers_version": said}))
+        written = plan(source, [source] * 2).model_config
+        assert written.get("transformers_version", "") == (version if said == version else "")
+
+
 # What makes every layer a mixture of equal experts whose chosen weights sum to 1, in each family's words. Mixtral and
 # Granite have no words for it: they are always so.
 MOE_SETTINGS = {
