@@ -31,9 +31,7 @@ def averaged(config: MergeConfig, sources: Sources, dtype: DType) -> dict[str, E
 
 def _of_backbone(model: DenseModel, name: str, spec: TensorSpec) -> Read:
     """A tensor that is no MLP's, as the model has it."""
-    read = model.tensor(name, spec) or (model.output_matrix if name == OUTPUT_MATRIX else None)
-    assert read is not None  # or `check_fit` would have refused the model
-    return read
+    return model.tensor(name, spec) or model.output_matrix  # no other may be missing
 
 
 @dataclass(frozen=True)
