@@ -108,14 +108,14 @@ def test_a_tokenizer_that_names_no_class_is_read_as_the_base_s_is(case, checkpoi
 OF_FOREIGN_TOKENIZERS = [case for case in CASES if case.source in ("llama", "mistral") and case.output != "mixtral"]
 
 
-@pytest.mark.parametrize("case", OF_FOREIGN_TOKENIZERS, ids=str)
-def test_the_class_of_a_tokenizer_that_names_none_is_named_where_the_family_s_own_does_not_read_it(
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_class_of_a_tokenizer_that_names_none_is_named_only_where_the_family_s_own_does_not_read_it(
     case, checkpoint, plan
 ):
     """Of DeepSeek's own configuration class transformers 4 knows no tokenizer; tests/readers has it read one."""
     source = checkpoint(plain_recipe(case))
     config = plan(source, [source] * 2, **case.settings(source)).model_config
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config.get("tokenizer_class") == ("PreTrainedTokenizerFast" if case in OF_FOREIGN_TOKENIZERS else None)
 
 
 @pytest.mark.parametrize("case", [case for case in OF_FOREIGN_TOKENIZERS if case.layout == "separate"], ids=str)
