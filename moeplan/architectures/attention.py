@@ -5,6 +5,7 @@ RoPE is written in both spellings: `rope_theta` and `rope_scaling`; `rope_parame
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moeplan.architectures.dense import DenseModel
@@ -103,18 +104,25 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     if not is_number(theta, 0) or theta == 0:
         raise CheckpointError(f"{path}: rope_theta is {show(theta)}; it must be a number above 0, up to {MAX_NUMBER:g}")
     _check_scaling(model, scaling)
+    if scaling["rope_type"] == "longrope":
+        _complete_longrope(model, scaling)
     return float(theta), scaling
+
+
+def _complete_longrope(model: DenseModel, scaling: dict[str, Any]) -> None:
+    """Say what transformers 5 makes of what is not said, since 4 makes something else of it, or stumbles."""
+    context = model.settings["max_position_embeddings"]
+    original = scaling.setdefault(ORIGINAL_CONTEXT, context)
+    factor = scaling.get("factor", context / original)
+    scaling.setdefault("attention_factor", math.sqrt(1 + math.log(max(factor, 1)) / math.log(max(original, 2))))
 
 
 def rope_parameters(model: DenseModel) -> dict[str, Any]:
     """The settings that give RoPE in the spelling of transformers 5. Raises what `rope` does."""
     theta, scaling = rope(model)
     # For longrope transformers 4 looks for it beside the scaling.
-    is_beside = scaling["rope_type"] == "longrope" and ORIGINAL_CONTEXT in scaling
-    return {
-        "rope_parameters": {"rope_theta": theta, **scaling},
-        **({ORIGINAL_CONTEXT: scaling[ORIGINAL_CONTEXT]} if is_beside else {}),
-    }
+    beside = {ORIGINAL_CONTEXT: scaling[ORIGINAL_CONTEXT]} if scaling["rope_type"] == "longrope" else {}
+    return {"rope_parameters": {"rope_theta": theta, **scaling}, **beside}
 
 
 def given_rope(model: DenseModel) -> Any:
@@ -153,5 +161,4 @@ def _is_positive(value: Any) -> bool:
 def rope_switch(model: DenseModel) -> int | None:
     """The number of tokens beyond which longrope rotates all tokens in another way; None for other kinds of RoPE."""
     _, scaling = rope(model)
-    tokens = scaling.get(ORIGINAL_CONTEXT)
-    return tokens if scaling["rope_type"] == "longrope" and type(tokens) is int else None
+    return scaling[ORIGINAL_CONTEXT] if scaling["rope_type"] == "longrope" else None

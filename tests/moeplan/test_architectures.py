@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from families import CASES, OUTPUTS, Case, plain_recipe
 from models import LLAMA3_SCALING, RECIPES
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from moeplan import gates
 from moeplan.architectures import DENSE_FAMILIES, FAMILIES, as_dense_model, attention
@@ -432,11 +432,29 @@ def test_rope_scaling_without_something_that_it_takes_is_refused(kind, key, chec
     whole = {"rope_type": kind, **ROPE_TAKES[kind]}
     config = {"model_type": "llama", "head_dim": 16, "rope_scaling": whole}
     (source / "config.json").write_text(json.dumps(config))
-    assert settings_of(source)[1] == (10000.0, whole)
+    assert settings_of(source)[1][1].items() >= whole.items()
     del whole[key]
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"RoPE scaling of type '{kind}' has no {key}"):
         settings_of(source)
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"original_max_position_embeddings": 24}, {"factor": 3}, {"attention_factor": 1.5, "factor": 3.0}]
+)
+def test_longrope_is_written_with_what_transformers_5_makes_of_what_is_not_said(said, checkpoint, plan, tmp_path):
+    """transformers 4 goes by the context beside the scaling, and by its ratio to the whole rather than by a factor."""
+    source = shutil.copytree(checkpoint("llama-rope-longrope"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["original_max_position_embeddings"]
+    for more in (said, {**said, "original_max_position_embeddings": 16}):
+        (source / "config.json").write_text(json.dumps(config | {"rope_scaling": config["rope_scaling"] | more}))
+        dense = AutoModel.from_config(AutoConfig.from_pretrained(source))
+        written = plan(source, [source] * 2, architecture="mixtral").model_config
+        assert written["rope_scaling"]["attention_factor"] == dense.rotary_emb.attention_scaling
+        context = more.get("original_max_position_embeddings", 256)
+        assert written["original_max_position_embeddings"] == context
+        assert written["rope_scaling"]["original_max_position_embeddings"] == context
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.output != "deepseek"], ids=str)
