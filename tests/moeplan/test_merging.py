@@ -367,6 +367,8 @@ AVERAGED = ", since all that is not an MLP is averaged (backbone: average)"
             {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
             "num_attention_heads is 8 in other and 4 in the base base",
         ),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4 in other and 2 in the base base"),
+        ({"head_dim": 32}, "head_dim is 32 in other and 16 in the base base"),
     ],
 )
 def test_a_backbone_of_other_sizes_is_not_averaged(models, refused, tmp_path, changes, sides):
