@@ -496,6 +496,22 @@ def test_attention_that_was_trained_otherwise_is_a_warning_where_it_is_averaged(
     assert difference in warnings[0].replace(f"{tmp_path}/", "")
 
 
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 16}, "16"),
+        ({"sliding_window": None}, "None"),
+        ({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "[None, None, 8]"),
+    ],
+)
+def test_another_window_is_a_warning_where_attention_is_averaged(changes, window, checkpoint, tmp_path):
+    models = [shutil.copytree(checkpoint("mistral-plain", seed), tmp_path / f"{seed}") for seed in range(2)]
+    edit_config(models[1], **changes)
+    config = write_config(tmp_path / "config.yml", models[0], models, backbone="average")
+    (warning,) = warned(moeplan(config, "--plan"))
+    assert f"sliding_window is {window} in {models[1]} and 8 in the base {models[0]}" in warning
+
+
 def test_mlps_whose_results_count_otherwise_are_not_merged(checkpoint, tmp_path):
     models = [shutil.copytree(checkpoint("granite-plain", seed), tmp_path / f"{seed}") for seed in range(2)]
     edit_config(models[1], residual_multiplier=0.25)

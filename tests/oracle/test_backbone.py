@@ -92,6 +92,7 @@ def test_experts_of_other_dtypes_and_several_of_one_model_are_averaged_in_float3
     ("case", "base", "experts"),
     [
         (MIXTRAL, "llama-plain", ("llama-plain", "llama-tied")),
+        (MIXTRAL, "llama-plain", ("llama-tied", "llama-tied")),
         (QWEN2_OF_LLAMA, "llama-tied", ("llama-plain", "llama-tied")),
         (QWEN2_OF_LLAMA, "llama-plain", ("llama-tied", "llama-tied")),
     ],
