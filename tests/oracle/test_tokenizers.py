@@ -133,6 +133,7 @@ def test_a_sentencepiece_model_is_read_by_the_class_that_is_named(
     [
         ({}, {"bos_token": "<s>"}),
         ({"bos_token": ""}, {"bos_token": "<s>"}),
+        ({"bos_token": ""}, {}),
         ({"bos_token": "</s>"}, {"bos_token": {"content": "<s>"}}),
         ({"bos_token": "<s>"}, {}),
         ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "</s>"}),
