@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from copy import deepcopy
 from dataclasses import fields
 from itertools import accumulate, pairwise
 from math import prod
@@ -464,21 +463,6 @@ def test_no_setting_of_an_output_family_is_left_to_its_default_and_none_is_missp
     known = own_fields(written["model_type"]).keys()
     assert known - written.keys() <= OF_WINDOWS
     assert written.keys() - known <= WRITTEN_FOR_ALL | OF_WINDOWS
-
-
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("llama-plain", "llama-rope"))])
-def test_rope_is_written_in_both_spellings(recipe, checkpoint, plan):
-    path = checkpoint(recipe)
-    written = plan(path, [path] * 2, architecture="mixtral").model_config
-    older, newer = ("rope_theta", "rope_scaling"), ("rope_parameters",)
-    read = []
-    for other in (newer, older):
-        config = {key: deepcopy(value) for key, value in written.items() if key not in other}
-        read.append(AutoConfig.for_model(**config).rope_parameters)
-        read[-1].pop("type", None)
-    assert read[0] == read[1]
-    scaling = written["rope_scaling"]
-    assert scaling is None or scaling["type"] == scaling["rope_type"] != "default"
 
 
 @pytest.mark.parametrize("output", ["qwen2-moe", "qwen3-moe"])
