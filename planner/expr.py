@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
+from threading import Lock
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -94,14 +95,16 @@ def field_names(cls: Any) -> tuple[str, ...]:
 
 
 class _HashConsed(type):
-    """Builds each distinct node once. Nodes compare by identity, so a key costs no walk of the tree."""
+    """Builds each distinct node once, in any thread. Nodes compare by identity, so a key costs no walk of the tree."""
 
     _nodes: ClassVar[WeakValueDictionary[tuple[Any, ...], Any]] = WeakValueDictionary()
+    _lock: ClassVar[Lock] = Lock()
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         node = super().__call__(*args, **kwargs)
         key = (cls, *(getattr(node, name) for name in field_names(cls)))
-        return cls._nodes.setdefault(key, node)
+        with cls._lock:
+            return cls._nodes.setdefault(key, node)
 
 
 class Expr(metaclass=_HashConsed):

@@ -2,9 +2,12 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import networkx as nx
 import pytest
@@ -484,6 +487,24 @@ def test_equal_expressions_are_one_node() -> None:
     assert first is scale(Read(same_file, 8, DType.F16, (2, 2)), 0.5)
     assert first is not scale(Read(FILES[0], 8, DType.F16, (2, 2)), 0.25)
     assert math.prod(first.shape) == first.numel == 4
+
+
+def test_equal_expressions_of_several_threads_are_one_node() -> None:
+    """Or plans that are made beside each other would read things twice, and not be those of another time."""
+    together = Barrier(2)
+
+    def nodes() -> list[Expr]:
+        together.wait()
+        return [scale(Read(FILES[0], 8 * number, DType.F16, (4,)), 0.5) for number in range(20_000)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            first, second = (made.result() for made in [threads.submit(nodes) for _ in range(2)])
+    finally:
+        sys.setswitchinterval(before)
+    assert all(one is other for one, other in zip(first, second, strict=True))
 
 
 def test_factors_are_in_memory_only_while_their_product_is_added() -> None:
