@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
-from executor.errors import RunError
+from executor.errors import RunError, naming
 from executor.local import LocalFile
 from planner.expr import RemoteFile, Source, SourceFile
 
@@ -74,8 +75,10 @@ class SourceReader:
         What comes from a remote file is checked as it comes.
         """
         for number, file in self._files.items():
-            source, now = self._sources[number], os.fstat(file.fd)
+            source = self._sources[number]
             assert isinstance(source, SourceFile)
+            with naming(Path(source.path)):
+                now = os.fstat(file.fd)
             if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != (
                 source.device,
                 source.inode,

@@ -1,5 +1,6 @@
 """Sources that change, or are other ones when read again: that is noticed, and nothing that was made of them counts."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ def test_a_source_that_shrinks_or_changes_during_the_run_is_noticed(tmp_path: Pa
 
     with pytest.raises(RunError, match=r"source\.safetensors: the file (ends at byte|was changed)"):
         run(plan, tmp_path, {"column_sums": column_sums}, shrink)
+
+
+def test_a_source_that_cannot_be_looked_at_any_more_is_named(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a server that has forgotten the file."""
+    plan, fstat, path = planned({"copy": outputs["copy"]}), os.fstat, tmp_path / "source.safetensors"
+    is_read = False
+
+    def stale(fd: int) -> os.stat_result:
+        if is_read and Path(f"/proc/self/fd/{fd}").readlink() == path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fstat(fd)
+
+    def note(state: Progress) -> None:
+        nonlocal is_read
+        is_read = state.read_nbytes > 0
+
+    monkeypatch.setattr(os, "fstat", stale)
+    with pytest.raises(RunError, match=r"source\.safetensors: Stale file handle"):
+        run(plan, tmp_path, on_progress=note)
 
 
 @pytest.mark.parametrize("fails", [None, "copying", "syncing"])
