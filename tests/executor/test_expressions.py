@@ -1,6 +1,8 @@
 """What comes out of a plan: the numbers of every kind of expression, whatever the budget."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from safetensors import safe_open
 
 from executor.engine import run
 from executor.errors import OutOfRangeError
-from planner.expr import DType, Expr, Zeros, add_low_rank, add_noise, cast, mean, scale
-from planner.plan import Plan
+from planner.expr import DType, Expr, Opaque, Zeros, add_low_rank, add_noise, cast, mean, rows, scale
+from planner.plan import Plan, StreamStep
 
 
 def test_every_kind_of_expression_comes_out_as_torch_computes_it(
@@ -102,9 +104,9 @@ def test_noise_is_drawn_by_position_so_it_is_the_same_however_a_tensor_is_cut(tm
 def test_a_low_rank_product_is_the_same_to_the_bit_however_a_tensor_is_cut(
     tmp_path: Path, shape: tuple[int, int]
 ) -> None:
-    rows, columns = shape
+    num_rows, columns = shape
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": shape, "b": (rows, 7), "a": (7, columns)}
+    shapes = {"x": shape, "b": (num_rows, 7), "a": (7, columns)}
     tensors = {name: torch.randn(*size, generator=generator) for name, size in shapes.items()}
     reads = source(tmp_path / "source.safetensors", tensors)
     adapted = add_low_rank(reads["x"], reads["b"], reads["a"], 0.5)
@@ -116,7 +118,7 @@ def test_a_low_rank_product_is_the_same_to_the_bit_however_a_tensor_is_cut(
     }
     results = []
     for budget in (1, 2, 5, 64):
-        plan = planned(outputs, (budget << 20) + 12 * (rows + columns) * 7)
+        plan = planned(outputs, (budget << 20) + 12 * (num_rows + columns) * 7)
         out = tmp_path / str(budget)
         out.mkdir()
         run(plan, out)
@@ -127,6 +129,23 @@ def test_a_low_rank_product_is_the_same_to_the_bit_however_a_tensor_is_cut(
     x, b, a = (tensors[name].double() for name in "xba")
     torch.testing.assert_close(results[0]["adapted"], (x + 0.5 * b @ a).float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0]["twice"], (x + 0.25 * b @ a).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_kernel_s_result_that_takes_several_chunks_is_written_as_it_is(tmp_path: Path) -> None:
+    expected = torch.arange(700 * 1001, dtype=torch.float32).view(700, 1001)
+
+    def count(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        output.copy_(expected)
+
+    counted = Opaque("count", "0", (), DType.F32, (700, 1001))
+    outputs = {"result": counted, "rounded": cast(counted, DType.BF16), "rows": rows(counted, 100, 650)}
+    plan = planned(outputs, budget=4 << 20)
+    assert all(step.chunk_numel < step.numel / 2 for step in plan.steps if isinstance(step, StreamStep))
+    run(plan, tmp_path, {"count": count})
+    loaded = load(plan, tmp_path)
+    assert torch.equal(loaded["result"], expected)
+    assert torch.equal(loaded["rounded"], expected.bfloat16())
+    assert torch.equal(loaded["rows"], expected[100:650])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

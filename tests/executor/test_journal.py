@@ -267,6 +267,23 @@ def test_the_memory_that_a_journal_takes_does_not_grow_with_the_chunks_that_are_
     assert peak < 1 << 20
 
 
+def test_a_journal_is_empty_until_one_thing_is_finished(tmp_path: Path) -> None:
+    content = FileSink(0, 8)
+    entries = [
+        lambda kept: kept.add_chunk(content, 0, 4, 1, [content]),
+        lambda kept: kept.save_result("first", memoryview(bytes(100))),
+        lambda kept: kept.begin_publishing(["model.safetensors"], []),
+    ]
+    for number, enter in enumerate(entries):
+        (tmp_path / str(number)).mkdir()
+        kept = Journal(tmp_path / str(number), {})
+        assert kept.is_empty
+        enter(kept)
+        assert not kept.is_empty
+        kept.close()
+        assert not Journal(tmp_path / str(number), {}).is_empty
+
+
 def test_a_sync_that_was_under_way_when_all_was_forgotten_has_nothing_count_again_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
