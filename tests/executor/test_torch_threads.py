@@ -5,11 +5,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from plans import planned, source
 
+from executor import chunk_ops
 from executor.engine import RunResult, run
 from executor.torch_threads import TorchThreads
 from planner.expr import Opaque, add_low_rank
@@ -50,6 +52,25 @@ def test_a_product_is_computed_where_nothing_was_to_be_imported(tmp_path: Path) 
     running.start()
     running.join(20)
     assert [result.written_nbytes for result in done] == [plan.written_nbytes]
+
+
+def test_each_worker_computes_products_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or as many threads as there are cores would work on each of the chunks under way."""
+    shapes = {"weight": (64, 32), "b": (64, 2), "a": (2, 32)}
+    reads = source(tmp_path / "source.safetensors", {name: torch.ones(*shape) for name, shape in shapes.items()})
+    plan = planned({"sum": add_low_rank(reads["weight"], reads["b"], reads["a"], 1.0)})
+    asked_for: dict[int, int] = {}
+    seen: list[int | None] = []
+    add_product = chunk_ops.add_product
+
+    def noting(*args: Any) -> None:
+        seen.append(asked_for.get(threading.get_ident()))
+        add_product(*args)
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: asked_for.update({threading.get_ident(): count}))
+    monkeypatch.setattr(chunk_ops, "add_product", noting)
+    run(plan, tmp_path, threads=4)
+    assert seen == [1]
 
 
 def test_what_cannot_be_loaded_in_the_background_says_so_where_it_is_used_and_not_before(
