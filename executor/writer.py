@@ -67,11 +67,12 @@ class ShardWriter:
         """Put `data` at byte `offset` of a shard."""
         begin = -offset % PAGE
         end = len(data) - (offset + len(data)) % PAGE
-        if self._direct_fds[shard] is None or end - begin < MIN_DIRECT_NBYTES or (_address(data) + begin) % PAGE:
+        fd = self._direct_fds[shard]
+        if fd is None or end - begin < MIN_DIRECT_NBYTES or (_address(data) + begin) % PAGE:
             self._write(shard, offset, data)
             return
         self._write(shard, offset, data[:begin])
-        done = begin + self._write_direct(shard, offset + begin, data[begin:end])
+        done = begin + self._write_direct(shard, fd, offset + begin, data[begin:end])
         self._write(shard, offset + done, data[done:])
 
     def share(self, origin: FileSink, target: FileSink, nbytes: int) -> tuple[int, int]:
@@ -121,21 +122,15 @@ class ShardWriter:
             write_all(self._fds[shard], data, offset)
         self._count("buffered", len(data))
 
-    def _write_direct(self, shard: int, offset: int, data: memoryview) -> int:
-        """Write whole pages from the start of `data`; returns how many bytes, fewer where direct I/O is refused."""
-        done = 0
-        fd = self._direct_fds[shard]
-        while fd is not None and done < len(data):
-            with naming(self._paths[shard]):
-                try:
-                    count = os.pwrite(fd, data[done:], offset + done)
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                        raise
-                    break
-            done += count
-            if count % PAGE:  # what follows is no longer aligned
-                break
+    def _write_direct(self, shard: int, fd: int, offset: int, data: memoryview) -> int:
+        """Write whole pages from the start of `data`; returns how many bytes, which may be fewer, or none."""
+        with naming(self._paths[shard]):
+            try:
+                done = os.pwrite(fd, data, offset)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                done = 0
         done -= done % PAGE
         self._count("direct", done)
         return done
