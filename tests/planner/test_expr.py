@@ -1,0 +1,61 @@
+"""Expressions: which are one, and which there are none of."""
+
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from planner.expr import DType, Expr, Opaque, Read, Shape, SourceFile, add_low_rank, mean, scale
+
+FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
+FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
+
+
+def test_the_mean_of_one_tensor_is_that_tensor() -> None:
+    x = Read(FILES[0], 8, DType.F16, (4, 4))
+    assert mean([x, x, x]) is x
+
+
+def test_what_is_no_mean_of_ranges_of_one_shape_is_refused() -> None:
+    x = Read(FILES[0], 8, DType.F32, (4, 4))
+    with pytest.raises(ValueError, match="of one shape"):
+        mean([x, Read(FILES[1], 8, DType.F32, (2, 8))])
+    with pytest.raises(ValueError, match="no more than averaged and cast"):
+        Opaque("layer", "", (), DType.F32, (4,), weights=(scale(x, 0.5),))
+
+
+def test_equal_expressions_are_one_node() -> None:
+    same_file = SourceFile(1, 0, 1 << 40, 0, "/models/0")
+    first = scale(Read(FILES[0], 8, DType.F16, (2, 2)), 0.5)
+    assert first is scale(Read(same_file, 8, DType.F16, (2, 2)), 0.5)
+    assert first is not scale(Read(FILES[0], 8, DType.F16, (2, 2)), 0.25)
+    assert math.prod(first.shape) == first.numel == 4
+
+
+def test_equal_expressions_of_several_threads_are_one_node() -> None:
+    """Or plans that are made beside each other would read things twice, and not be those of another time."""
+    together = Barrier(2)
+
+    def nodes() -> list[Expr]:
+        together.wait()
+        return [scale(Read(FILES[0], 8 * number, DType.F16, (4,)), 0.5) for number in range(20_000)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            first, second = (made.result() for made in [threads.submit(nodes) for _ in range(2)])
+    finally:
+        sys.setswitchinterval(before)
+    assert all(one is other for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("b", "a"), [((7, 2), (2, 5)), ((8, 2), (3, 4)), ((8, 0), (0, 4)), ((4, 2), (2, 8)), ((8, 2), (2, 2, 2))]
+)
+def test_factors_that_do_not_make_a_matrix_of_the_shape_are_refused(b: Shape, a: Shape) -> None:
+    x = Read(FILES[0], 8, DType.F32, (8, 4))
+    with pytest.raises(ValueError, match=r"is not|cannot be multiplied"):
+        add_low_rank(x, Read(FACTORS, 8, DType.F32, b), Read(FACTORS, 8, DType.F32, a), 1.0)
