@@ -14,13 +14,14 @@ from typing import BinaryIO
 
 import pytest
 import torch
-from plans import digest, planned, source
+from plans import digest, load, planned, source
 
 from executor import shortcuts
 from executor.engine import RunResult, run
+from executor.errors import RunError
 from executor.local import LocalFile
 from executor.ways import physical_nbytes
-from planner.expr import DType, Expr, RemoteFile, cast, scale, stack
+from planner.expr import DType, Expr, RemoteFile, Zeros, cast, scale, stack
 from planner.layout import PAGE
 from planner.plan import Plan
 
@@ -240,6 +241,31 @@ def test_direct_writes_that_are_refused_or_short_are_finished_through_the_page_c
     assert calls > 3
     assert digest(tmp_path / "out") == usual
     assert result.nbytes_by_path["buffered"] > PAGE
+
+
+def test_a_disk_that_a_direct_write_fails_on_ends_the_run_at_once(
+    tmp_path: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page cache would take all that follows, and say so when it is synced."""
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    pwrite = os.pwrite
+
+    def failing(fd: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(RunError, match=r"model-0000\d-of-0000\d\.safetensors: Input/output error"):
+        merged(plan, tmp_path / "out")
+
+
+def test_a_header_that_is_large_enough_to_be_written_directly_is_written_as_well(tmp_path: Path) -> None:
+    names = [f"{number:04} {'x' * 200}" for number in range(400)]
+    plan = planned({name: Zeros(DType.F32, (1,)) for name in names})
+    assert plan.shards[0].data_start > 64 << 10
+    merged(plan, tmp_path / "out")
+    assert sorted(load(plan, tmp_path / "out")) == names
 
 
 def test_a_file_server_copies_what_it_can(
