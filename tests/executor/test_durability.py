@@ -4,7 +4,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +15,10 @@ import torch
 from plans import Stop, digest, go_on, planned, stopping_after
 
 from executor import durability, journal, resuming, verifying
+from executor.durability import Durability
 from executor.errors import RunError
 from executor.journal import Journal
+from executor.writer import ShardWriter
 from planner.expr import DType, Expr, Opaque, Read, cast, rows, scale
 from planner.plan import Plan
 
@@ -37,6 +42,21 @@ def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
         assert len(synced) >= before + 3
 
     go_on(plan, tmp_path / "place", kernels={"slow": slow})
+
+
+def test_a_sync_begins_when_the_last_one_was_done_ten_seconds_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, begun = 0.0, list[float]()
+    monkeypatch.setattr(durability, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(ShardWriter, "sync", lambda _: begun.append(now))
+    with ThreadPoolExecutor(1) as worker, closing(ShardWriter(tmp_path, [])) as shards:
+        syncing = Durability(shards, Journal(), worker)
+        for second in range(40):
+            now = float(second)
+            syncing.now_and_then()
+            worker.submit(int).result()  # so it is done
+    assert begun == [11.0, 23.0, 35.0]
 
 
 @pytest.mark.parametrize("place", ["first", "other"])
