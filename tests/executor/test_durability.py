@@ -20,7 +20,7 @@ from executor.errors import RunError
 from executor.journal import Journal
 from executor.writer import ShardWriter
 from planner.expr import DType, Expr, Opaque, Read, cast, rows, scale
-from planner.plan import Plan
+from planner.plan import FileSink, Plan
 
 
 def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
@@ -42,6 +42,22 @@ def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
         assert len(synced) >= before + 3
 
     go_on(plan, tmp_path / "place", kernels={"slow": slow})
+
+
+def test_what_is_written_while_something_is_synced_is_not_taken_for_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Journal(tmp_path, {})
+    before, meanwhile = FileSink(0, 8), FileSink(1, 8)
+    kept.add_chunk(before, 0, 4, 1, [before])
+    monkeypatch.setattr(ShardWriter, "sync", lambda _: kept.add_chunk(meanwhile, 0, 4, 1, [meanwhile]))
+    with ThreadPoolExecutor(1) as worker, closing(ShardWriter(tmp_path, [])) as shards:
+        Durability(shards, kept, worker).finish()
+    kept.close()
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    again = Journal(tmp_path, {})
+    again.close()
+    assert list(again.finished.streams) == [before]
 
 
 def test_a_sync_begins_when_the_last_one_was_done_ten_seconds_ago(
