@@ -131,7 +131,6 @@ def run(
             engine.report("syncing")
             durability.finish()
         except BaseException:
-            reader.interrupt()
             workers.shutdown(wait=True, cancel_futures=True)
             with suppress(RunError):  # it is the first error that tells what happened
                 _check_unchanged(reader, journal)
