@@ -75,6 +75,27 @@ def test_a_sync_begins_when_the_last_one_was_done_ten_seconds_ago(
     assert begun == [11.0, 23.0, 35.0]
 
 
+def test_a_sync_that_failed_in_the_background_is_an_error_the_next_time_that_one_might_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later it is none any more: the system says once what it could not write."""
+    failures = iter([RunError("the disk is broken")])
+
+    def sync(_: ShardWriter) -> None:
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(durability, "SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(ShardWriter, "sync", sync)
+    with ThreadPoolExecutor(1) as worker, closing(ShardWriter(tmp_path, [])) as shards:
+        syncing = Durability(shards, Journal(), worker)
+        syncing.now_and_then()
+        worker.submit(int).result()
+        for again in (syncing.now_and_then, syncing.finish):
+            with pytest.raises(RunError, match="the disk is broken"):
+                again()
+
+
 @pytest.mark.parametrize("place", ["first", "other"])
 def test_what_a_disk_lost_that_was_unplugged_is_written_again_and_nothing_else(
     plan: Plan, tmp_path: Path, whole: Any, place: str
