@@ -86,7 +86,7 @@ def streams_of(
         if not isinstance(expr, Opaque)
         for root, chain, offset in _leaves(expr, 0, buffers)
     ]
-    widest = _widest([root for _, root, _, _ in filled if isinstance(root, Read | Mean)], streams)
+    widest = _widest([root for _, root, _, _ in filled], streams)
     for is_factor, root, chain, sink in sorted(filled, key=lambda item: item[0]):
         if isinstance(root, Read | Mean) and not is_factor and all(isinstance(op, Cast) for op in chain[0]):
             root, first = widest[root]
@@ -99,9 +99,9 @@ def streams_of(
     return [*streams.values(), *feeders.values()]
 
 
-def _widest(leaves: Collection[Read | Mean], others: Iterable[Leaf]) -> dict[Read | Mean, tuple[Read | Mean, int]]:
-    """For each of `leaves`, the one, of them and `others`, that it is a part of, and from which element on: the
-    widest, or itself."""
+def _widest(leaves: Collection[Leaf], others: Iterable[Leaf]) -> dict[Read | Mean, tuple[Read | Mean, int]]:
+    """For each of `leaves` that is in files, the one, of them and `others`, that it is a part of, and from which
+    element on: the widest, or itself."""
     if not leaves:
         return {}
     widest: dict[Read | Mean, tuple[Read | Mean, int]] = {}

@@ -15,6 +15,7 @@ from planner.expr import (
     BLOCK,
     LOW_RANK_TILE,
     AddNoise,
+    Cast,
     Concat,
     DType,
     Expr,
@@ -97,7 +98,7 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
                 x = kernel_of(draw, cast(averaged, draw(st.sampled_from(DType))), number)
             case "chain":
                 state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
-                x = state
+                x = state if draw(st.booleans()) else rows(state, 3, 60)
         graph.add(f"tensor {number}", x)
     return graph
 
@@ -278,14 +279,20 @@ def test_what_tensors_may_take_leaves_every_kernel_its_workspace_and_blocks(grap
 @given(graphs(), budgets)
 def test_a_chunk_and_what_is_computed_from_it_fit_a_slab(graph: TensorGraph, budget: int) -> None:
     plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+    tile = math.prod(LOW_RANK_TILE) * 4
     for step in plan.steps:
         if isinstance(step, StreamStep):
             assert step.chunk_numel > 0
-            widest = max(branch.dtype.itemsize if branch.ops else 0 for branch in step.branches)
-            tile = math.prod(LOW_RANK_TILE) * 4 if step.factors() else 0
-            if isinstance(step.root, MeanRoot):
-                widest = max(widest, *(part.dtype.itemsize for part in step.root.parts))
-            assert step.chunk_numel * (step.root.dtype.itemsize + widest) + tile <= plan.pool.slab_nbytes
+            scratch = [part.dtype.itemsize * step.chunk_numel for part in getattr(step.root, "parts", ())]
+            for branch in (branch for branch in step.branches if branch.ops):
+                float32 = any(not isinstance(op, Cast) for op in branch.ops) + any(
+                    isinstance(op, AddNoise) for op in branch.ops
+                )
+                result = branch.dtype.itemsize if isinstance(branch.ops[-1], Cast) else 0
+                scratch.append((4 * float32 + result) * step.chunk_numel + (tile if branch.factors() else 0))
+            pages = 2 * PAGE  # within which the chunk, and its result, lie where they do in their files
+            chunk = step.chunk_numel * step.root.dtype.itemsize
+            assert chunk + max(scratch, default=0) + pages <= plan.pool.slab_nbytes
 
 
 @given(graphs(), budgets, shard_sizes)

@@ -160,6 +160,14 @@ def test_factors_are_in_memory_only_while_their_product_is_added() -> None:
     assert plan.reread_nbytes == 0
 
 
+def test_what_a_product_is_added_to_and_a_kernel_needs_is_read_once() -> None:
+    weight = Read(FILES[0], 8, DType.F32, (64, 32))
+    b, a = Read(FACTORS, 8, DType.F32, (64, 4)), Read(FACTORS, 4096, DType.F32, (4, 32))
+    graph = TensorGraph({"adapted": add_low_rank(weight, b, a, 1.0)})
+    graph.add("gate", Opaque("gate", "{}", (weight,), DType.F32, (4,)))
+    assert compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40).reread_nbytes == 0
+
+
 def test_what_is_added_to_and_is_a_factor_of_what_is_added_is_read_twice() -> None:
     square = Read(FILES[0], 8, DType.F32, (64, 64))
     graph = TensorGraph()
