@@ -3,11 +3,25 @@
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import pytest
 
-from planner.expr import DType, Expr, Opaque, Read, Shape, SourceFile, add_low_rank, mean, scale
+from planner.expr import (
+    AddLowRank,
+    DType,
+    Expr,
+    Opaque,
+    Read,
+    Shape,
+    Slice,
+    SourceFile,
+    add_low_rank,
+    cast,
+    mean,
+    scale,
+)
 
 FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
 FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
@@ -59,3 +73,18 @@ def test_factors_that_do_not_make_a_matrix_of_the_shape_are_refused(b: Shape, a:
     x = Read(FILES[0], 8, DType.F32, (8, 4))
     with pytest.raises(ValueError, match=r"is not|cannot be multiplied"):
         add_low_rank(x, Read(FACTORS, 8, DType.F32, b), Read(FACTORS, 8, DType.F32, a), 1.0)
+
+
+def test_a_factor_must_be_float32_and_be_read_from_a_file() -> None:
+    x, b, a = (Read(FILES[0], 8, DType.F32, shape) for shape in ((8, 4), (8, 2), (2, 4)))
+    for factor in (cast(b, DType.BF16), Opaque("kernel", "", (), DType.F32, (8, 2)), mean([b, replace(b, offset=80)])):
+        with pytest.raises(ValueError, match="must be float32, and made elementwise of a Read"):
+            AddLowRank(x, factor, a)
+
+
+def test_a_slice_lies_within_the_result_that_it_is_of() -> None:
+    result = Opaque("kernel", "", (), DType.F32, (8, 4))
+    assert Slice(result, 28, (1, 4)).numel == 4
+    for begin, shape in ((-1, (4,)), (29, (4,)), (0, (9, 4))):
+        with pytest.raises(ValueError, match="does not lie within"):
+            Slice(result, begin, shape)
