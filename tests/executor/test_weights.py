@@ -72,6 +72,7 @@ def test_blocks_are_the_same_for_any_budget_and_number_of_threads(
         result = run(plan, out, {"product": product}, threads=threads)
         assert result.read_nbytes == plan.read_nbytes
         assert result.peak_buffer_nbytes <= plan.peak_nbytes <= budget
+        assert result.peak_buffer_nbytes >= plan.pool.nbytes + max(step.blocks_nbytes for step in plan.kernels)
         results.append(load(plan, out)["y"])
         forms.append(streamed(plan))
     assert forms == [True, True, False, False]
