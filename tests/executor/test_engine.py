@@ -34,6 +34,7 @@ def test_progress_ends_at_all_bytes_read_and_written(tmp_path: Path, outputs: di
     (tmp_path / "out").mkdir()
     run(plan, tmp_path / "out", {"column_sums": column_sums}, seen.append)
     assert "column_sums" in {state.doing for state in seen}
+    assert [state.doing for state in seen[-2:]] == ["", "syncing"]  # when the last results are copied
     assert (seen[-1].read_nbytes, seen[-1].written_nbytes) == (plan.read_nbytes, plan.written_nbytes)
     assert [s.written_nbytes for s in seen] == sorted(s.written_nbytes for s in seen)
 
