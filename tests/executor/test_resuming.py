@@ -266,6 +266,27 @@ def test_a_mean_takes_no_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.checksums.items() < whole.checksums.items()
 
 
+def test_a_stream_of_which_one_place_is_shared_is_known_by_its_first_place_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CopyingOnce(Copying):
+        left = 1
+
+        def move(self, *place: int) -> int:
+            self.left -= 1
+            return super().move(*place) if self.left >= 0 else 0
+
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    read = source(tmp_path / "pages.safetensors", {"weight": weight})["weight"]
+    plan = planned({"weight": read, "again": read}, budget=8 << 20)
+    whole = go_on(plan, tmp_path / "whole")
+    monkeypatch.setattr(ways, "SHORTCUTS", (CopyingOnce(),))
+    result = go_on(plan, tmp_path / "place")
+    assert digest(tmp_path / "place" / "model") == digest(tmp_path / "whole" / "model")
+    assert result.nbytes_by_path["copied"] == weight.nbytes
+    assert result.checksums == whole.checksums
+
+
 def test_of_a_stream_that_was_begun_and_then_shared_there_is_no_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
