@@ -284,6 +284,30 @@ def test_a_journal_is_empty_until_one_thing_is_finished(tmp_path: Path) -> None:
         assert not Journal(tmp_path / str(number), {}).is_empty
 
 
+def test_that_a_model_is_being_moved_to_its_place_counts_after_a_restart_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Journal(tmp_path, {})
+    kept.begin_publishing(["model.safetensors"], ["old.safetensors"])
+    kept.close()
+    monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
+    again = Journal(tmp_path, {})
+    again.close()
+    assert (again.finished.publishing, again.finished.replacing) == (["model.safetensors"], ["old.safetensors"])
+
+
+def test_of_what_several_runs_wrote_those_places_count_that_have_all_of_it(tmp_path: Path) -> None:
+    first, second, third = (FileSink(0, offset) for offset in (8, 16, 24))
+    kept = Journal(tmp_path, {})
+    kept.add_chunk(first, 0, 4, 1, [first, second])
+    kept.add_chunk(first, 4, 4, 1, [first, third])
+    kept.mark_safe(kept.position)
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.close()
+    assert again.finished.streams[first].sinks == {first}
+
+
 def test_a_sync_that_was_under_way_when_all_was_forgotten_has_nothing_count_again_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

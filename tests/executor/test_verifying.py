@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from executor import verifying
 from executor.checksums import checksum
 from executor.errors import RunError
+from executor.local import LocalFile
 from executor.verifying import Range, wrong
 from executor.writer import ShardWriter
 from planner.expr import BLOCK
@@ -68,3 +71,37 @@ def test_a_shard_that_is_cut_while_it_is_read_back_is_an_error(tmp_path: Path) -
     with pytest.raises(RunError, match="ends at byte 5000"):
         writer.read_back(0, 4096, memoryview(bytearray(4096)))
     writer.close()
+
+
+def test_what_cannot_be_read_is_wrong_though_it_is_compared_with_a_source(tmp_path: Path) -> None:
+    data = bytes(4 * BLOCK)
+    (tmp_path / "model").write_bytes(data)
+    (tmp_path / "source").write_bytes(data[:-1])
+    compared = Range(tmp_path / "model", 0, 4 * BLOCK, 1, 0, None, tmp_path / "source")
+    assert wrong([compared]) == [0]
+    (tmp_path / "source").write_bytes(data)
+    assert wrong([compared]) == []
+
+
+def test_what_is_read_back_is_asked_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page cache has of a file that was written may not be what the disk has."""
+    data = bytes(4 * BLOCK)
+    (tmp_path / "model").write_bytes(data)
+    asked: list[bool] = []
+    read_into = LocalFile.read_into
+
+    def noting(self: LocalFile, *place: Any, cached: bool = True) -> None:
+        asked.append(cached)
+        read_into(self, *place, cached=cached)
+
+    monkeypatch.setattr(LocalFile, "read_into", noting)
+    assert wrong([Range(tmp_path / "model", 0, 4 * BLOCK, 1, 0, checksum(memoryview(data), 1, 0, 0))]) == []
+    assert set(asked) == {False}
+
+
+def test_shards_and_their_names_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink()))
+    with closing(ShardWriter(tmp_path, [Shard("model.safetensors", 4096, 8192, ())])) as writer:
+        writer.sync()
+    assert synced == [tmp_path / "model.safetensors", tmp_path]
