@@ -315,6 +315,11 @@ def test_only_whole_pages_that_lie_alike_and_begin_with_an_element_can_be_shared
     assert shortcuts.Reflink().reach(source, target, 3 * PAGE) == reach
 
 
+@pytest.mark.parametrize("nbytes", [0, 100, PAGE, 2 * PAGE - 9])
+def test_of_a_range_without_a_whole_page_nothing_can_be_shared(nbytes: int) -> None:
+    assert shortcuts.Reflink().reach(8, 8, nbytes) == (0, 0)
+
+
 def test_a_range_that_lies_where_it_cannot_be_shared_keeps_no_other_from_being_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

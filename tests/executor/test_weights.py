@@ -1,10 +1,11 @@
 """Kernels that go through their weights block by block: the same numbers, wherever the weights are."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from executor.engine import run
 from executor.errors import RunError
 from executor.reader import SourceReader
 from executor.regions import block_nbytes
-from executor.weights import Weights
+from executor.weights import Weights, WholeMatrix
 from planner import schedule
 from planner.expr import DType, Expr, Opaque, cast, mean
 from planner.graph import TensorGraph
@@ -116,6 +117,47 @@ def test_a_weight_that_is_a_mean_has_the_same_rows_where_it_is_whole_and_where_i
     for result in results:
         assert torch.equal(result[0], expected)
         assert torch.equal(result[1], parts["torch.float32"].to(dtype).float())
+
+
+@pytest.fixture
+def blocks() -> Iterator[Weights]:
+    """Forty blocks of a matrix, of which four are under way at a time and two are computed on."""
+    with ThreadPoolExecutor(4) as workers:
+        matrices = [WholeMatrix(torch.zeros(40, 4))]
+        yield Weights(matrices, workers=workers, blocks=4, threads=2, block_nbytes=1 << 14, check=lambda: None)
+
+
+def test_no_more_blocks_are_computed_on_at_a_time_than_there_are_threads(blocks: Weights) -> None:
+    lock, working, most = Lock(), 0, 0
+
+    def work(begin: int, block: torch.Tensor) -> None:
+        nonlocal working, most
+        with lock:
+            working += 1
+            most = max(most, working)
+        time.sleep(0.01)
+        with lock:
+            working -= 1
+
+    blocks.for_each_block(blocks.matrices[0], 1, work)
+    assert (most, working) == (2, 0)
+
+
+def test_when_the_work_on_a_block_failed_none_is_begun_and_none_goes_on(blocks: Weights) -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def work(begin: int, block: torch.Tensor) -> None:
+        begun.append(begin)
+        if begin == 0:
+            raise ZeroDivisionError
+        time.sleep(0.05)
+        ended.append(begin)
+
+    with pytest.raises(ZeroDivisionError):
+        blocks.for_each_block(blocks.matrices[0], 1, work)
+    assert sorted(begun) == [0, *sorted(ended)]
+    assert len(begun) < 20
 
 
 @pytest.mark.parametrize("budget", [2 << 20, 64 << 20])
