@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,8 +18,10 @@ from moeplan.untrusted_json import show
 
 def refuse_address(reference: str) -> None:
     """Raises CheckpointError where a model is called by the address of its page, with the name that it has."""
-    if "://" in reference:
-        name = "/".join(urlsplit(reference).path.strip("/").split("/")[:2])
+    scheme, is_address, rest = reference.partition("://")
+    if is_address:
+        _, *path = re.split("[?#]", rest)[0].strip("/").split("/")
+        name = "/".join(path[:2]) if scheme in ("http", "https") else ""
         raise CheckpointError(
             f"{reference}: is an address: a model on the Hub is named ORG/NAME{f', {name}' * bool(name)}"
         )

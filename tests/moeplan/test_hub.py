@@ -774,14 +774,23 @@ def test_a_directory_that_was_meant_is_named_where_the_hub_has_no_such_model(
     assert refused(config).endswith("; did you mean models/assistant?")
 
 
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        (
+            "https://huggingface.co/mistralai/Mistral-7B-v0.1/tree/main?library=transformers",
+            ", mistralai/Mistral-7B-v0.1",
+        ),
+        ("https://huggingface.co", ""),
+        ("hf://mistralai/Mistral-7B-v0.1", ""),
+        ("http://[::1", ""),
+    ],
+)
 def test_a_model_called_by_its_address_is_refused_with_its_name(
-    hub: Hub, models: dict[str, Path], tmp_path: Path
+    hub: Hub, models: dict[str, Path], tmp_path: Path, address: str, name: str
 ) -> None:
-    address = "https://huggingface.co/mistralai/Mistral-7B-v0.1/tree/main"
     config = write_config(tmp_path / "config.yml", models[BASE], [models[BASE], address])
-    assert refused(config).endswith(
-        f"{address}: is an address: a model on the Hub is named ORG/NAME, mistralai/Mistral-7B-v0.1"
-    )
+    assert refused(config).endswith(f"{address}: is an address: a model on the Hub is named ORG/NAME{name}")
 
 
 @pytest.mark.parametrize("address", ["http://[::1", "http://hub.example:99999"])
