@@ -30,7 +30,7 @@ from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
 from moeplan.readers import warn_of_readers, warn_of_tokenizer
 from moeplan.replacing import replaced_by
-from moeplan.staging import check_output, commits_of_unfinished, streamed_by_unfinished, unfinished_nbytes
+from moeplan.staging import check_output, hub_of_unfinished, unfinished_nbytes
 from moeplan.tensor_names import OUTPUT_MATRIX
 from moeplan.tokenizer_files import is_slow, tokenizer_files
 from planner.expr import DType, RemoteFile
@@ -150,9 +150,8 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
 def hub_of(out: str | Path | None, options: Options) -> Hub:
     """The Hub, for a merge into `out`. One that was left unfinished there goes on with the commits of its beginning,
     and with what it streams, though it may be in the cache by now."""
-    if out is None or options.restart:
-        return Hub(options.transformers_cache)
-    return Hub(options.transformers_cache, commits_of_unfinished(Path(out)), streamed_by_unfinished(Path(out)))
+    begun_with = () if out is None or options.restart else hub_of_unfinished(Path(out))
+    return Hub(options.transformers_cache, *begun_with)
 
 
 def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Options) -> MergePlan:

@@ -93,20 +93,15 @@ def unfinished_nbytes(directory: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
-def commits_of_unfinished(directory: Path) -> dict[str, str]:
-    """The commits of models on the Hub that an unfinished merge in `directory` was begun with, by their names."""
-    commits = (read_identity(directory / PARTIAL) or {}).get(COMMITS)
-    if not isinstance(commits, dict):
-        return {}
-    return {name: commit for name, commit in commits.items() if isinstance(commit, str) and COMMIT.fullmatch(commit)}
-
-
-def streamed_by_unfinished(directory: Path) -> frozenset[str]:
-    """The addresses of the files on the Hub that an unfinished merge in `directory` reads there."""
-    sources = (read_identity(directory / PARTIAL) or {}).get("source")
-    if not isinstance(sources, dict):
-        return frozenset()
-    return frozenset(name for name, facts in sources.items() if isinstance(facts, dict) and "etag" in facts)
+def hub_of_unfinished(directory: Path) -> tuple[dict[str, str], frozenset[str]]:
+    """What an unfinished merge in `directory` was begun with on the Hub: the commits of models, by their names, and the
+    addresses of the files that it reads there."""
+    identity = read_identity(directory / PARTIAL) or {}
+    commits, sources = (of if isinstance(of, dict) else {} for of in map(identity.get, (COMMITS, "source")))
+    return (
+        {name: commit for name, commit in commits.items() if isinstance(commit, str) and COMMIT.fullmatch(commit)},
+        frozenset(name for name, facts in sources.items() if isinstance(facts, dict) and "etag" in facts),
+    )
 
 
 def check_unfinished(directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False) -> None:
