@@ -3,9 +3,10 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,26 @@ from executor.journal import Journal
 from executor.writer import ShardWriter
 from planner.expr import DType, Expr, Opaque, Read, cast, rows, scale
 from planner.plan import FileSink, Plan
+
+
+def fail_to_sync(monkeypatch: pytest.MonkeyPatch, after: Iterator[float]) -> None:
+    """Have the next syncs of shards fail, each after so many seconds."""
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        is_shard = ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink())
+        seconds = next(after, None) if is_shard else None
+        if seconds is not None:
+            time.sleep(seconds)
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+
+
+def is_written_anew(plan: Plan, place: Path, whole: Any) -> bool:
+    """Whether the next run at `place` takes nothing for finished, and writes what was written as a `whole`."""
+    return "resumed" not in go_on(plan, place).nbytes_by_path and digest(place / "model") == whole[0]
 
 
 def test_what_is_written_is_put_on_the_disk_while_nothing_happens_but_a_kernel(
@@ -181,40 +202,23 @@ def test_what_could_not_be_synced_does_not_count(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "place"
-    fsync = os.fsync
-
-    def failing(fd: int) -> None:
-        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()):
-            raise OSError(5, "Input/output error")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", failing)
+    fail_to_sync(monkeypatch, repeat(0.0))
     with pytest.raises(RunError, match="Input/output error"):
         go_on(plan, place)
     monkeypatch.undo()
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
+    assert is_written_anew(plan, place, whole)
 
 
 def test_a_failure_to_sync_in_the_background_fails_the_run_however_late_it_comes(
     plan: Plan, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "place"
-    fsync, failures = os.fsync, iter([True])
-
-    def failing(fd: int) -> None:
-        if ".safetensors" in str(Path(f"/proc/self/fd/{fd}").readlink()) and next(failures, False):
-            time.sleep(0.5)  # by then, everything is written
-            raise OSError(5, "Input/output error")
-        fsync(fd)
-
     monkeypatch.setattr(durability, "SYNC_SECONDS", 0.0)
-    monkeypatch.setattr(os, "fsync", failing)
+    fail_to_sync(monkeypatch, iter([0.5]))  # by then, everything is written
     with pytest.raises(RunError, match="Input/output error"):
         go_on(plan, place)
     monkeypatch.undo()
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
+    assert is_written_anew(plan, place, whole)
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda shard: os.truncate(shard, 5000)])
@@ -225,8 +229,7 @@ def test_a_shard_that_is_gone_or_cut_is_written_anew(
     with pytest.raises(Stop):
         go_on(plan, place, on_progress=stopping_after(plan.written_nbytes))
     harm(min((place / "model").iterdir()))
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
+    assert is_written_anew(plan, place, whole)
 
 
 def test_a_shard_that_was_gone_is_not_trusted_after_a_restart_of_the_machine_either(
@@ -242,5 +245,4 @@ def test_a_shard_that_was_gone_is_not_trusted_after_a_restart_of_the_machine_eit
     with pytest.raises(Stop):  # the shards are there again, at full size, with next to nothing in them
         go_on(plan, place, on_progress=stopping_after(0))
     monkeypatch.setattr(journal, "_machine_start", lambda: "another start")
-    assert "resumed" not in go_on(plan, place).nbytes_by_path
-    assert digest(place / "model") == whole[0]
+    assert is_written_anew(plan, place, whole)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from threading import Barrier
 
 import pytest
+from source_files import FACTORS, FILES
 
 from planner.expr import (
     AddLowRank,
@@ -22,9 +23,6 @@ from planner.expr import (
     mean,
     scale,
 )
-
-FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
-FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
 
 
 def test_the_mean_of_one_tensor_is_that_tensor() -> None:

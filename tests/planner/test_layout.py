@@ -3,17 +3,18 @@
 import json
 
 import pytest
+from source_files import FILES
 
 from planner.expr import DType, Expr, Read, SourceFile, Zeros, cast, stack
 from planner.layout import MIN_OWN_FILE_NBYTES, PAGE, index_json, lay_out
 
-FILE = SourceFile(1, 1, 1 << 40, 0, "/models/1")
+FILES[1] = SourceFile(1, 1, 1 << 40, 0, "/models/1")
 LARGE = MIN_OWN_FILE_NBYTES // 4
 
 
 def at(residue: int, numel: int = PAGE, page: int = 0) -> Read:
     """A tensor of whole pages that lies so in a page of its source."""
-    return Read(FILE, page * PAGE + residue, DType.F32, (numel,))
+    return Read(FILES[1], page * PAGE + residue, DType.F32, (numel,))
 
 
 def residues(outputs: dict[str, Expr]) -> dict[str, int]:
@@ -23,13 +24,13 @@ def residues(outputs: dict[str, Expr]) -> dict[str, int]:
 
 
 def test_a_shard_s_large_tensors_lie_modulo_a_page_where_they_lie_in_their_source() -> None:
-    (shard,) = lay_out({"small": Read(FILE, 100, DType.F32, (3,)), "large": at(1232, page=3)}, 1 << 40)
+    (shard,) = lay_out({"small": Read(FILES[1], 100, DType.F32, (3,)), "large": at(1232, page=3)}, 1 << 40)
     assert [tensor.name for tensor in shard.tensors] == ["large", "small"]
     assert shard.tensors[0].offset % PAGE == 1232
 
 
 def test_a_header_says_how_long_it_is_and_where_behind_it_each_tensor_lies() -> None:
-    (shard,) = lay_out({"a": Read(FILE, 100, DType.BF16, (3, 5)), "b": at(1232)}, 1 << 40)
+    (shard,) = lay_out({"a": Read(FILES[1], 100, DType.BF16, (3, 5)), "b": at(1232)}, 1 << 40)
     header = shard.header()
     assert int.from_bytes(header[:8], "little") == len(header) - 8 == shard.data_start - 8
     assert header[8:9] == b"{"
@@ -66,11 +67,11 @@ def test_of_two_residues_that_as_many_bytes_have_the_smaller_one_is_taken() -> N
     [
         (stack([at(8), at(8, page=9)]), 8),
         (stack([at(8), at(16)]), 0),
-        (stack([Read(FILE, 8, DType.F32, (PAGE // 8,))] * 8), 0),
+        (stack([Read(FILES[1], 8, DType.F32, (PAGE // 8,))] * 8), 0),
         (at(12), 0),
         (cast(at(8), DType.BF16), 0),
         (Zeros(DType.F32, (PAGE,)), 0),
-        (Read(FILE, 24, DType.F32, (0, 4)), 0),
+        (Read(FILES[1], 24, DType.F32, (0, 4)), 0),
     ],
     ids=["stacked", "stacked from elsewhere", "stacked parts of pages", "odd", "cast", "zeros", "nothing"],
 )
@@ -79,7 +80,7 @@ def test_what_has_no_residue_of_its_own_begins_a_page(expr: Expr, residue: int) 
 
 
 def test_shards_are_numbered_where_there_are_several_and_an_index_says_what_is_where() -> None:
-    outputs: dict[str, Expr] = {"c": at(0), "a": at(0, page=9), "b": Read(FILE, 100, DType.F32, (3,))}
+    outputs: dict[str, Expr] = {"c": at(0), "a": at(0, page=9), "b": Read(FILES[1], 100, DType.F32, (3,))}
     (one,) = lay_out(outputs, 1 << 40)
     assert one.filename == "model.safetensors"
     two = lay_out(outputs, 4 * PAGE + 12)

@@ -9,6 +9,7 @@ import networkx as nx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from source_files import FACTORS, FILES
 
 from planner.errors import BudgetError
 from planner.expr import (
@@ -22,7 +23,6 @@ from planner.expr import (
     Opaque,
     Read,
     Shape,
-    SourceFile,
     add_low_rank,
     add_noise,
     cast,
@@ -35,9 +35,6 @@ from planner.graph import TensorGraph, walk
 from planner.layout import PAGE
 from planner.plan import BufferRoot, BufferSink, BufferView, FileSink, KernelStep, MeanRoot, Plan, Step, StreamStep
 from planner.schedule import MIN_SLAB_NBYTES, compile
-
-FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
-FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
 
 
 @st.composite

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from source_files import FACTORS, FILES
 
 from planner.expr import (
     Concat,
@@ -12,7 +13,6 @@ from planner.expr import (
     Opaque,
     Read,
     RemoteFile,
-    SourceFile,
     add_low_rank,
     add_noise,
     cast,
@@ -24,9 +24,6 @@ from planner.expr import (
 from planner.graph import TensorGraph
 from planner.plan import BufferSink, BufferView, FileRoot, FileSink, FileView, KernelStep, MeanRoot, Plan, StreamStep
 from planner.schedule import BESIDE_BLOCKS, COPYING, READ_AHEAD, compile
-
-FILES = [SourceFile(1, inode, 1 << 40, 0, f"/models/{inode}") for inode in range(3)]
-FACTORS = SourceFile(1, 3, 1 << 40, 0, "/adapters/3")
 
 
 def test_a_tensor_that_is_copied_scaled_and_needed_by_a_kernel_is_read_by_one_step() -> None:
@@ -40,21 +37,6 @@ def test_a_tensor_that_is_copied_scaled_and_needed_by_a_kernel_is_read_by_one_st
     assert plan.read_nbytes == down.nbytes
     (step,) = [s for s in plan.steps if isinstance(s, StreamStep) and isinstance(s.root, FileRoot)]
     assert sum(len(branch.sinks) for branch in step.branches) == 4
-
-
-def test_rows_that_a_kernel_needs_of_a_tensor_that_is_copied_are_taken_as_it_passes_by() -> None:
-    table = Read(FILES[0], 8, DType.F32, (100, 4))
-    some = Concat(tuple(rows(table, row, row + 1) for row in (97, 3)), (2, 4))
-    graph = TensorGraph()
-    graph.add("embeddings", table)
-    graph.add("gate", Opaque("gate", "{}", (some,), DType.F32, (4,)))
-    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
-    copy, *_ = plan.steps
-    assert isinstance(copy, StreamStep)
-    ((file, *buffers),) = [branch.sinks for branch in copy.branches]
-    assert isinstance(file, FileSink)
-    assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 16, 3 * 4, 4)]
-    assert (plan.read_nbytes, plan.reread_nbytes) == (1600, 0)
 
 
 def test_rows_that_noise_is_added_to_are_not_taken_from_what_passes_by() -> None:
@@ -84,20 +66,21 @@ def test_a_mean_is_one_step_that_reads_each_part_once_in_chunks_that_do_not_depe
     assert len(sizes) == 1
 
 
-def test_rows_that_a_kernel_needs_of_a_mean_that_is_written_are_taken_as_it_passes_by() -> None:
+@pytest.mark.parametrize("is_mean", [False, True])
+def test_rows_that_a_kernel_needs_of_what_is_written_are_taken_as_it_passes_by(is_mean: bool) -> None:
     tables = [Read(file, 8 + 2 * n, (DType.F32, DType.BF16)[n], (100, 4)) for n, file in enumerate(FILES[:2])]
-    averaged = cast(mean(tables), DType.BF16)
-    taken = Concat(tuple(rows(averaged, row, row + 1) for row in (97, 3)), (2, 4))
+    table = cast(mean(tables), DType.BF16) if is_mean else tables[0]
+    taken = Concat(tuple(rows(table, row, row + 1) for row in (97, 3)), (2, 4))
     graph = TensorGraph()
-    graph.add("embeddings", averaged)
+    graph.add("embeddings", table)
     graph.add("gate", Opaque("gate", "{}", (taken,), DType.F32, (4,)))
     plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
     written, *_ = plan.steps
     assert isinstance(written, StreamStep)
     ((file, *buffers),) = [branch.sinks for branch in written.branches]
     assert isinstance(file, FileSink)
-    assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 8, 3 * 4, 4)]
-    assert (plan.read_nbytes, plan.reread_nbytes) == (1600 + 800, 0)
+    assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 8 if is_mean else 16, 3 * 4, 4)]
+    assert (plan.read_nbytes, plan.reread_nbytes) == (1600 + 800 * is_mean, 0)
 
 
 def test_a_mean_that_a_kernel_takes_as_a_weight_is_filled_by_the_step_that_writes_it_or_read_as_it_is_used() -> None:
