@@ -6,9 +6,11 @@ python -m benchmarks.peer [DIR]     DIR is .venv-peer if left out
 from __future__ import annotations
 
 import subprocess
-import sys
 import venv
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 DIRECTORY = Path(".venv-peer")
 
@@ -21,12 +23,12 @@ def program(directory: Path) -> Path:
     return directory.absolute() / "bin" / "mergekit-moe"
 
 
-def install(directory: Path) -> None:
-    """Make the environment, or bring it to what `REQUIREMENTS` says."""
+def install(directory: Annotated[Path, typer.Argument(file_okay=False)] = DIRECTORY) -> None:
+    """Make the environment of mergekit-moe, or bring it to what the benchmarks need."""
     if not (directory / "bin" / "python").exists():
         venv.create(directory, with_pip=True)
     subprocess.run([directory / "bin" / "python", "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
 
 
 if __name__ == "__main__":
-    install(Path(sys.argv[1]) if len(sys.argv) > 1 else DIRECTORY)
+    typer.run(install)
