@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import peer, report
+from benchmarks import interruption, peer, report
 from benchmarks.cases import CASES, Case
 from benchmarks.machine import machine
 from benchmarks.programs import Programs
@@ -51,7 +51,7 @@ def command(
     cases = _chosen(only or [], large=large, smoke=smoke)
     if smoke:
         cases, rounds = [case.tiny() for case in cases], 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interruption.heed()
     for needed in (directory, out):
         needed.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))

@@ -20,7 +20,7 @@ import time
 
 LOOK_SECONDS = 0.05
 CHECK_DISK_EVERY = 10
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def field(path: str, name: str) -> int:
@@ -85,11 +85,11 @@ def main() -> None:
         (os.POSIX_SPAWN_OPEN, 1, job["stdout"], flags, 0o644),
         (os.POSIX_SPAWN_OPEN, 2, job["stderr"], flags, 0o644),
     ]
-    for number in INTERRUPTIONS:
-        signal.signal(number, signal.SIG_IGN)  # they are for who waits, and who waits closes the pipe
+    # They are for who waits, and who waits closes the pipe. What was ignored before stays so for the program, too.
+    heeded = [number for number in INTERRUPTIONS if signal.signal(number, signal.SIG_IGN) is not signal.SIG_IGN]
     environment = {**os.environ, **job["env"]}
     started = time.monotonic()
-    pid = os.posix_spawn(job["argv"][0], job["argv"], environment, file_actions=redirect, setsigdef=INTERRUPTIONS)
+    pid = os.posix_spawn(job["argv"][0], job["argv"], environment, file_actions=redirect, setsigdef=heeded)
     seen_peak, stopped = watch(pid, job["limit_seconds"], job["disk"], job["keep_free_nbytes"])
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     program_seconds = time.monotonic() - started

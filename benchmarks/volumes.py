@@ -12,10 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.interruption import INTERRUPTIONS
+
 MIN_NBYTES = 512 << 20
 SPARE_NBYTES = 1 << 30
 UNMOUNT_SECONDS = 5.0
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import peer
+from benchmarks import interruption, peer
 from benchmarks.machine import machine
 from benchmarks.programs import Programs
 from benchmarks.publishing import publish
@@ -50,7 +49,7 @@ def command(
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     rows = _chosen(only or [])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interruption.heed()
     out.mkdir(parents=True, exist_ok=True)
     programs = Programs(Path(sys.executable).with_name("moeplan"), peer.program(mergekit))
     measured = _Measuring(SMOKE if smoke else FULL, programs, out.resolve(), console).report(rows, tiny=smoke)

@@ -89,6 +89,16 @@ def test_a_program_that_cannot_be_started_has_failed(run) -> None:
     assert error.endswith("No such file or directory: '/no/such/program'")
 
 
+def test_a_program_ignores_what_who_measures_it_was_told_to_ignore(run) -> None:
+    """As `nohup` has it, so that the terminal may be closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("/bin/sh", "-c", "kill -HUP $$").error is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run("/bin/sh", "-c", "kill -HUP $$").error is not None
+
+
 def test_a_program_is_stopped_when_its_time_is_over(run) -> None:
     measured = run("/bin/sleep", "60", seconds=0.2)
     assert measured.error == "stopped after 0.2 s"

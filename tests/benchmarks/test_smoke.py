@@ -1,10 +1,13 @@
 """The whole suite on tiny models: everything runs, and what cannot, or did not, is named in the report."""
 
 import json
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 from benchmarks.cases import CASES
 
@@ -41,13 +44,16 @@ def test_everything_runs_on_tiny_models_and_what_is_left_out_is_named(tmp_path: 
     assert drawn or "no plots, because matplotlib is missing" in done.stdout
 
 
-def test_a_run_that_is_terminated_removes_its_files_and_reports_what_was_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_stopped_removes_its_files_and_reports_what_was_finished(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     work, out = tmp_path / "work", tmp_path / "report"
     command = [sys.executable, "-m", "benchmarks", "--smoke", "--dir", work, "--out", out]
     command += ["--only", "growth-7b-8", "--only", "plan-70b-128"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
         next(line for line in running.stdout if "moeplan --plan" in line)
-        running.terminate()
+        running.send_signal(number)
         running.communicate()
     assert running.returncode == 130
     assert list(work.iterdir()) == []
