@@ -5,14 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import moeplan
+from commands import moeplan, outcome, start
 from families import CASES
 from models import read_tensors
 from safetensors.torch import save_file
@@ -326,20 +325,15 @@ def test_a_finished_deepseek_is_refused(checkpoint, merge):
         routes_after(out, Options())
 
 
-def cli(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moeplan", "routes", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_command_prints_a_report_and_writes_a_page_and_json(checkpoint, configure, tmp_path):
     source = checkpoint("llama-plain")
     config_of(configure, source, gate_mode="ridge")
-    shown = cli(tmp_path / "0.yml", "--html", tmp_path / "report.html")
-    assert shown.returncode == 0, shown.stderr
+    shown = moeplan("routes", tmp_path / "0.yml", "--html", tmp_path / "report.html")
+    assert shown.status == 0, shown.stderr
     assert "layer" in shown.stdout
     assert " \n" not in shown.stdout
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
-    as_json = cli(tmp_path / "0.yml", "--json", "--quiet")
+    as_json = moeplan("routes", tmp_path / "0.yml", "--json", "--quiet")
     data = json.loads(as_json.stdout)["routes"]
     assert len(data["layers"]) == 3
     assert data["subject"] == str(tmp_path / "0.yml")
@@ -361,14 +355,14 @@ def test_progress_is_of_routing_alone_and_ends_with_all_of_it(checkpoint, config
 def test_nothing_is_said_twice_and_nothing_by_others(checkpoint, configure, tmp_path):
     source = checkpoint("llama-plain")
     config_of(configure, source, [["", "Where does it hurt?"], ["x = 1", "return x"]], gate_mode="hidden")
-    before = cli(tmp_path / "0.yml", "--json", "--quiet")
+    before = outcome(start("routes", tmp_path / "0.yml", "--json", "--quiet"))
     assert json.loads(before.stdout)["warnings"] == [
         f"{tmp_path}/0.yml:1: experts[0].positive_prompts[0]: an empty prompt tells nothing: write text, or remove it"
     ]
     useless = "--i-understand-this-is-not-useful-without-training"
     assert moeplan(tmp_path / "0.yml", tmp_path / "out", useless).status == 0
-    after = cli(tmp_path / "out", "--json", "--quiet")
-    assert (before.stderr, after.returncode, after.stderr) == ("", 0, "")
+    after = outcome(start("routes", tmp_path / "out", "--json", "--quiet"))
+    assert (before.stderr, after.status, after.stderr) == ("", 0, "")
 
 
 def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp_path):
@@ -388,8 +382,8 @@ def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp
         ([tmp_path / "0.yml", "--html", tmp_path / "none" / "page.html"], "there is no directory"),
         ([tmp_path / "0.yml", "--html", tmp_path], "is a directory; name a file"),
     ):
-        refused = cli(*args)
-        assert refused.returncode == 2
+        refused = moeplan("routes", *args)
+        assert refused.status == 2
         assert message in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
 
@@ -397,8 +391,8 @@ def test_what_cannot_be_routed_is_refused_in_one_line(checkpoint, configure, tmp
 def test_a_finished_model_that_does_not_fit_memory_is_refused(checkpoint, configure, merge):
     source = checkpoint("llama-plain")
     out = merge(source, [source, source])
-    refused = cli(out, "--max-memory", "100kB")
-    assert refused.returncode == 2
+    refused = moeplan("routes", out, "--max-memory", "100kB")
+    assert refused.status == 2
     assert "MiB may be taken; the YAML file of the merge takes little" in refused.stderr
 
 
@@ -406,8 +400,8 @@ def test_a_finished_model_that_does_not_fit_memory_is_refused(checkpoint, config
     "typed", [["--device", "auto"], ["--cuda"], ["--max-device-memory", "1GiB"], ["--load-in-8bit"], ["--load-in-4bit"]]
 )
 def test_a_finished_model_is_evaluated_as_it_is(typed, tmp_path):
-    refused = cli(tmp_path, *typed)
-    assert refused.returncode == 2
+    refused = moeplan("routes", tmp_path, *typed)
+    assert refused.status == 2
     option = "--device" if typed == ["--cuda"] else typed[0]
     assert f"{option}: a finished model is evaluated as it is, by the CPU; leave the option out" in refused.stderr
 
