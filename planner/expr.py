@@ -211,8 +211,7 @@ class Elementwise(Expr):
     input: Expr
 
     def __post_init__(self) -> None:
-        if isinstance(self.input, Elementwise) and isinstance(self.input.op, Cast):
-            raise ValueError("a Cast closes a chain: arithmetic comes before rounding")
+        _check_open(self.input)
 
     @property
     def inputs(self) -> tuple[Expr, ...]:
@@ -239,8 +238,7 @@ class AddLowRank(Expr):
     a: Expr
 
     def __post_init__(self) -> None:
-        if isinstance(self.input, Elementwise) and isinstance(self.input.op, Cast):
-            raise ValueError("a Cast closes a chain: arithmetic comes before rounding")
+        _check_open(self.input)
         if len(self.b.shape) != 2 or (self.b.shape[0], *self.a.shape[1:]) != self.input.shape:
             raise ValueError(f"{self.b.shape} times {self.a.shape} is not {self.input.shape}")
         if self.b.shape[1] != self.a.shape[0] or self.a.shape[0] == 0:
@@ -344,6 +342,12 @@ class Slice(Expr):
     @property
     def dtype(self) -> DType:  # type: ignore[override]
         return self.input.dtype
+
+
+def _check_open(x: Expr) -> None:
+    """Raises ValueError where nothing more can be done to `x`, since it has been rounded."""
+    if _uncast(x) is not x:
+        raise ValueError("a Cast closes a chain: arithmetic comes before rounding")
 
 
 def _uncast(x: Expr) -> Expr:

@@ -11,6 +11,7 @@ from source_files import FACTORS, FILES
 
 from planner.expr import (
     AddLowRank,
+    Concat,
     DType,
     Expr,
     Opaque,
@@ -19,9 +20,12 @@ from planner.expr import (
     Slice,
     SourceFile,
     add_low_rank,
+    add_noise,
     cast,
     mean,
+    rows,
     scale,
+    stack,
 )
 
 
@@ -62,6 +66,29 @@ def test_equal_expressions_of_several_threads_are_one_node() -> None:
     finally:
         sys.setswitchinterval(before)
     assert all(one is other for one, other in zip(first, second, strict=True))
+
+
+def test_nothing_is_done_to_what_is_rounded() -> None:
+    rounded = cast(Read(FILES[0], 8, DType.F32, (8, 4)), DType.BF16)
+    b, a = (Read(FACTORS, 8, DType.F32, shape) for shape in ((8, 2), (2, 4)))
+    for more in (lambda: scale(rounded, 0.5), lambda: cast(rounded, DType.F16), lambda: add_low_rank(rounded, b, a, 1)):
+        with pytest.raises(ValueError, match="arithmetic comes before rounding"):
+            more()
+
+
+def test_what_is_strung_together_is_of_one_dtype_and_fills_its_shape() -> None:
+    x = Read(FILES[0], 8, DType.F32, (8, 4))
+    with pytest.raises(ValueError, match="of one dtype"):
+        stack([x, cast(x, DType.BF16)])
+    with pytest.raises(ValueError, match="do not fill the shape"):
+        Concat((x, x), (3, 8, 4))
+
+
+def test_rows_are_had_of_what_is_no_more_than_averaged_and_cast() -> None:
+    x = add_noise(Read(FILES[0], 8, DType.F32, (8, 4)), 0.1, seed=1)
+    assert rows(x, 0, 8) is x
+    with pytest.raises(TypeError, match="no rows to be had of Elementwise"):
+        rows(x, 0, 1)
 
 
 @pytest.mark.parametrize(

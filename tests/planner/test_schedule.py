@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from source_files import FACTORS, FILES
 
+from planner.errors import UserError
 from planner.expr import (
     Concat,
     DType,
@@ -22,7 +23,18 @@ from planner.expr import (
     stack,
 )
 from planner.graph import TensorGraph
-from planner.plan import BufferSink, BufferView, FileRoot, FileSink, FileView, KernelStep, MeanRoot, Plan, StreamStep
+from planner.plan import (
+    FORMAT,
+    BufferSink,
+    BufferView,
+    FileRoot,
+    FileSink,
+    FileView,
+    KernelStep,
+    MeanRoot,
+    Plan,
+    StreamStep,
+)
 from planner.schedule import BESIDE_BLOCKS, COPYING, READ_AHEAD, compile
 
 
@@ -106,6 +118,19 @@ def test_what_is_strung_together_cannot_be_adjusted_as_a_whole() -> None:
     x = Read(FILES[0], 8, DType.F32, (4, 4))
     with pytest.raises(TypeError, match="apply it to the parts"):
         compile(TensorGraph({"x": scale(stack([x, x]), 0.5)}), budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+
+
+def test_an_output_has_one_expression() -> None:
+    graph = TensorGraph()
+    graph.add("x", Read(FILES[0], 8, DType.F32, (4,)))
+    with pytest.raises(ValueError, match="x is declared twice"):
+        graph.add("x", Read(FILES[1], 8, DType.F32, (4,)))
+
+
+def test_a_plan_of_another_version_is_to_be_planned_again() -> None:
+    plan = compile(TensorGraph(), budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    with pytest.raises(UserError, match=f"of format {FORMAT - 1}, and this moeplan reads {FORMAT}; plan again"):
+        Plan.from_json(replace(plan, format=FORMAT - 1).to_json())
 
 
 def test_overlapping_reads_are_counted_as_read_again() -> None:
