@@ -49,13 +49,19 @@ def test_scores_that_are_not_finite_are_named_first() -> None:
     assert first.startswith("in all layers routers give scores that are not finite")
 
 
-def test_degenerate_layers_are_counted() -> None:
+@pytest.mark.parametrize(
+    ("number", "which"), [(1, "layer 0"), (3, "layers 0, 1 and 2"), (4, "4 of 5 layers"), (5, "all layers")]
+)
+def test_degenerate_layers_are_named_or_counted(number: int, which: str) -> None:
     layers = [
-        Layer(layer.logits, ROWS * (index > 0))
+        Layer(layer.logits, ROWS * (index >= number))
         for index, layer in enumerate(layers_of(texts_of(EXPERTS), 4, 5, 9.0, 0))
     ]
     advice = routes(EXPERTS, texts_of(EXPERTS), layers, 2, subject="x", gate_mode="hidden").to_data()["advice"]
-    assert [line.split(":")[0] for line in advice] == ["routing is degenerate in layer 0"]
+    assert [line.split(":")[0] for line in advice] == [f"routing is degenerate in {which}"]
+
+
+def test_random_routers_that_are_degenerate_are_not_given_prompts() -> None:
     assert "prompts" not in said(router=np.zeros_like(ROWS), gate_mode="random")[0]
 
 
@@ -134,6 +140,18 @@ def test_an_expert_that_gets_far_more_than_its_share_is_named() -> None:
     lines = said(scores=lambda scores: scores + np.array([0, 2.5, 0, 0], dtype=np.float32))
     assert lines[0].startswith("expert 1 gets far more than its share: it comes first for ")
     assert "an even share is 25 %" in lines[0]
+
+
+def test_of_many_experts_that_get_far_more_than_their_share_three_are_named() -> None:
+    def greedy(scores: np.ndarray) -> np.ndarray:
+        scores[np.arange(len(scores)), np.arange(len(scores)) % 5] = 99
+        return scores
+
+    texts = texts_of([str(expert) for expert in range(16)])
+    lines = [line for line in said(scores=greedy, router=np.eye(16, HIDDEN_SIZE), texts=texts) if "20 %" in line]
+    more = [line for line in said(scores=greedy, router=np.eye(16, HIDDEN_SIZE), texts=texts) if "so do" in line]
+    assert [line.split(" gets")[0] for line in lines] == ["expert 0", "expert 1", "expert 2"]
+    assert more == ["so do 2 more experts"]
 
 
 @pytest.mark.parametrize("gate_mode", ["random", "uniform_random"])

@@ -154,6 +154,14 @@ def test_cosines_that_are_nearly_nothing_have_no_sign() -> None:
     assert "−0.00" not in page(data)
 
 
+def test_shares_above_the_scale_of_a_plot_are_said_to_be_there() -> None:
+    """An expert of eight that gets all tokens of a layer has the colour of one that gets half of them."""
+    data = example(8, 2).to_data()
+    assert "≥" not in page(data)
+    data["layers"][0]["top1"] = [1.0] + [0.0] * 7
+    assert "≥ 50 %" in page(data)
+
+
 def test_long_tables_are_folded(small: str, large: str) -> None:
     assert 64 > MAX_OPEN_ROWS > 4
     for text, folded in ((small, 1), (large, 5)):

@@ -15,7 +15,7 @@ from routes_cases import example
 
 from moeplan.routes.statistics import Routes, Text
 from moeplan.routes.view import COLOURS, WIDTH, HeatMap, _luminance, _style, _ticks, routes_view
-from moeplan.routes.wording import best, decimals, layer_columns
+from moeplan.routes.wording import best, decimals, layer_columns, percent
 
 SIZES = [(1, 1, 1), (2, 4, 2), (3, 2, 1), (4, 4, 2), (10, 32, 2), (17, 40, 2), (64, 32, 8), (130, 5, 4)]
 
@@ -182,6 +182,16 @@ def test_text_on_every_colour_can_be_read() -> None:
 def test_colours_get_lighter_in_even_steps() -> None:
     lightness = [_luminance(colour) ** (1 / 2.4) for colour in COLOURS]
     assert all(low < high for low, high in pairwise(lightness))
+
+
+def test_a_text_without_tokens_has_cells_without_numbers() -> None:
+    lines = printed(example(3, 2, more_texts=[Text("empty.txt", None, 0, True)])).splitlines()
+    assert [line.split() for line in lines if line.startswith("empty.txt")] == [["empty.txt"]]
+
+
+def test_shares_have_two_digits_and_tenths_at_most() -> None:
+    shares = (0, 0.0004, 0.0005, 0.016, 0.0996, 0.384, 1, None)
+    assert [percent(share) for share in shares] == ["0 %", "< 0.1 %", "0.1 %", "1.6 %", "10 %", "38 %", "100 %", ""]
 
 
 def test_what_is_nearly_nothing_is_not_less_than_nothing() -> None:
