@@ -38,10 +38,7 @@ def source(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Read]:
 
 
 def planned(outputs: dict[str, Expr], budget: int = 64 << 20, shard: int = 1 << 40) -> Plan:
-    graph = TensorGraph()
-    for name, expr in outputs.items():
-        graph.add(name, expr)
-    return compile(graph, budget_nbytes=budget, shard_nbytes=shard)
+    return compile(TensorGraph(outputs), budget_nbytes=budget, shard_nbytes=shard)
 
 
 def load(plan: Plan, directory: Path) -> dict[str, torch.Tensor]:
