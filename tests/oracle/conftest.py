@@ -1,6 +1,6 @@
 """Merges within a given budget, where the layers of the base are evaluated in a given form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,5 +33,17 @@ def within(monkeypatch, plan, merge) -> Callable[..., Path]:
         assert {bool(step.streamed) for step in kernels if step.weights} == {form == "streamed"}
         assert (planned.reread_nbytes == 0) is (form == "resident")
         return merge(base, experts, **settings)
+
+    return run
+
+
+@pytest.fixture
+def in_every_form(within) -> Callable[..., Iterator[Path]]:
+    """`in_every_form(base, experts, **settings)`: merges that must be the same to the bit."""
+
+    def run(*args: Any, **settings: Any) -> Iterator[Path]:
+        for budget, form in ((None, "streamed"), (256 << 20, "resident")):
+            for threads in (1, 4):
+                yield within(budget, form, *args, num_threads=threads, **settings)
 
     return run

@@ -134,7 +134,7 @@ def assert_equal(weights: torch.Tensor, router: np.ndarray) -> None:
 @pytest.mark.parametrize("prompts", [FEW, LONG], ids=["fewer tokens than dimensions", "more"])
 @pytest.mark.parametrize("recipe", ["llama-plain", "mistral-bf16", "qwen2-f16", "qwen3-plain", "granite-plain"])
 def test_ridge_routers_are_those_of_float64_and_the_same_to_the_bit_in_both_forms_with_any_budget_and_threads(
-    recipe, prompts, checkpoint, within
+    recipe, prompts, checkpoint, in_every_form
 ):
     source, case = checkpoint(recipe), case_of(recipe)
     base = Base(source)
@@ -148,15 +148,7 @@ def test_ridge_routers_are_those_of_float64_and_the_same_to_the_bit_in_both_form
         router = np.concatenate([router, gate[:, 1:] - gate[:, :1]], axis=1)
     experts = [{"source_model": source, **expert} for expert in prompts]
     settings = {"gate_mode": "ridge", "dtype": "float32", **case.settings(source, **shared)}
-    results = [
-        router_weights(within(budget, form, source, experts, num_threads=threads, **settings), case)
-        for budget, form, threads in (
-            (None, "streamed", 1),
-            (None, "streamed", 3),
-            (256 << 20, "resident", 1),
-            (256 << 20, "resident", 4),
-        )
-    ]
+    results = [router_weights(out, case) for out in in_every_form(source, experts, **settings)]
     assert all(torch.equal(results[0], result) for result in results)
     assert_equal(results[0], router)
 
