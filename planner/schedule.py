@@ -106,11 +106,11 @@ def _draft(
 ) -> _Draft:
     """The draft that fills weights beside kernels, if it and a pool of the `most` that helps keep within the budget;
     else the one that streams the weights of as few kernels as keep it within the budget, or of all."""
-    products = [expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank)]
-    factors = {factor for product in products for factor in (product.b, product.a)}
+    products = (expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank))
+    factors = dict.fromkeys(factor for product in products for factor in (product.b, product.a))  # in order
 
     def draft(streamed: Collection[Opaque], *, beside: bool) -> _Draft:
-        buffers = whole_tensors(kernels, streamed, products)
+        buffers = whole_tensors(kernels, streamed, factors)
         streams = streams_of(graph, shards, buffers, factors)
         steps = list(in_order(streams, kernels, buffers, beside))
         order, running = [node for node, _ in steps], [kernel for _, kernel in steps]

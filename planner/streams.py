@@ -55,22 +55,16 @@ class Stream:
         return min((sink.shard, sink.offset) for sink in files)
 
 
-def whole_tensors(
-    kernels: Sequence[Opaque], streamed: Collection[Opaque], products: Sequence[AddLowRank]
-) -> dict[Expr, int]:
+def whole_tensors(kernels: Sequence[Opaque], streamed: Collection[Opaque], factors: Iterable[Expr]) -> dict[Expr, int]:
     """What must be whole in memory at some time, with its buffer's index: all that kernels take and give, factors."""
-    buffers: dict[Expr, int] = {}
-    for kernel in kernels:
-        for expr in (*kernel.args, *(() if kernel in streamed else kernel.weights), kernel):
-            buffers.setdefault(expr, len(buffers))
-    for product in products:
-        for factor in (product.b, product.a):
-            buffers.setdefault(factor, len(buffers))
-    return buffers
+    of_kernels = [
+        expr for kernel in kernels for expr in (*kernel.args, *(() if kernel in streamed else kernel.weights), kernel)
+    ]
+    return {expr: index for index, expr in enumerate(dict.fromkeys((*of_kernels, *factors)))}
 
 
 def streams_of(
-    graph: TensorGraph, shards: Sequence[Shard], buffers: Mapping[Expr, int], factors: set[Expr]
+    graph: TensorGraph, shards: Sequence[Shard], buffers: Mapping[Expr, int], factors: Collection[Expr]
 ) -> list[Stream]:
     """The streams that fill the output and, but for what kernels fill, the `buffers`, some of which hold `factors`."""
     streams: dict[Leaf, Stream] = {}
