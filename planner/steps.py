@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from planner.expr import (
     BLOCK,
@@ -35,7 +35,7 @@ from planner.plan import (
     StreamStep,
     ZeroRoot,
 )
-from planner.streams import Chain, Leaf, Sink, Stream
+from planner.streams import Leaf, Stream
 
 
 def stream_step(
@@ -50,8 +50,8 @@ def stream_step(
     return StreamStep(
         root=_root(root, sources, buffers),
         numel=root.numel,
-        head_numel=_head_numel(list(stream.sinks.items())),
-        chunk_numel=_chunk_numel(root, list(stream.sinks), slab_nbytes),
+        head_numel=_head_numel(stream),
+        chunk_numel=_chunk_numel(stream, slab_nbytes),
         branches=tuple(Branch(ops, dtype, tuple(sinks)) for (ops, dtype), sinks in stream.sinks.items()),
         frees=frees,
     )
@@ -109,10 +109,10 @@ def _file_root(read: Read, sources: dict[Source, int]) -> FileRoot:
     return FileRoot(sources[read.file], read.offset, read.dtype)
 
 
-def _chunk_numel(root: Leaf, chains: Sequence[Chain], slab_nbytes: int) -> int:
+def _chunk_numel(stream: Stream, slab_nbytes: int) -> int:
     """How many elements, with all that is computed from them at a time, fit a slab: see `executor.chunk_ops`."""
-    ops = [op for chain, _ in chains for op in chain]
-    scratch = max((dtype.itemsize for ops, dtype in chains if ops), default=0)
+    root, ops = stream.root, [op for chain, _ in stream.sinks for op in chain]
+    scratch = max((dtype.itemsize for chain, dtype in stream.sinks if chain), default=0)
     if any(not isinstance(op, Cast) for op in ops):
         scratch += DType.F32.itemsize
     if any(isinstance(op, AddNoise) for op in ops):
@@ -128,14 +128,14 @@ def _chunk_numel(root: Leaf, chains: Sequence[Chain], slab_nbytes: int) -> int:
     return numel - numel % BLOCK
 
 
-def _head_numel(branches: Sequence[tuple[Chain, list[Sink]]]) -> int:
+def _head_numel(stream: Stream) -> int:
     """How many elements the first block has: so many that the next one begins at a page of the first file written to.
 
     A whole block where noise is drawn, whose blocks are counted from the tensor's first element.
     """
-    if any(isinstance(op, AddNoise) for (ops, _), _ in branches for op in ops):
+    if any(isinstance(op, AddNoise) for ops, _ in stream.sinks for op in ops):
         return BLOCK
-    for (_, dtype), sinks in branches:
+    for (_, dtype), sinks in stream.sinks.items():
         for sink in sinks:
             if isinstance(sink, FileSink):
                 return BLOCK - sink.offset % PAGE // dtype.itemsize
