@@ -50,7 +50,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A contender's runs, one each round; none where it was skipped, and `skipped` says why."""
+    """A contender's runs, one each turn; none where it was skipped, and `skipped` says why."""
 
     name: str
     runs: tuple[Measurement, ...] = ()

@@ -265,15 +265,13 @@ def _grouped(data: dict[str, Any], key: str, groups: Iterable[range]) -> np.ndar
 
 def _ticks(start: int, stop: int, cells: int, room: int) -> str:
     """The experts' numbers, as far apart as they need to be, as far as there is room."""
-    every = 1 if cells >= NUMBER_WIDTH else 2 if cells == 2 else 5
+    if cells >= NUMBER_WIDTH:
+        return "".join(f"{column} ".rjust(cells) for column in range(start, stop))
     line = ""
     for column in range(start, stop):
-        if column % every == 0:
-            gap = (column - start + 1) * cells if cells >= NUMBER_WIDTH else (column - start) * cells
-            if cells >= NUMBER_WIDTH:
-                line += f"{column} ".rjust(gap - len(line))
-            elif gap + len(str(column)) <= room:
-                line = line.ljust(gap) + str(column)
+        gap = (column - start) * cells
+        if column % (2 if cells == 2 else 5) == 0 and gap + len(str(column)) <= room:
+            line = line.ljust(gap) + str(column)
     return line
 
 
