@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from statistics import median
+from statistics import median_high
 from typing import Any
 
 from moeplan.gate_modes import MODES
@@ -13,7 +13,7 @@ from moeplan.routes.wording import percent
 from moeplan.wording import count
 
 CHANCE = 0.1
-"""Agreement that is less than this part of the way from chance to perfect, or less than 1.5 times chance, is called no
+"""Agreement that is less than this part of the way from chance to perfect, and less than 1.5 times chance, is called no
 better than chance. (As a kappa, Landis and Koch, 1977, call anything below 0.2 slight.)"""
 
 SAME_COSINE = 0.95
@@ -24,7 +24,7 @@ STARVED = 0.1
 
 GREEDY = 2.0
 """An expert that comes first for more than this many times an even share is called greedy, as is one that comes first
-for what lies halfway between an even share and all tokens (which is less where experts are two or three)."""
+for more than what lies halfway between an even share and all tokens (which is less where experts are two)."""
 
 SHARP = 0.99
 """Where the best expert's weight is more than this, what the others add is of the size of bfloat16's rounding."""
@@ -96,8 +96,8 @@ def _same(data: dict[str, Any]) -> Iterator[str]:
     pairs = {}
     for a, b in combinations(range(len(data["experts"])), 2):
         cosines = [layer["cosine"][a][b] for layer in data["layers"] if layer["cosine"][a][b] is not None]
-        if cosines and median(cosines) >= SAME_COSINE:
-            pairs[a, b] = median(cosines)
+        if cosines and median_high(cosines) >= SAME_COSINE:
+            pairs[a, b] = median_high(cosines)
     all_pairs = len(data["experts"]) * (len(data["experts"]) - 1) // 2
     if len(pairs) > max(all_pairs / 2, 1):
         yield (

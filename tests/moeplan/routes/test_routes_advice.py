@@ -90,6 +90,19 @@ def test_experts_with_nearly_the_same_rows_are_named_with_their_cosine() -> None
     )
 
 
+@pytest.mark.parametrize(("alike", "is_said"), [(2, True), (1, False)])
+def test_rows_that_are_nearly_the_same_in_half_of_the_layers_are_named(alike: int, is_said: bool) -> None:
+    rows = ROWS.copy()
+    rows[3] = rows[1] + 0.25 * rows[3]
+    texts = texts_of(EXPERTS)
+    layers = [
+        Layer(layer.logits, rows if number < alike else ROWS)
+        for number, layer in enumerate(layers_of(texts, 4, 4, 9.0, 0))
+    ]
+    found = routes(EXPERTS, texts, layers, 2, subject="x", gate_mode="hidden")
+    assert any("experts 1 and 3" in line for line in found.to_data()["advice"]) is is_said
+
+
 def test_of_many_alike_pairs_three_are_named() -> None:
     rows = np.repeat(np.eye(8, HIDDEN_SIZE, dtype=np.float32), 2, axis=0)
     texts = texts_of([str(expert) for expert in range(16)])
