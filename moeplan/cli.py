@@ -68,10 +68,12 @@ NumThreads = Annotated[
 TransformersCache = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Where models from the Hub are downloaded to.  [default: HF_HUB_CACHE]", show_default=False
+        metavar="DIR",
+        parser=_path,
+        help="Where models from the Hub are downloaded to.  [default: HF_HUB_CACHE]",
+        show_default=False,
     ),
 ]
-
 
 DeviceName = Annotated[
     str | None,
@@ -255,7 +257,7 @@ def command(
 
 @verify_app.command(no_args_is_help=True)
 def verify_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A model that moeplan merged.", show_default=False)],
+    out: Annotated[Path, _argument("OUT", "A model that moeplan merged.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what is wrong.")] = False,
@@ -278,12 +280,7 @@ def verify_command(
 
 @routes_app.command(no_args_is_help=True)
 def routes_command(
-    subject: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG|OUT", help="The YAML file of a merge, or a model that moeplan merged.", show_default=False
-        ),
-    ],
+    subject: Annotated[Path, _argument("CONFIG|OUT", "The YAML file of a merge, or a model that moeplan merged.")],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -293,7 +290,8 @@ def routes_command(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with plots to FILE.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", parser=_path, help="Write a page with plots to FILE.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     max_memory: MaxMemory = None,

@@ -108,6 +108,10 @@ def test_help_fits_a_terminal_and_names_every_option():
         (["config.yml", "out", "--random-seed", "-1"], "'--random-seed'"),
         (["config.yml", "out", "more"], "more"),
         (["config.yml", ""], "Invalid value for 'OUT': is empty; give a path"),
+        (["config.yml", "out", "--transformers-cache", ""], "'--transformers-cache': is empty; give a path"),
+        (["verify", ""], "Invalid value for 'OUT': is empty; give a path"),
+        (["routes", ""], "Invalid value for 'CONFIG|OUT': is empty; give a path"),
+        (["routes", "config.yml", "--html", ""], "Invalid value for '--html': is empty; give a path"),
     ],
 )
 def test_wrong_usage_is_status_2(args, message):
