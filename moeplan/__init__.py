@@ -6,13 +6,15 @@
     print(moeplan.plan(config).disk_nbytes)
     moeplan.merge(config, "out", moeplan.Options(max_memory="2GiB"))
 
-What is wrong with the input is a `UserError` whose message says what to do; what only deserves a word is a
-`MoeplanWarning`. (A `MergeConfig` that is made in Python is pydantic's, and so are its errors.)
+What is wrong with the input is a `UserError` whose message says what to do; a run that fails, for a full disk, say, is
+a `RunError`, which is one, too; what only deserves a word is a `MoeplanWarning`. (A `MergeConfig` that is made in
+Python is pydantic's, and so are its errors.)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from executor.errors import RunError
     from moeplan.config import Expert, MergeConfig, load_config
     from moeplan.errors import MoeplanWarning, UserError
     from moeplan.merging import MergeResult, merge
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from moeplan.planning import MergePlan, plan
 else:
     _MODULES = {
+        "executor.errors": ("RunError",),
         "moeplan.config": ("Expert", "MergeConfig", "load_config"),
         "moeplan.errors": ("MoeplanWarning", "UserError"),
         "moeplan.merging": ("MergeResult", "merge"),
@@ -45,6 +48,7 @@ __all__ = [
     "MergeResult",
     "MoeplanWarning",
     "Options",
+    "RunError",
     "UserError",
     "load_config",
     "merge",
