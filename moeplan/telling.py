@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
 import traceback
 import warnings
@@ -176,8 +177,16 @@ def told(teller: Teller, verbose: bool, interrupted: str = INTERRUPTED) -> Itera
         if verbose:
             traceback.print_exc()
         message, status = _explained(error)
-        teller.error("; ".join([message, *getattr(error, "__notes__", ())]))
+        teller.error("; ".join([message, *_limits(error), *getattr(error, "__notes__", ())]))
         raise typer.Exit(status) from error
+
+
+def _limits(error: BaseException) -> list[str]:
+    """What may be behind an error that nobody raised for the user: under a limit libraries fail in odd ways."""
+    if isinstance(error, UserError | KeyboardInterrupt):
+        return []
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return ["the system limits this process's memory, which may be why: raise the limit (`ulimit -v`)"] * is_limited
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
@@ -187,7 +196,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case KeyboardInterrupt():
             return INTERRUPTED, interruption.STATUS
         case MemoryError():
-            return "the machine has no memory left; give a smaller --max-memory", 1
+            return "there is no memory left; give a smaller --max-memory", 1
         case FileNotFoundError(filename=None):  # of os.getcwd
             return "the working directory is not there any more; go to one that is", 1
         case OSError():

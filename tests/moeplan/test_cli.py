@@ -388,6 +388,20 @@ def test_a_package_that_cannot_be_loaded_is_told_as_such(checkpoint, tmp_path):
     )
 
 
+@pytest.mark.parametrize("error", ["MemoryError", "ImportError('x.so: failed to map segment')", "RuntimeError('odd')"])
+def test_where_memory_is_limited_an_error_that_may_come_of_it_says_so(checkpoint, tmp_path, error):
+    models = [checkpoint("llama-plain", seed) for seed in range(2)]
+    config = write_config(tmp_path / "config.yml", models[0], models, gate_mode="cheap_embed")
+    (tmp_path / "torch.py").write_text(f"raise {error}")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    hint = "the system limits this process's memory, which may be why: raise the limit (`ulimit -v`)"
+    assert hint not in outcome(start(config, tmp_path / "out", env=env)).error
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 46, -1)); " + MAIN
+    result = outcome(start(config, tmp_path / "out", code=limited, env=env))
+    assert result.status == 1
+    assert hint in result.error
+
+
 def test_v_shows_where_an_error_came_from(config, tmp_path):
     result = moeplan(config, tmp_path / "out", "--max-memory", "1MiB", "-v")
     assert result.stderr.startswith("Traceback")
