@@ -88,22 +88,25 @@ def _plain_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]])
 
 
 def _json_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """Of each slice, of all lines that begin in it; at the least of one, since a line may be longer than a slice."""
+    at = number = 0
     for begin, end in slices:
-        stream.seek(begin)
-        number = 0
-        while (at := stream.tell()) < end:
+        is_whole = begin <= at  # or the slice begins somewhere in a line
+        at = stream.seek(max(at, begin))  # no line is taken twice
+        while line := stream.readline(MAX_LINE_NBYTES):
             number += 1
             # Of a file that is not read whole it is not known which line that is.
             where = f"{file}: line {number:,}" if len(slices) == 1 else f"{file}: the line at byte {at:,}"
-            line = stream.readline(MAX_LINE_NBYTES)
-            if not line:  # the file has become shorter
-                break
             if len(line) == MAX_LINE_NBYTES:
                 raise PassageError(f"{where} is longer than 1 MiB; {WANTED}")
-            if at == 0:
-                line = line.removeprefix(BOM_UTF8)
-            if line.strip() and (at == 0 or at > begin):  # another slice begins somewhere in a line
-                yield _text(where, line)
+            text = line if at else line.removeprefix(BOM_UTF8)
+            at += len(line)
+            if is_whole:
+                if text.strip():
+                    yield _text(where, text)
+                if at >= end:
+                    break
+            is_whole = True
 
 
 def _text(where: str, line: bytes) -> str:

@@ -93,6 +93,17 @@ def test_of_a_large_file_slices_at_random_places_are_read(kind, file, monkeypatc
     assert len(drawn) * 9 < 2 * MOST_SLICES * 4096
 
 
+@pytest.mark.parametrize("count", [4, 40])
+def test_lines_that_are_longer_than_slices_are_drawn_from_and_none_twice(count, file, monkeypatch):
+    monkeypatch.setattr(module, "SLICE_NBYTES", 4096)
+    lines = [json.dumps({"text": f"w{number} " * 15_000}) for number in range(count)]
+    path = file("\n".join(lines), "lines.jsonl")
+    for seed in "abcdef":
+        drawn = [word for passage in passages(path, seed, EVERYTHING) for word in passage.split()]
+        assert len(set(drawn)) >= min(count, MOST_SLICES) // 2
+        assert {drawn.count(word) for word in set(drawn)} == {15_000}
+
+
 def test_a_file_of_any_size_is_read_in_bounded_time_and_memory(tmp_path):
     with open(tmp_path / "large.txt", "wb") as sparse:
         sparse.truncate(1 << 42)
