@@ -128,7 +128,7 @@ def _pieces(text: str) -> Iterator[str]:
     for word in re.findall(r"\s*\S+", text.rstrip()):  # or white space at the end takes quadratic time
         for part in (word[at : at + NBYTES] for at in range(0, len(word), NBYTES)):  # text without any white space
             size = len(part.encode())
-            if piece and size > room:
+            if size > room:
                 if words := "".join(piece).lstrip():
                     yield words
                 piece, room = [], NBYTES
