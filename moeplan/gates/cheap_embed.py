@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.directions import normalized
+from moeplan.gates.directions import normalized, without
 from moeplan.gates.folds import kept
 from moeplan.gates.prompts import embedding_rows
 from moeplan.tensor_names import EMBEDDING
@@ -61,7 +61,7 @@ def cheap_embed(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tenso
         return normalized(times.float() @ rows[index])
 
     for expert, (positive, negative) in enumerate(zip(params["positive"], params["negative"], strict=True)):
-        output[expert] = normalized(direction(positive) - direction(negative))
+        output[expert] = normalized(without(direction(positive), direction(negative)))
 
 
 MODE = GateMode(routers, {"cheap_embed": cheap_embed})

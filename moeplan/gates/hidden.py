@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplan.gates import GateMode, GateRequest
-from moeplan.gates.directions import normalized
+from moeplan.gates.directions import normalized, without
 from moeplan.gates.evaluation import Evaluation
 from planner.expr import DType, Opaque
 
@@ -49,7 +49,7 @@ def hidden(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor) ->
     for expert, (positive, negative) in enumerate(zip(params["positive"], params["negative"], strict=True)):
         direction = views[positive].mean(dim=0)
         if negative:
-            direction = direction - views[negative].mean(dim=0)
+            direction = without(direction, views[negative].mean(dim=0))
         output[expert] = normalized(direction)
 
 

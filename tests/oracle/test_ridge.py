@@ -328,6 +328,10 @@ def test_prompts_that_tell_nothing_are_in_neither_half():
     assert kept([[0, 1], [0, 2]], [[0, 1], [0, 2]], lengths, 1, without=1) == [[0, 1], [0, 2]]
 
 
+def test_a_prompt_that_is_another_expert_s_only_one_is_in_neither_half_and_leaves_the_others_where_they_are():
+    assert folds([[0], [0, 1]], lengths=[5, 4], bos=1) == {1: 1}
+
+
 def test_each_expert_s_halves_have_about_the_same_number_of_tokens_though_it_shares_prompts():
     assert folds([[0, 1], [0, 2, 3]], lengths=[10, 10, 4, 6], bos=0) == {0: 0, 1: 1, 2: 1, 3: 1}
     assert folds([[0, 1], [1, 2, 3]], lengths=[10, 10, 4, 6], bos=0) == {0: 0, 1: 1, 2: 0, 3: 0}

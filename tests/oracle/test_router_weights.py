@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
+from moeplan.errors import MoeplanWarning
 from moeplan.gates import evaluation
 from moeplan.gates.layers import model_params
 from moeplan.gates.skeleton import Skeleton
@@ -301,6 +302,28 @@ def test_gates_of_the_other_modes_are_what_transformers_computes(recipe, mode, c
     source, case = checkpoint(recipe), case_of(recipe)
     weights = merged_router(merge, source, case, mode, dtype="float32")
     assert_same_directions(weights, expected_router(source, case, mode))
+
+
+@pytest.mark.parametrize(
+    ("mode", "positive", "negative", "zero"),
+    [
+        ("hidden", MANY[40:47], MANY[10:15], [0]),  # layer 0 sees one last token in all of them
+        ("hidden", MANY[:3], MANY[:3] * 7, [0, 1, 2]),
+        ("hidden_avg", MANY[:5], MANY[:5] * 3, [0, 1, 2]),
+        ("cheap_embed", MANY[:3], MANY[:3] * 3, [0, 1, 2]),
+    ],
+)
+def test_what_rounding_leaves_where_negative_prompts_take_all_away_is_no_row(
+    mode, positive, negative, zero, checkpoint, merge
+):
+    source = checkpoint("llama-plain")
+    experts = [
+        {"source_model": source, "positive_prompts": positive, "negative_prompts": negative},
+        {"source_model": source, "positive_prompts": ["Guten Tag"]},
+    ]
+    with pytest.warns(MoeplanWarning, match=r"experts\[0\]: the router's row for this expert is zero; its negative"):
+        weights = router_weights(merge(source, experts, gate_mode=mode, dtype="float32"), MIXTRAL)
+    assert [layer for layer in range(NUM_LAYERS) if not weights[layer, 0].any()] == zero
 
 
 @pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
