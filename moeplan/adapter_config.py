@@ -195,7 +195,7 @@ def read_adapter_config(place: Place) -> AdapterConfig:
         alpha_pattern=[
             (p, _alpha(file, "alpha_pattern", value)) for p, value in _patterns(file, config, "alpha_pattern")
         ],
-        rank_stabilized=config.get("use_rslora") is True,
+        rank_stabilized=bool(config.get("use_rslora")),
         targets=_read_targets(config),
     )
 

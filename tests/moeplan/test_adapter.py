@@ -110,6 +110,8 @@ def test_an_adapter_s_tensors_lie_where_the_file_has_them(model: DenseModel, tmp
     [
         ({}, 2.0),
         ({"lora_alpha": 3.0, "use_rslora": True}, 1.5),
+        ({"lora_alpha": 3, "use_rslora": 1}, 1.5),  # whatever is true to Python is to peft
+        ({"lora_alpha": 3, "use_rslora": None}, 0.75),
         ({"lora_alpha": ..., "r": ..., "rank_pattern": {"up_proj": 4}}, 2.0),  # 8 is peft's default for both
         ({"alpha_pattern": {"mlp.up_proj": 1}}, 0.25),
         ({"alpha_pattern": {"p_proj": 1, "up_proj": 2, "mlp.up_proj": 1}}, 0.5),  # whole names, and the first counts
