@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from socket import SHUT_RDWR, socket
 from threading import Event, Lock
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -75,7 +76,7 @@ class RemoteReader:
         self._headers = dict(headers or {})
         self._lock = Lock()
         self._idle: dict[Origin, list[HTTPConnection]] = {}
-        self._busy: set[HTTPConnection] = set()
+        self._busy: dict[HTTPConnection, socket] = {}
         self._locations: dict[RemoteFile, _Location] = {}
         self._interrupted = Event()
         self._context: ssl.SSLContext | None = None
@@ -112,10 +113,9 @@ class RemoteReader:
         """Have every read that is under way fail soon."""
         self._interrupted.set()
         with self._lock:
-            for connection in self._busy:
+            for under_way in self._busy.values():
                 with suppress(OSError):
-                    if connection.sock is not None:
-                        connection.sock.shutdown(2)
+                    socket.shutdown(under_way, SHUT_RDWR)  # beneath TLS, which another thread is at
 
     def close(self) -> None:
         with self._lock:
@@ -222,7 +222,7 @@ class RemoteReader:
         finally:
             reusable = response.isclosed() and connection.sock is not None
             with self._lock:
-                self._busy.discard(connection)
+                self._busy.pop(connection, None)
                 if reusable:
                     self._idle.setdefault(origin, []).append(connection)
             if not reusable:
@@ -246,15 +246,19 @@ class RemoteReader:
         if isinstance(connection, _ProxyConnection):
             target, headers = url, {**headers, **connection.login}
         try:
+            if self._interrupted.is_set():
+                raise RunError("interrupted")
+            if connection.sock is None:
+                connection.connect()
             with self._lock:
                 if self._interrupted.is_set():
                     raise RunError("interrupted")
-                self._busy.add(connection)
+                self._busy[connection] = connection.sock  # it has none while it reads an answer that it closes after
             connection.request("GET", target, headers=headers)
             return connection.getresponse()
         except BaseException:
             with self._lock:
-                self._busy.discard(connection)
+                self._busy.pop(connection, None)
             connection.close()
             raise
 

@@ -1,8 +1,11 @@
 """Plans whose sources are on another machine: what is asked for, what happens when networks and servers misbehave."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -295,6 +298,53 @@ def test_a_run_that_is_interrupted_does_not_wait_for_a_busy_server(hub: Hub, fil
     with pytest.raises(RunError, match="interrupted"):
         reader.read(file, 0, 10)
     assert time.monotonic() - started < 10
+
+
+@contextmanager
+def silent(answer: bytes) -> Iterator[str]:
+    """The address of a server that gives each request so much of an answer, and then says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    kept.append(connection)
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+
+        kept: list[socket.socket] = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/model"
+        for connection in kept:
+            connection.close()
+
+
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+def test_a_read_that_waits_for_the_rest_of_an_answer_is_interrupted(connection: str) -> None:
+    head = "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/100\r\nContent-Length: 100\r\n"
+    with silent(f'{head}ETag: "a"\r\nConnection: {connection}\r\n\r\nhalf'.encode()) as url:
+        reader = RemoteReader()
+        threading.Timer(0.3, reader.interrupt).start()
+        started = time.monotonic()
+        with pytest.raises(RunError, match="interrupted"):
+            reader.read(RemoteFile(url, "a", 100), 0, 100)
+        assert time.monotonic() - started < 10
+
+
+def test_a_read_that_is_interrupted_while_it_connects_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, connect = RemoteReader(), HTTPConnection.connect
+
+    def interrupted_meanwhile(connection: HTTPConnection) -> None:
+        reader.interrupt()
+        connect(connection)
+
+    monkeypatch.setattr(HTTPConnection, "connect", interrupted_meanwhile)
+    with silent(b"") as url:
+        started = time.monotonic()
+        with pytest.raises(RunError, match="interrupted"):
+            reader.read(RemoteFile(url, "a", 100), 0, 100)
+        assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
