@@ -89,17 +89,16 @@ class _Measuring:
         settings = self._settings
         with self._phase("text"):
             self._say("collecting text")
-            self._corpus = corpus(texts(settings), settings)
+            made = corpus(texts(settings), settings)
         with self._phase("training"):
-            self._models = trained_models(self._corpus, settings, self._out / "models", self._say)
+            models = trained_models(made, settings, self._out / "models", self._say)
         with self._phase("evaluation"):
             self._say("evaluating the base and the experts alone")
             references = {
-                variant: reference(self._models.base, experts, self._corpus.tokens)
-                for variant, experts in self._models.experts.items()
+                variant: reference(models.base, experts, made.tokens) for variant, experts in models.experts.items()
             }
         with tempfile.TemporaryDirectory(prefix="work-", dir=self._out) as work:
-            workshop = Workshop(Path(work), settings, self._corpus, self._models, self._programs)
+            workshop = Workshop(Path(work), settings, made, models, self._programs)
             results = [
                 self._result(row, variant, workshop)
                 for row in rows
@@ -111,7 +110,7 @@ class _Measuring:
             seconds=time.monotonic() - self._started,
             tiny=tiny,
             settings=settings,
-            num_parameters=num_parameters(self._models.base),
+            num_parameters=num_parameters(models.base),
             machine=machine(self._out, load_before),
             phases=tuple(Phase(name, seconds) for name, seconds in self._phases.items()),
             references=references,
@@ -133,7 +132,7 @@ class _Measuring:
     def _run(self, merge: Merge, workshop: Workshop) -> Run:
         merged = workshop.directory / "merged"
         try:
-            with self._phase(f"{merge.row.program.value}"):
+            with self._phase(merge.row.program.value):
                 made = workshop.merge(merge, merged)
             if made.error is not None:
                 return Run(merge.seed, error=made.error)
@@ -141,7 +140,7 @@ class _Measuring:
             with self._phase("evaluation"):
                 started = time.monotonic()
                 try:
-                    measured = judge(merged, self._corpus.tokens)
+                    measured = judge(merged, workshop.corpus.tokens)
                 except Exception as error:  # whatever transformers raises at a model that it cannot load
                     return Run(merge.seed, error=f"{type(error).__name__}: {error}")
             return Run(merge.seed, measured, made.seconds, time.monotonic() - started)

@@ -199,7 +199,6 @@ def test_a_model_that_cannot_be_judged_has_failed(tmp_path: Path, small: Corpus)
     program.chmod(0o755)
     programs = Programs(program, program)
     measuring = _Measuring(SMOKE, programs, tmp_path, Console(quiet=True))
-    measuring._corpus = small
     models = Models(tmp_path / "base", {VARIANTS[0]: ()})
     run = measuring._run(
         Merge(rows.MERGEKIT_RANDOM, VARIANTS[0], 0), Workshop(tmp_path, SMOKE, small, models, programs)
