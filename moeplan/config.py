@@ -60,12 +60,12 @@ _MAX_NAME = 4096
 
 
 def _encodable(text: str) -> str:
+    """`text` with each surrogate pair made the character that it stands for, as JSON has it, which is YAML, too."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
         message = "holds half of a surrogate pair, which is no text: write the character"
         raise PydanticCustomError("rule", message) from None
-    return text
 
 
 def _path(text: str) -> str:

@@ -553,6 +553,11 @@ def test_half_a_surrogate_pair_is_refused(where: str) -> None:
     )
 
 
+def test_json_s_spelling_of_an_emoji_is_that_emoji() -> None:
+    prompts = load(CLOWN_CAR + '      - "\\ud83d\\ude00 é"\n').experts[1].positive_prompts
+    assert prompts[1] == "\U0001f600 é"
+
+
 def test_a_dtype_may_be_spelt_as_torch_s() -> None:
     config = load(CLOWN_CAR + "dtype: torch.bfloat16\n")
     assert config == load(CLOWN_CAR + "dtype: bfloat16\n")
