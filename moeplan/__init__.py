@@ -40,6 +40,10 @@ else:
                 return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+    def __dir__() -> list[str]:
+        """What is there also before it is imported: for `help`, and for a shell that completes names."""
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Expert",

@@ -1,9 +1,17 @@
 """`import moeplan`: what it has, and what it raises."""
 
 import pytest
-from commands import write_config
+from commands import outcome, start, write_config
 
 import moeplan
+
+
+def test_help_and_dir_have_what_is_not_imported_yet():
+    shown = outcome(start(code="import moeplan; print(*dir(moeplan)); help(moeplan)")).stdout
+    names, _, page = shown.partition("\n")
+    assert set(moeplan.__all__) <= set(names.split())
+    assert "-> 'MergeResult'" in page
+    assert "class MergeConfig(" in page
 
 
 def test_a_run_that_fails_is_told_from_input_that_is_wrong(checkpoint, tmp_path):
