@@ -220,11 +220,11 @@ def _read_targets(config: Mapping[str, Any]) -> Targets:
     layers = config.get("layers_to_transform")
     numbers = [layers] if type(layers) is int else layers
     pattern = config.get("layers_pattern")
-    plain = not pattern or "layers" in (pattern if isinstance(pattern, list) else [pattern])
+    is_known = not numbers or not pattern or "layers" in (pattern if isinstance(pattern, list) else [pattern])
     return Targets(
-        targets=None if config.get("target_parameters") else _items(config.get("target_modules"), str),
+        targets=_items(config.get("target_modules"), str) if is_known and not config.get("target_parameters") else None,
         excluded=_items(config.get("exclude_modules") or [], str),
-        layers=(_items(numbers, int) or None) if plain else None,
+        layers=_items(numbers, int) or None,
         saved=_items(config.get("modules_to_save"), str) or frozenset(),
     )
 

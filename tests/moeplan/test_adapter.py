@@ -266,6 +266,8 @@ TARGETS: list[tuple[dict[str, Any], str | None]] = [
     ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}, None),
     ({"target_modules": ["0.mlp.up_proj"], "layers_to_transform": [1], "layers_pattern": "blocks"}, None),
     ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]}, None),
+    ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "model.layers"}, None),
+    ({"target_modules": ["up_proj"], "layers_to_transform": 0, "layers_pattern": ["h", "lay.*"]}, None),
     ({"target_modules": ["up_proj", "down_proj"], "exclude_modules": ".*down_proj"}, None),
     ({"target_modules": [1], "modules_to_save": "mlp", "exclude_modules": None, "layers_to_transform": "x"}, None),
     ({"target_modules": ["q_proj", "p_proj"]}, "`target_modules` of"),
