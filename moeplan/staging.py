@@ -30,6 +30,7 @@ from executor.journal import RESULTS, Journal, read_identity, read_publishing
 from moeplan import publication
 from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
+from moeplan.disk import existing
 from moeplan.identity import COMMITS, Identity, difference
 from moeplan.output import OutputError
 from moeplan.publication import MODEL, REPLACED
@@ -67,6 +68,7 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
                 f"{directory}: is a link to {directory.readlink()}, which is not there; make that directory, or give "
                 "another one"
             ) from None
+        _check_writable(existing(directory))
         return
     except OSError as error:
         raise OutputError(f"{directory}: cannot be an output directory: {error.strerror}") from error
@@ -85,6 +87,13 @@ def check_output(directory: Path, *, overwrite: bool = False) -> None:
             f"{directory}: the directory is not empty ({min(held)}); give a new or an empty one, or --overwrite to "
             f"{instead}"
         )
+    _check_writable(directory)
+
+
+def _check_writable(directory: Path) -> None:
+    """Before hours of downloads, and in a plan."""
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise OutputError(f"{directory}: this user may not write there; give another directory")
 
 
 def unfinished_nbytes(directory: Path) -> int:
@@ -165,7 +174,7 @@ def staged(
                 shutil.rmtree(partial, ignore_errors=True)
             (partial / MODEL).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"{directory}: cannot be made: {reason(error)}") from error
+            raise RunError(f"{error.filename or directory}: cannot be made: {reason(error)}") from error
         journal: Journal | None = None
         is_begun = read_identity(partial) is not None
         try:

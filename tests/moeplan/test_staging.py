@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from commands import snapshot
@@ -79,6 +80,29 @@ def test_what_is_no_directory_is_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="cannot be an output directory: Not a directory"):
             check_output(path)
+
+
+def test_where_the_user_may_not_write_is_refused_before_anything_is_planned():
+    """In a process of its own: root may write anywhere."""
+    with TemporaryDirectory() as place:
+        (Path(place) / "closed").mkdir(mode=0o555)
+        os.chmod(place, 0o755)
+        awaited, told = os.pipe()
+        if os.fork() == 0:
+            try:
+                os.setuid(65534 if os.geteuid() == 0 else os.geteuid())
+                for out in ("closed", "closed/new/deeper"):
+                    try:
+                        check_output(Path(place) / out)
+                    except OutputError as error:
+                        os.write(told, f"{error}\n".encode())
+            finally:
+                os._exit(0)
+        os.wait()
+        os.close(told)
+        with open(awaited) as messages:
+            message = f"{place}/closed: this user may not write there; give another directory\n"
+            assert messages.read() == 2 * message
 
 
 def test_what_is_in_the_place_of_an_unfinished_merge_is_named(tmp_path):
