@@ -123,7 +123,7 @@ def instead_of(path: str) -> str:
     if path.startswith("~") or "$" in path:
         return "; ~ and $ are not expanded in the YAML"
     with suppress(OSError):
-        if revision and Path(plain).is_dir():
+        if plain and revision and Path(plain).is_dir():
             return f"; {plain} is a directory here, which has no revisions: leave @{revision} out"
         names = [entry.name for entry in Path(path).parent.iterdir() if entry.is_dir()]
         if near := get_close_matches(Path(path).name, names, 1):

@@ -240,6 +240,7 @@ def test_a_directory_without_weights_is_refused_by_what_it_holds(path: Path, cas
 
 
 PATHS = {
+    "@main": "@main: no such directory; a model on the Hub is named ORG/NAME or ORG/NAME@REVISION",
     "nowhere": "nowhere: no such directory; a model on the Hub is named ORG/NAME or ORG/NAME@REVISION",
     "/nowhere/at/all": "/nowhere/at/all: no such directory",
     "model.gguf": "is a file, and no model's directory: give the model that the GGUF was",
