@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moeplan.wording import printable
+
 Identity = Mapping[str, Mapping[str, Any]]
 """What makes a merge that merge: its config, sources, options ..., each a mapping from names to what they are."""
 
@@ -55,5 +57,5 @@ def _change(what: str, old: Any, new: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "absent" if value is None else str(value)
+    text = "absent" if value is None else printable(str(value)).replace("\n", "\\n")
     return text if len(text) <= 60 else f"{text[:60]}…"

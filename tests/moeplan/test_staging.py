@@ -285,6 +285,7 @@ def test_what_is_finished_is_kept_gone_on_with_and_then_gone(tmp_path):
     [
         ({**SAME, "config": {"experts": 3}}, "config experts was 2 and is 3"),
         ({**SAME, "config": {}}, "config experts was 2 and is absent"),
+        ({**SAME, "config": {"experts": "a\nb\x1b"}}, r"config experts was 2 and is a\nb\x1b. Undo"),
         ({**SAME, "source": {"a": 1, "b": 2, "c": 3}, "config": {"x": 1}}, "; and 2 more"),
         ({**SAME, "plan": {"fingerprint": "1"}}, ", of something else: plan fingerprint was absent and is 1. Undo"),
         ({**OTHER, "plan": {"fingerprint": "1"}}, ", of something else: config experts was 2 and is 3. Undo"),
