@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from moeplan.architectures import as_dense_model
 from moeplan.checkpoint import open_checkpoint
 from moeplan.errors import MoeplanWarning
-from moeplan.gates import evaluation
+from moeplan.gates import evaluation, layers, quantised
 from moeplan.gates.layers import model_params
 from moeplan.gates.skeleton import Skeleton
 from moeplan.memory import CapError
@@ -51,6 +51,11 @@ def case_of(recipe: str) -> Case:
 def skeleton_of(source) -> Skeleton:
     model = as_dense_model(open_checkpoint(source))
     return Skeleton(model_params(model, trust_remote_code=False)["model"], "cpu")
+
+
+def several_blocks(monkeypatch) -> None:
+    """Have layers multiplied by blocks of 64 rows: the matrices of small models have no more than one otherwise."""
+    monkeypatch.setattr(layers, "BLOCK_NBYTES", 1)
 
 
 def has_gate(case: Case) -> bool:
@@ -206,7 +211,11 @@ def test_router_weights_are_right_and_the_same_to_the_bit_in_both_forms_with_any
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
 @pytest.mark.parametrize("recipe", ["llama-bf16", "mistral-plain", "qwen2-off-page", "qwen3-f16"])
-def test_a_quantised_base_gives_the_routers_of_transformers_and_bitsandbytes(recipe, bits, checkpoint, within):
+def test_a_quantised_base_gives_the_routers_of_transformers_and_bitsandbytes(
+    recipe, bits, checkpoint, within, monkeypatch
+):
+    several_blocks(monkeypatch)
+    monkeypatch.setattr(quantised, "PIECE_NUMEL", 1 << 10)
     source, case = checkpoint(recipe), case_of(recipe)
     experts = [{"source_model": source, **prompts} for prompts in PROMPTS]
     shared = SHARED_PROMPTS if has_gate(case) else {}
@@ -217,20 +226,20 @@ def test_a_quantised_base_gives_the_routers_of_transformers_and_bitsandbytes(rec
     )
     assert torch.equal(resident, streamed)
     prompts = [*PROMPTS, *([SHARED_PROMPTS] if has_gate(case) else [])]
-    quantised = computed_by_transformers(
+    expected = computed_by_transformers(
         source, "hidden", prompts, quantization_config=BitsAndBytesConfig(**{bits: True})
     )
-    assert torch.cosine_similarity(resident, quantised, dim=-1).min() >= 0.999
+    assert torch.cosine_similarity(resident, expected, dim=-1).min() >= 0.999
 
 
 def test_quantising_changes_the_routers_and_nothing_else(checkpoint, merge):
     source = checkpoint("llama-bf16")
     experts = [{"source_model": source, **prompts} for prompts in PROMPTS]
-    plain, *quantised = (
+    plain, *others = (
         read_tensors(merge(source, experts, gate_mode="hidden", **options))
         for options in ({}, {"load_in_8bit": True}, {"load_in_4bit": True})
     )
-    for tensors in quantised:
+    for tensors in others:
         changed = {name for name in plain if not torch.equal(plain[name], tensors[name])}
         assert changed == {f"model.layers.{layer}.{MIXTRAL.names.router}" for layer in range(1, NUM_LAYERS)}
 
@@ -268,6 +277,7 @@ def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
 def test_many_positive_and_negative_prompts_in_several_groups_are_right_in_both_forms(
     recipe, mode, checkpoint, within, monkeypatch
 ):
+    several_blocks(monkeypatch)
     monkeypatch.setattr(evaluation, "GROUP_NBYTES", 256 << 10)
     source, case = checkpoint(recipe), case_of(recipe)
     prompts = [{"positive_prompts": MANY[first::4], "negative_prompts": MANY[first + 1 :: 4]} for first in (0, 2)]
