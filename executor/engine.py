@@ -361,6 +361,7 @@ class _Run:
         self._check_stopping()
         with self._lock:
             self._durability.now_and_then()
+            self.report()
 
     def _check_forecast(self, forecast: int, blocks_nbytes: int = 0) -> None:
         tensors, kept = self._tensors.nbytes

@@ -62,6 +62,25 @@ def test_a_kernel_is_what_a_run_does_when_nothing_is_copied_any_more(tmp_path: P
     assert reading[:6] == ["slow"] * 6
 
 
+def test_a_kernel_whose_weights_are_in_memory_is_shown_to_go_on_with_each_block(tmp_path: Path) -> None:
+    reads = source(tmp_path / "source.safetensors", {"a": torch.randn(600, 1000)})
+    kernel = Opaque("slow", "0", (), DType.F32, (10,), weights=(reads["a"],), block_nbytes=1 << 20)
+    plan = planned({"copy": reads["a"], "sums": kernel}, budget=64 << 20)
+    seen: list[str] = []
+    within = []
+
+    def slow(params: object, inputs: object, output: torch.Tensor, weights: Weights) -> None:
+        output.zero_()
+        before = len(seen)
+        weights.for_each_block(weights.matrices[0], 100, lambda begin, block: None)
+        within.extend(seen[before:])
+
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out", {"slow": slow}, lambda state: seen.append(state.doing))
+    assert plan.reread_nbytes == 0
+    assert within[-5:] == ["slow"] * 5  # of six
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [(errno.ENOSPC, "the disk is full; free some space"), (errno.EIO, "Input/output error")],
