@@ -47,13 +47,13 @@ def scored(request: GateRequest, mode: GateMode, subject: str) -> Scored:
     evaluation = Evaluation.of(request)
     if not evaluation.lengths:
         raise UserError(f"{subject}: there is no text to route; give the experts prompts, or a text file with --text")
-    reads_text = MODES[request.mode].reads_text
     lengths, positive = evaluation.lengths, evaluation.positive
-    fold = folds(positive, lengths, len(evaluation.prompts.start)) if reads_text else {}
+    fold = folds(positive, lengths, len(evaluation.prompts.start))
+    reads_text = MODES[request.mode].reads_text
     read = {prompt for prompts in (*positive, *evaluation.prompts.negative) for prompt in prompts if reads_text}
     params = json.dumps({"lengths": lengths, "folds": [fold.get(prompt, 2) for prompt in range(len(lengths))]})
     routers = mode.routers(request)
-    by_fold = [mode.routers(replace(request, without=number)) if fold else routers for number in (0, 1)]
+    by_fold = [mode.routers(replace(request, without=number)) for number in (0, 1)]
     shape = (sum(lengths), len(request.experts))
     begins = [sum(lengths[:prompt]) for prompt in range(len(lengths))]
 
