@@ -216,13 +216,17 @@ def _warn_of_unknown(file: Path, config: Mapping[str, Any]) -> None:
 
 def _read_targets(config: Mapping[str, Any]) -> Targets:
     """As peft understands it (peft/tuners/tuners_utils.py, `check_target_module_exists`), where that takes no matching
-    of expressions, which are a stranger's, and no knowledge of `target_parameters`."""
+    of expressions, which are a stranger's, and no knowledge of `target_parameters`.
+
+    Without `target_modules` it takes projections of attention (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+    """
+    targets = config.get("target_modules")
     layers = config.get("layers_to_transform")
     numbers = [layers] if type(layers) is int else layers
     pattern = config.get("layers_pattern")
     is_known = not numbers or not pattern or "layers" in (pattern if isinstance(pattern, list) else [pattern])
     return Targets(
-        targets=_items(config.get("target_modules"), str) if is_known and not config.get("target_parameters") else None,
+        targets=_items(targets or [], str) if is_known and not config.get("target_parameters") else None,
         excluded=_items(config.get("exclude_modules") or [], str),
         layers=_items(numbers, int) or None,
         saved=_items(config.get("modules_to_save"), str) or frozenset(),

@@ -44,11 +44,12 @@ def model(tmp_path: Path) -> DenseModel:
 
 
 def write_adapter(path: Path, shapes: dict[str, Any] = TENSORS, **config: Any) -> Path:
-    """Write an adapter; `...` leaves a setting out."""
+    """Write an adapter on the modules that it has factors of; `...` leaves a setting out."""
     path.mkdir(exist_ok=True)
     tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(tensors, path / ADAPTER_WEIGHTS)
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    targets = sorted({match[1] for name in shapes if (match := re.match(r"base_model\.model\.(.+)\.lora_", name))})
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, **config}
     kept = {key: value for key, value in settings.items() if value is not ...}
     (path / ADAPTER_CONFIG).write_text(json.dumps(kept))
     return path
@@ -272,6 +273,9 @@ TARGETS: list[tuple[dict[str, Any], str | None]] = [
     ({"target_modules": [1], "modules_to_save": "mlp", "exclude_modules": None, "layers_to_transform": "x"}, None),
     ({"target_modules": ["q_proj", "p_proj"]}, "`target_modules` of"),
     ({"target_modules": []}, "`target_modules` of"),
+    ({"target_modules": ...}, "`target_modules` of"),  # peft takes projections of attention then
+    ({"target_modules": None, "target_parameters": None}, "`target_modules` of"),
+    ({"target_modules": None, "target_parameters": ["mlp.up_proj.weight"]}, None),
     ({"target_modules": ["up_proj"], "layers_to_transform": [1, 2]}, "`layers_to_transform` of"),
     ({"target_modules": ["up_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, "`layers_to_transform` of"),
     ({"target_modules": ["up_proj"], "exclude_modules": ["mlp.up_proj"]}, "`exclude_modules` of"),

@@ -327,7 +327,9 @@ def test_a_changed_file_that_the_plan_follows_from_is_named_where_a_merge_is_not
         {f"{up}{x}.weight": torch.ones(shape) for x, shape in shapes.items()},
         tmp_path / "lora" / "adapter_model.safetensors",
     )
-    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up_proj"]}'
+    )
     config = write_config(tmp_path / "config.yml", base, [base, f"{base}+{tmp_path}/lora"], gate_mode="cheap_embed")
     with monkeypatch.context() as patch:
         patch.setattr(merging, "model_card", lambda _: 1 / 0)

@@ -160,8 +160,9 @@ SHORT_PASSAGES = "from moeplan.gates import samples; samples.TOKENS = 16\n"
 def save_adapter(path, rank, hidden, wide):
     """Save a LoRA adapter on the MLPs of two layers."""
     path.mkdir()
-    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
     shapes = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*shapes]}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
     tensors = {}
     for layer in range(2):
         for name, (rows, columns) in shapes.items():

@@ -436,7 +436,8 @@ def test_a_bias_of_an_expert_s_attention_is_not_left_out_of_the_mean(models, ref
 def test_an_adapter_that_changes_more_than_mlps_is_not_averaged(models, tmp_path, modules):
     lora = tmp_path / "lora"
     lora.mkdir()
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": modules}
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
     rows = {"mlp.up_proj": 96, "self_attn.q_proj": 64}
     prefix = "base_model.model.model.layers.0."
     factors = {f"{prefix}{module}.lora_A.weight": torch.ones(2, 64) for module in modules}

@@ -68,7 +68,9 @@ def test_the_hub_s_own_reader_finds_models_licence_and_tags(linked):
 def put_adapter(place: str, licence: str) -> str:
     """A LoRA adapter for the models that `linked` makes, at a place in the working directory."""
     Path(place).mkdir(parents=True)
-    Path(place, "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    Path(place, "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}'
+    )
     Path(place, "README.md").write_text(f"---\nlicense: {licence}\n---\n")
     module = "base_model.model.model.layers.0.mlp.up_proj"
     factors = {f"{module}.lora_A.weight": torch.ones(2, 64), f"{module}.lora_B.weight": torch.ones(96, 2)}
