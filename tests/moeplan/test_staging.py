@@ -86,7 +86,7 @@ def test_where_the_user_may_not_write_is_refused_before_anything_is_planned():
     """In a process of its own: root may write anywhere."""
     with TemporaryDirectory() as place:
         (Path(place) / "closed").mkdir(mode=0o555)
-        os.chmod(place, 0o755)
+        Path(place).chmod(0o755)
         awaited, told = os.pipe()
         if os.fork() == 0:
             try:
