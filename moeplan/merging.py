@@ -22,7 +22,7 @@ from moeplan.disk import free_nbytes
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
 from moeplan.finished_routers import check_routers
-from moeplan.identity import PLAN, Identity
+from moeplan.identity import Identity
 from moeplan.memory import CapError, memory_cap, runtime_is_known
 from moeplan.model_card import model_card
 from moeplan.options import Options
@@ -30,7 +30,7 @@ from moeplan.output import CARD, CONFIG_COPY, RECORD, to_json, write_beside
 from moeplan.planning import MergePlan, hub_of, plan_again, plan_with
 from moeplan.record import identity, record
 from moeplan.routers import RouterFacts
-from moeplan.staging import check_unfinished, finish_publication, staged
+from moeplan.staging import finish_publication, staged
 from moeplan.tokenizer_files import missing_code, tokenizer_files
 from moeplan.untrusted_json import show
 from planner.layout import index_json
@@ -147,10 +147,7 @@ def _with_packages_loaded(merge_plan: MergePlan, out: Path) -> MergePlan:
 
 
 def _with_sources_here(merge_plan: MergePlan, out: Path, on_progress: Callable[[Progress], None] | None) -> MergePlan:
-    """Fetch what is to be downloaded, unless another merge is in the way in `out`. Plan anew where weights have been
-    fetched; else only the base's files have."""
-    known = {kind: what for kind, what in identity(merge_plan).items() if kind not in ("source", PLAN)}
-    check_unfinished(out, known, restart=merge_plan.options.restart, overwrite=merge_plan.options.overwrite)
+    """Fetch what is to be downloaded. Plan anew where weights have been fetched; else only the base's files have."""
     fetch(merge_plan, out, on_progress)
     if merge_plan.downloads:
         return plan_again(merge_plan.hub, merge_plan.config, out, merge_plan.options)

@@ -20,6 +20,7 @@ from moeplan.gates.device import CPU, Device, evaluating
 from moeplan.gates.tokenizer import NoTokenizerError
 from moeplan.hub import Hub
 from moeplan.hub_download import DOWNLOAD_NBYTES, DOWNLOADS_AT_ONCE
+from moeplan.identity import PLAN
 from moeplan.lowering import Lowering
 from moeplan.memory import MemoryCap, compile_within, memory_cap
 from moeplan.model_card import CardSource, sources_of, warn_of_licences
@@ -29,8 +30,9 @@ from moeplan.opening import Models, naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
 from moeplan.readers import warn_of_readers, warn_of_tokenizer
+from moeplan.record import identity
 from moeplan.replacing import replaced_by
-from moeplan.staging import check_output, hub_of_unfinished, unfinished_nbytes
+from moeplan.staging import check_output, check_unfinished, hub_of_unfinished, is_begun, unfinished_nbytes
 from moeplan.tensor_names import OUTPUT_MATRIX
 from moeplan.tokenizer_files import is_slow, tokenizer_files
 from planner.expr import DType, RemoteFile
@@ -140,8 +142,9 @@ def plan(config: MergeConfig, out: str | Path | None = None, options: Options | 
 
     Of models on the Hub that are not in the cache, it fetches the small files into the cache and reads the headers.
 
-    Raises UserError for sources that do not fit each other or the family, for an `out` that is in use, for options that
-    cannot be understood, and for a memory cap that is too small. Warns with MoeplanWarning.
+    Raises UserError for sources that do not fit each other or the family, for an `out` that is in use or where another
+    merge was left unfinished, for options that cannot be understood, and for a memory cap that is too small. Warns with
+    MoeplanWarning.
     """
     options = options or Options()
     return plan_with(hub_of(out, options), config, out, options)
@@ -204,7 +207,17 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     )
     if merge_plan.downloads:
         hub.check_downloadable(merge_plan.downloads)
+    if out is not None and is_begun(Path(out)):
+        _check_unfinished(Path(out), merge_plan)
     return merge_plan
+
+
+def _check_unfinished(out: Path, merge_plan: MergePlan) -> None:
+    """Raises OutputError where what was left unfinished in `out` is another merge, as far as can be told before
+    downloads: they change where sources are, and what follows from that."""
+    later = ("source", PLAN) if merge_plan.downloads else ()
+    known = {kind: what for kind, what in identity(merge_plan).items() if kind not in later}
+    check_unfinished(out, known, restart=merge_plan.options.restart, overwrite=merge_plan.options.overwrite)
 
 
 def _graph(config: MergeConfig, models: Models, options: Options, layout: str) -> tuple[TensorGraph, Device]:

@@ -96,6 +96,11 @@ def _check_writable(directory: Path) -> None:
         raise OutputError(f"{directory}: this user may not write there; give another directory")
 
 
+def is_begun(directory: Path) -> bool:
+    """Whether an unfinished merge is in `directory`."""
+    return read_identity(directory / PARTIAL) is not None
+
+
 def unfinished_nbytes(directory: Path) -> int:
     """The space that an unfinished merge in `directory` takes already."""
     files = (directory / PARTIAL / MODEL).glob("*")
@@ -114,10 +119,13 @@ def hub_of_unfinished(directory: Path) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def check_unfinished(directory: Path, identity: Identity, *, restart: bool = False, overwrite: bool = False) -> None:
-    """Raises OutputError where a merge of something else, as far as `identity` goes, is in the way in `directory`."""
-    before = read_identity(directory / PARTIAL)
-    known = None if before is None else {kind: before.get(kind, {}) for kind in identity}
-    _goes_on(directory, known, identity, restart=restart, overwrite=overwrite)
+    """Raises OutputError where a merge of something else, as far as `identity` goes, is in the way in `directory`, or
+    one is writing there."""
+    with ExitStack() as cleanup:
+        _lock(directory, cleanup, to_read=True)
+        before = read_identity(directory / PARTIAL)
+        known = None if before is None else {kind: before.get(kind, {}) for kind in identity}
+        _goes_on(directory, known, identity, restart=restart, overwrite=overwrite)
 
 
 def finish_publication(directory: Path, *, overwrite: bool = False) -> None:
@@ -176,7 +184,7 @@ def staged(
         except OSError as error:
             raise RunError(f"{error.filename or directory}: cannot be made: {reason(error)}") from error
         journal: Journal | None = None
-        is_begun = read_identity(partial) is not None
+        was_begun = is_begun(directory)
         try:
             journal = Journal(partial, identity)
             cleanup.callback(journal.close)
@@ -189,7 +197,7 @@ def staged(
         except BaseException as error:
             if journal is not None:
                 journal.close()
-            if isinstance(error, HopelessError) or (journal.is_empty if journal is not None else not is_begun):
+            if isinstance(error, HopelessError) or (journal.is_empty if journal is not None else not was_begun):
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 _say_that_it_goes_on(error)

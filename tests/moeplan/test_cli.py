@@ -268,9 +268,12 @@ def test_ctrl_c_is_status_130_and_the_same_command_goes_on(slow, tmp_path):
     assert result.stderr == "error: interrupted; what is finished is kept: run the same command again to go on\n"
     assert [path.name for path in out.iterdir()] == [".moeplan-partial"]
 
-    changed = moeplan(slow, out, "--random-seed", "7")
-    assert changed.status == 2
-    assert "an unfinished merge is there, of something else: option --random-seed was 0 and is 7" in changed.error
+    for args in (("--random-seed", "7"), ("--random-seed", "7", "--plan")):
+        changed = moeplan(slow, out, *args)
+        assert changed.status == 2
+        assert "an unfinished merge is there, of something else: option --random-seed was 0 and is 7" in changed.error
+    assert moeplan(slow, out, "--plan").status == 0
+    assert moeplan(slow, out, "--random-seed", "7", "--plan", "--restart").status == 0
 
     resumed = moeplan(slow, out)
     assert resumed.status == 0
