@@ -62,8 +62,8 @@ class ChunkRunner:
                 first, numel = piece.first, piece.numel
                 whole, to = self.tensors.get, _offset_in_page(part, first)
                 data = chunk_ops.apply(part.branch.ops, chunk, root.dtype, first, numel, scratch, whole, to)
-                if part.branch.dtype is DType.F16 and not chunk_ops.is_finite(data, DType.F16):
-                    self._check_finite_before(part, chunk, root.dtype)
+                if part.branch.dtype is DType.F16 and not chunk_ops.is_finite(data):
+                    self._check_range(part, chunk_ops.as_array(chunk, root.dtype, numel), data)
             written += self._write(step, part, piece.first, piece.numel, data)
         return read, written
 
@@ -79,10 +79,10 @@ class ChunkRunner:
         if self.check_sources:
             self.reader.check_again(source, offset, slab, begin, nbytes)
 
-    def _check_finite_before(self, part: Part, chunk: memoryview, dtype: DType) -> None:
-        """Raises OutOfRangeError where a chunk is finite, of which not all has a place in float16."""
+    def _check_range(self, part: Part, chunk: chunk_ops.Array, data: memoryview) -> None:
+        """Raises OutOfRangeError where a number of a chunk has no place in float16."""
         file = next((sink for sink in part.branch.sinks if isinstance(sink, FileSink)), None)
-        if file is not None and chunk_ops.is_finite(chunk, dtype):
+        if file is not None and chunk_ops.overflows(chunk, chunk_ops.as_array(data, DType.F16, len(chunk))):
             raise OutOfRangeError(
                 f"{self.writer.tensor(file)}: has weights beyond 65,504, the largest number in float16: they would be "
                 "infinite"
