@@ -46,17 +46,26 @@ def _of_routers(merge_plan: MergePlan, facts: RouterFacts) -> Iterator[str]:
 
 
 def _of_shared_gates(merge_plan: MergePlan, directory: Path) -> Iterator[str]:
+    import numpy as np
+
     config, shared = merge_plan.config, merge_plan.family.shared
     if shared is None or shared.gate is None or not config.shared_experts:
         return
     num_layers = merge_plan.sources.base.num_layers
     names = [shared.gate.format(layer=layer) for layer in range(num_layers)]
-    gates = stored_routers(directory, merge_plan.plan.shards, names)
+    gates = list(stored_routers(directory, merge_plan.plan.shards, names))
+    where = f"{config.where('shared_experts', 0)}: the gate of this expert"
+    not_finite = [layer for layer, gate in enumerate(gates) if not np.isfinite(gate).all()]
+    if not_finite:
+        yield (
+            f"{where} holds NaN or infinities in {_layers(not_finite, num_layers)}: so do the base's weights, or what "
+            "it makes of its prompts"
+        )
     zero = [layer for layer, gate in enumerate(gates) if not gate.any()]
     if zero:
         yield (
-            f"{config.where('shared_experts', 0)}: the gate of this expert is zero in {_layers(zero, num_layers)}, so "
-            "half of it counts for every token; give it prompts that are not the experts'"
+            f"{where} is zero in {_layers(zero, num_layers)}, so half of it counts for every token; give it prompts "
+            "that are not the experts'"
         )
 
 

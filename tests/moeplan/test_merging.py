@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import Outcome, moeplan, snapshot, write_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import moeplan as api
 from executor.engine import Progress
@@ -619,6 +620,21 @@ def test_an_expert_whose_prompts_give_nothing_is_named(models, tmp_path):
         f"{config}:1: experts[0]: the router's row for this expert is zero; its prompts give nothing that is not as "
         "much the others'"
     )
+
+
+def test_a_shared_expert_s_gate_that_is_no_number_is_warned_of(models, tmp_path):
+    """The routers' rows may be sound: what is not is the embedding of a token that its prompts alone have."""
+    experts = [{"source_model": path, "positive_prompts": [prompt]} for path, prompt in zip(models, "xy", strict=True)]
+    shared = [{"source_model": models[0], "positive_prompts": ["Q"]}]
+    tokens = AutoTokenizer.from_pretrained(models[0])("Q", add_special_tokens=False).input_ids
+    edit_tensors(models[0], lambda tensors: tensors["model.embed_tokens.weight"][tokens[-1]].fill_(float("nan")))
+    settings = {"gate_mode": "cheap_embed", "architecture": "qwen2 moe", "shared_experts": shared}
+    config = write_config(tmp_path / "config.yml", models[0], experts, **settings)
+    said = [warning for warning in warned(moeplan(config, tmp_path / "out")) if "NaN" in warning]
+    assert said == [
+        f"{config}:1: shared_experts[0]: the gate of this expert holds NaN or infinities in all layers: so do the "
+        "base's weights, or what it makes of its prompts"
+    ]
 
 
 @pytest.mark.parametrize("own", [True, False])
