@@ -210,6 +210,24 @@ def test_a_prompt_that_is_bos_alone_is_refused_by_its_line(checkpoint, plan):
         plan(source, experts, gate_mode="ridge")
 
 
+def test_a_prompt_that_is_bos_alone_beside_others_is_left_out(checkpoint, merge):
+    source, case = checkpoint("llama-plain"), case_of("llama-plain")
+    found = [
+        router_weights(merge(source, experts, gate_mode="ridge", dtype="float32"), case)
+        for experts in (
+            [{"source_model": source, "positive_prompts": prompts} for prompts in (["Say ah", *more], ["Guten Tag"])]
+            for more in ([], [""])
+        )
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_shared_expert_wants_and_does_not_want_is_its_own():
+    of_experts, of_shared = ridge_mode.problems([[0], [1], [2, 3]], [[], [], [3, 4]], 2)
+    assert of_experts == ridge_mode.Problem([[0], [1]], [])
+    assert of_shared == ridge_mode.Problem([[0, 1, 4], [2, 3]], [])
+
+
 @pytest.mark.parametrize(
     ("value", "warning"),
     [
