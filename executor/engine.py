@@ -88,6 +88,7 @@ def run(
     share_extents: bool = True,
     check_sources: bool = False,
     headers: Mapping[str, str] | None = None,
+    on_wait: Callable[[str, float], None] | None = None,
     threads: int = 1,
     imports: Sequence[str] = ("torch",),
 ) -> RunResult:
@@ -97,7 +98,8 @@ def run(
     the modules `imports`: torch and others, or none. (Low-rank products take torch, too.) What `journal` says is
     finished is not done again. Without `share_extents` every output tensor gets physical extents of its own, also where
     the file system could share them. With `check_sources` everything is read a second time, and must be the same.
-    `headers` are sent to the hosts of remote sources, so credentials are no part of a plan. Raises RunError when a
+    `headers` are sent to the hosts of remote sources, so credentials are no part of a plan; `on_wait` is told which
+    server is waited for long, and how many seconds. Raises RunError when a
     source changed or cannot be read, when the disk is full or fails, or when the system allows too few threads; what
     was written until then stays where it is.
     """
@@ -111,7 +113,7 @@ def run(
     tensors = WholeTensors(plan.buffer_nbytes, plan.tensors_nbytes)
     with (
         _switching_often,
-        closing(SourceReader(plan.sources, headers)) as reader,
+        closing(SourceReader(plan.sources, headers, on_wait)) as reader,
         closing(ShardWriter(directory, plan.shards)) as writer,
         ThreadPoolExecutor(1) as syncer,
         ThreadPoolExecutor(plan.pool.workers) as workers,

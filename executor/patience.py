@@ -25,6 +25,9 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 300.0
 """Before the next attempt. The Hub counts requests in windows of five minutes."""
 
+SILENT_SECONDS = 5.0
+"""How long a server is waited for without a word."""
+
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
 """HTTP's statuses for what may work later, and Cloudflare's for a server behind it that does not answer."""
 

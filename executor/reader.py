@@ -15,16 +15,18 @@ from executor.local import LocalFile
 from planner.expr import RemoteFile, Source, SourceFile
 
 if TYPE_CHECKING:
-    from executor.remote import RemoteReader
+    from executor.remote import OnWait, RemoteReader
 
 
 class SourceReader:
     """Open sources: files, and files that others hold. Safe to read from several threads at once.
 
-    `headers` are sent to the hosts of remote sources.
+    `headers` are sent to the hosts of remote sources; `on_wait` is told where these are waited for.
     """
 
-    def __init__(self, sources: Sequence[Source], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[Source], headers: Mapping[str, str] | None = None, on_wait: OnWait | None = None
+    ) -> None:
         self._sources = sources
         self._files: dict[int, LocalFile] = {}
         self._remote: RemoteReader | None = None
@@ -38,7 +40,7 @@ class SourceReader:
         if len(self._files) < len(sources):
             from executor.remote import RemoteReader  # here, because TLS takes memory that most runs can spare
 
-            self._remote = RemoteReader(headers)
+            self._remote = RemoteReader(headers, on_wait)
 
     def fd(self, source: int) -> int | None:
         """The open file of a source; None for one that is not on this machine."""

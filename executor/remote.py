@@ -13,17 +13,18 @@ from __future__ import annotations
 import re
 import ssl
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from socket import SHUT_RDWR, socket
 from threading import Event, Lock
+from time import monotonic
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, BUSY, TIMEOUT_SECONDS, asked_seconds, pause_seconds
+from executor.patience import ATTEMPTS, BUSY, SILENT_SECONDS, TIMEOUT_SECONDS, asked_seconds, pause_seconds
 from planner.expr import RemoteFile
 
 MAX_REDIRECTS = 5
@@ -40,6 +41,9 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-\d+/(\d+|\*)")
 
 Origin = tuple[str, str, int]
 """Scheme, host and port."""
+
+OnWait = Callable[[str, float], None]
+"""Told which server is waited for, and how many seconds, where that is long."""
 
 
 class _TryAgainError(Exception):
@@ -69,11 +73,14 @@ class _ProxyConnection(HTTPConnection):
 class RemoteReader:
     """Reads ranges of remote files. Safe to use from several threads, each of which has a connection of its own.
 
-    `headers` are sent with each request to the host that a file's URL names.
+    `headers` are sent with each request to the host that a file's URL names. `on_wait` is told once of threads that
+    wait at the same time.
     """
 
-    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, headers: Mapping[str, str] | None = None, on_wait: OnWait | None = None) -> None:
         self._headers = dict(headers or {})
+        self._on_wait = on_wait
+        self._told_until = 0.0
         self._lock = Lock()
         self._idle: dict[Origin, list[HTTPConnection]] = {}
         self._busy: dict[HTTPConnection, socket] = {}
@@ -98,7 +105,7 @@ class RemoteReader:
                     raise RunError(
                         f"{file.url}: byte {offset} could not be read in {ATTEMPTS} attempts: {error}"
                     ) from None
-                self._pause(pause_seconds(failures, error.seconds))
+                self._pause(file, pause_seconds(failures, error.seconds))
             else:
                 failures = 0
                 memory, offset = memory[count:], offset + count
@@ -124,7 +131,13 @@ class RemoteReader:
                     connection.close()
             self._idle.clear()
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, file: RemoteFile, seconds: float) -> None:
+        if seconds > SILENT_SECONDS and self._on_wait is not None:
+            with self._lock:
+                is_told = monotonic() < self._told_until
+                self._told_until = self._told_until if is_told else monotonic() + seconds
+            if not is_told:
+                self._on_wait(urljoin(file.url, "/").rstrip("/"), seconds)
         if self._interrupted.wait(seconds):
             raise RunError("interrupted")
 

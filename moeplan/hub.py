@@ -23,7 +23,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from executor.errors import RunError
-from executor.patience import ATTEMPTS, TIMEOUT_SECONDS, asked_seconds, pause_seconds
+from executor.patience import ATTEMPTS, SILENT_SECONDS, TIMEOUT_SECONDS, asked_seconds, pause_seconds
 from moeplan import interruption
 from moeplan.checkpoint import BIN_INDEX, CONFIG, INDEX, MAX_INDEX_NBYTES, PREFERRED
 from moeplan.errors import MoeplanWarning
@@ -47,9 +47,6 @@ MAX_CARD_NBYTES = 128 << 10
 """A larger one is not worth fetching to know a licence."""
 
 MAX_HEADS = 256
-
-SILENT_SECONDS = 5.0
-"""How long a Hub is waited for without a word."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -438,8 +435,7 @@ class Hub:
 
     def _pause(self, seconds: float) -> None:
         if seconds > SILENT_SECONDS:
-            message = f"{self.endpoint} is busy, or breaks off: it is asked again in {seconds:.0f} seconds"
-            warnings.warn(message, MoeplanWarning, stacklevel=2)
+            warn_of_wait(self.endpoint, seconds)
         if self._stopping.wait(seconds):
             raise StoppedError
 
@@ -460,7 +456,7 @@ class Hub:
             if self._reader is None:
                 from executor.remote import RemoteReader  # here, because TLS takes memory that most plans can spare
 
-                self._reader = RemoteReader(self.headers)
+                self._reader = RemoteReader(self.headers, warn_of_wait)
         return self._reader.read(file, offset, nbytes)
 
     def close_connections(self) -> None:
@@ -473,6 +469,11 @@ class Hub:
         if file not in self._heads:
             self._heads[file] = self.read(file, 0, min(file.nbytes, HEAD_NBYTES))
         return self._heads[file]
+
+
+def warn_of_wait(server: str, seconds: float) -> None:
+    message = f"{server} is busy, or breaks off: it is asked again in {seconds:.0f} seconds"
+    warnings.warn(message, MoeplanWarning, stacklevel=2)
 
 
 def _may_be_here(path: str) -> bool:

@@ -22,6 +22,7 @@ from moeplan.disk import free_nbytes
 from moeplan.errors import MoeplanWarning
 from moeplan.fetching import after, fetch
 from moeplan.finished_routers import check_routers
+from moeplan.hub import warn_of_wait
 from moeplan.identity import Identity
 from moeplan.memory import CapError, memory_cap, runtime_is_known
 from moeplan.model_card import model_card
@@ -95,6 +96,7 @@ def merge(
                     share_extents=not options.clone_tensors,
                     check_sources=options.check_sources,
                     headers=merge_plan.hub.headers,
+                    on_wait=warn_of_wait,
                     threads=options.threads,
                     imports=merge_plan.memory.packages,
                 )

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from itertools import pairwise
@@ -195,7 +196,7 @@ def test_a_busy_server_that_gives_no_time_is_asked_later_and_later_and_then_no_m
 ) -> None:
     headers = {} if header is None else {"Retry-After": header}
     pauses: list[float] = []
-    monkeypatch.setattr(RemoteReader, "_pause", lambda self, seconds: pauses.append(seconds))
+    monkeypatch.setattr(RemoteReader, "_pause", lambda self, file, seconds: pauses.append(seconds))
     hub.faults.append(Fault("hub", "model", status=500, headers=headers, times=100))
     with pytest.raises(RunError, match=r"model.safetensors: byte 5 could not be read in 8 attempts: .*HTTP 500"):
         RemoteReader(HEADERS).read(file, 5, 10)
@@ -288,6 +289,18 @@ def test_what_was_interrupted_asks_nothing_more(hub: Hub, file: RemoteFile) -> N
         reader.read(file, 100, 100)
     assert len(hub.requests) == asked
     reader.close()
+
+
+def test_threads_that_wait_for_long_are_told_once(hub: Hub, file: RemoteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.remote.SILENT_SECONDS", 0.9)
+    told: list[tuple[str, float]] = []
+    reader = RemoteReader(HEADERS, lambda *wait: told.append(wait))
+    for rounds in (1, 2):
+        hub.faults.append(Fault("hub", "model", status=503, headers={"Retry-After": "1"}, times=3))
+        with ThreadPoolExecutor(3) as threads:
+            assert len(list(threads.map(lambda at: reader.read(file, at, 10), range(3)))) == 3
+        assert told == [(hub.url, 1.0)] * rounds
+        reader._locations.clear()
 
 
 def test_a_run_that_is_interrupted_does_not_wait_for_a_busy_server(hub: Hub, file: RemoteFile) -> None:

@@ -862,11 +862,15 @@ def test_an_error_without_an_answer_says_nothing_of_a_busy_hub() -> None:
     assert not breaks_off(error)
 
 
-def test_who_waits_for_long_is_told(hub: Hub, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_long_is_told(hub: Hub, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.faults.append(Fault("hub", "/api/models/org/base", status=429, headers={"Retry-After": "1"}))
-    monkeypatch.setattr("moeplan.hub.SILENT_SECONDS", 0.9)
-    ran = moeplan(config, "--plan")
-    assert f"warning: {hub.url} is busy, or breaks off: it is asked again in 1 seconds" in ran.stderr
+    for module in ("moeplan.hub", "executor.remote"):
+        monkeypatch.setattr(f"{module}.SILENT_SECONDS", 0.9)
+    told = f"warning: {hub.url} is busy, or breaks off: it is asked again in 1 seconds"
+    assert told in moeplan(config, "--plan").stderr
+    # The first is of the plan, which reads the header alone.
+    hub.faults.append(Fault("cdn", ".safetensors", status=429, headers={"Retry-After": "1"}, spared=3))
+    assert told in moeplan(config, tmp_path / "out", "--stream").stderr
 
 
 def test_a_hub_that_stays_busy_is_one_message(hub: Hub, config: Path) -> None:
