@@ -30,7 +30,7 @@ from moeplan.opening import Models, naming_prompts, open_models
 from moeplan.options import OptionError, Options, shard_nbytes
 from moeplan.output import CARD, CONFIG_COPY, OutputError
 from moeplan.readers import warn_of_readers, warn_of_tokenizer
-from moeplan.record import identity
+from moeplan.record import identity, texts_of
 from moeplan.replacing import replaced_by
 from moeplan.staging import check_output, check_unfinished, hub_of_unfinished, is_begun, unfinished_nbytes
 from moeplan.tensor_names import OUTPUT_MATRIX
@@ -207,8 +207,10 @@ def plan_with(hub: Hub, config: MergeConfig, out: str | Path | None, options: Op
     )
     if merge_plan.downloads:
         hub.check_downloadable(merge_plan.downloads)
-    if out is not None and is_begun(Path(out)):
-        _check_unfinished(Path(out), merge_plan)
+    if out is not None:
+        _refuse_to_replace_a_text(Path(out), merge_plan)
+        if is_begun(Path(out)):
+            _check_unfinished(Path(out), merge_plan)
     return merge_plan
 
 
@@ -272,3 +274,13 @@ def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
     for _, model in sources.named():
         if out.resolve() in (directory.resolve() for directory in model.directories):
             raise OutputError(f"{out}: is a source of this merge; give another directory")
+
+
+def _refuse_to_replace_a_text(out: Path, merge_plan: MergePlan) -> None:
+    replaced = {(out / name).resolve() for name in merge_plan.replaced_files(out)}
+    for file in texts_of(merge_plan.config):
+        if Path(file).resolve() in replaced:
+            raise OutputError(
+                f"{file}: is among this merge's `positive_files`, and the model would replace it; move it, or give "
+                "another directory"
+            )

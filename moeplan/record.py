@@ -29,6 +29,7 @@ from planner.layout import PAGE
 from planner.plan import FileSink
 
 if TYPE_CHECKING:
+    from moeplan.config import MergeConfig
     from moeplan.planning import MergePlan
 
 FORMAT = 1
@@ -60,7 +61,7 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
         "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
         "option": {flag(name): value for name, value in values.items()} | ({"--stream": True} if streamed else {}),
         "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
-        "text in": {file: _text(Path(file)) for file in _texts(merge_plan)},
+        "text in": {file: _text(Path(file)) for file in texts_of(merge_plan.config)},
         "file": {
             str(base.path / CONFIG): {"sha256": base.config_sha256},
             **{str(file): {"sha256": file_sha256(file)} for file in _deciding_files(merge_plan)},
@@ -148,9 +149,8 @@ def _deciding_files(merge_plan: MergePlan) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _texts(merge_plan: MergePlan) -> list[str]:
-    """The files that passages were drawn from."""
-    config = merge_plan.config
+def texts_of(config: MergeConfig) -> list[str]:
+    """The files that passages are drawn from."""
     rows = (*config.experts, *config.shared_experts) if config.reads_text else ()
     return sorted({file for row in rows for file in row.positive_files})
 

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from commands import moeplan, write_config
+from commands import moeplan, snapshot, write_config
 
 from moeplan import report
 from moeplan.replacing import is_of_a_model, replaced_by
@@ -55,6 +55,22 @@ def test_a_card_or_a_yaml_file_that_cannot_be_read_as_one_is_not_waited_for(tmp_
     for name in ("README.md", "moeplan_config.yml"):
         os.mkfifo(tmp_path / name)
     assert replaced_by([], tmp_path, "base_model: a") == ["moeplan_config.yml"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_text_that_passages_are_drawn_from_is_not_replaced(old_model, tmp_path, link):
+    text = tmp_path / "text.md" if link else old_model / "README.md"
+    if link:
+        text.symlink_to(old_model / "README.md")
+    experts = json.loads((tmp_path / "new.yml").read_text())["experts"]
+    experts[0]["positive_files"] = [str(text)]
+    config = write_config(tmp_path / "texts.yml", experts[1]["source_model"], experts, gate_mode="hidden")
+    before = snapshot(old_model)
+    for option in ("--plan", "--write-model-card"):
+        refused = moeplan(config, old_model, "--overwrite", "--no-write-model-card", option)
+        assert refused.status == 2
+        assert refused.error.startswith(f"{text}: is among this merge's `positive_files`, and the model would replace")
+    assert snapshot(old_model) == before
 
 
 @pytest.mark.parametrize("option", ["--write-model-card", "--no-write-model-card"])
