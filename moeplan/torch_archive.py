@@ -189,7 +189,7 @@ def _run(program: bytes) -> Any:
     """What the pickle `program` would make, with `_Tensor`s for tensors. Raises ArchiveError."""
     try:
         return _Machine(program).run()
-    except (IndexError, KeyError, struct.error, UnicodeDecodeError):
+    except (IndexError, KeyError, UnicodeDecodeError):
         raise _broken("it ends too early, or takes what it has not made") from None
 
 
@@ -345,21 +345,16 @@ def _storage(pid: Any) -> _Storage:
 
 def _called(function: Any, arguments: Any) -> Any:
     """What the call of a name in a pickle stands for."""
-    if type(function) is not _Name or type(arguments) is not tuple:
+    if type(function) is not _Name:
         raise _broken("it calls something without a name")
     match function.path, arguments:
         case _Names.ORDERED_DICT, ():
             return {}
         case _Names.REBUILD_PARAMETER, (_Tensor() as tensor, _, _):
             return tensor
-        case _Names.REBUILD_TENSOR, (_Storage() as storage, begin, tuple(shape), tuple(strides), _, _, *more):
-            # There may be flags behind the rest: that what is stored is to be negated, or conjugated.
-            is_plain = not more or (len(more) == 1 and not more[0])
-            if (
-                is_plain
-                and len(shape) == len(strides) <= _MAX_DIMENSIONS
-                and all(map(_is_size, (begin, *shape, *strides)))
-            ):
+        case _Names.REBUILD_TENSOR, (_Storage() as storage, begin, tuple(shape), tuple(strides), _, _):
+            # Flags may follow, that what is stored is to be negated or conjugated: such a call is none of these.
+            if len(shape) == len(strides) <= _MAX_DIMENSIONS and all(map(_is_size, (begin, *shape, *strides))):
                 return _Tensor(storage, begin, shape, strides)
     raise _broken(f"it calls {function.path} with something else than it takes")
 

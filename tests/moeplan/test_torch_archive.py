@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -164,6 +166,28 @@ def test_tensors_that_share_a_storage_share_their_bytes() -> None:
     assert found["rows of it"].offset == found["lm_head.weight"].offset + 7 * 6 * 4
 
 
+def test_sizes_numbers_and_names_may_be_large() -> None:
+    """Each takes another instruction of a pickle, from 256, from 65,536 and from 2^31 on, and what is repeated, too."""
+    many = {f"{n}": torch.full((1,), n).bfloat16() for n in range(200)}
+    large = {"large": torch.zeros(300, 257).half(), "larger": torch.zeros(70_000), "again": torch.ones(2).half()}
+    assert_holds(saved(many | large), many | large)
+    huge = tensor(storage(), 0, sizes(4, 1), pickle.MARK + number(1) + pickle.LONG1 + b"\5\0\0\0\0\1" + pickle.TUPLE)
+    assert_holds(with_program(START, "x", huge, END), {"x": torch.zeros(4, 1)})
+
+
+def test_files_of_before_torch_2_1_do_not_say_in_which_order_bytes_are() -> None:
+    assert_holds(repacked(saved(TENSORS), {"archive/byteorder": None}), TENSORS)
+
+
+def test_what_describes_the_tensors_is_measured() -> None:
+    with zipfile.ZipFile(io.BytesIO(PLAIN)) as archive:
+        directory_nbytes = sum(46 + len(each.filename) + len(each.extra) for each in archive.infolist())
+        nbytes = directory_nbytes + archive.getinfo("archive/data.pkl").file_size
+    assert read_archive(io.BytesIO(PLAIN), len(PLAIN), nbytes)[1] == nbytes
+    with pytest.raises(ArchiveError, match=rf"describes its tensors in {nbytes:,} bytes; at most {nbytes - 1:,} are"):
+        read_archive(io.BytesIO(PLAIN), len(PLAIN), nbytes - 1)
+
+
 def test_a_program_written_by_hand_is_read_as_torch_reads_it() -> None:
     content = with_program(START, "x", tensor(storage(), 1, sizes(3), sizes(1)), END)
     assert_holds(content, {"x": torch.zeros(3)})
@@ -219,6 +243,10 @@ PROGRAMS: dict[str, tuple[list[bytes | str], str]] = {
         [START, "x", name("torch.FloatStorage"), sizes(4), pickle.REDUCE, END],
         "it calls torch.FloatStorage with something else than it takes",
     ),
+    "a call with a text": (
+        [START, "x", name("collections.OrderedDict"), "", pickle.REDUCE, END],
+        "it calls collections.OrderedDict with something else than it takes",
+    ),
     "a call of a text": (
         [START, "x", "print", pickle.EMPTY_TUPLE, pickle.REDUCE, END],
         "calls something without a name",
@@ -244,6 +272,23 @@ PROGRAMS: dict[str, tuple[list[bytes | str], str]] = {
     "a tensor alone": (
         [tensor(storage(), 0, sizes(4), sizes(1)), pickle.STOP],
         "something else than a dict of tensors",
+    ),
+    "a number for a storage": ([START, "x", number(4), PERSID, END], "it refers to something else than a storage"),
+    "four parts of a storage": (
+        [START, "x", pickle.MARK, "storage", name("torch.FloatStorage"), "0", "cpu", pickle.TUPLE, PERSID, END],
+        "it refers to something else than a storage",
+    ),
+    "a storage of a kind that is text": (
+        [START, "x", pickle.MARK, "storage", "torch.FloatStorage", "0", "cpu", number(4), pickle.TUPLE, PERSID, END],
+        "it refers to something else than a storage",
+    ),
+    "a storage whose key is a number": (
+        [START, "x", storage().replace(text("0"), number(0)), END],
+        "it refers to something else than a storage",
+    ),
+    "a storage whose key is long": (
+        [START, "x", storage("0" * 21), END],
+        "it refers to something else than a storage",
     ),
     "a text for a storage": ([START, "x", "storage", PERSID, END], "it refers to something else than a storage"),
     "a module for a storage": (
@@ -309,13 +354,20 @@ def test_a_tensor_that_does_not_lie_in_one_piece_is_refused_by_name(view: torch.
     assert message.endswith("load the model with transformers, then save_pretrained")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+OTHER_DTYPES = [
+    *(torch.float64, torch.float8_e4m3fn, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+]
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES)
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     message = refusal(saved({"x": torch.zeros(3).to(dtype)}))
     assert ("moeplan reads F32, F16 and BF16" in message) or ("_rebuild_tensor_v3" in message)
 
 
-PLAIN = saved({"x": torch.arange(4.0), "y": torch.ones(2, 3)})
+HELD = {"x": torch.arange(4.0), "y": torch.ones(2, 3)}
+PLAIN = saved(HELD)
 LEGACY = saved({"x": torch.arange(4.0)}, _use_new_zipfile_serialization=False)
 
 FILES: dict[str, tuple[bytes, str]] = {
@@ -402,6 +454,78 @@ def test_no_change_to_a_file_brings_anything_but_a_refusal(data: st.DataObject) 
 def test_no_program_brings_anything_but_a_refusal(parts: list[bytes]) -> None:
     with suppress(ArchiveError):
         located(with_program(START, *parts, END))
+
+
+# The archive
+
+
+def list_of_members(content: bytes) -> tuple[int, int]:
+    """Where the list of members lies, and its size."""
+    nbytes, offset = struct.unpack_from("<2L", content, content.rindex(b"PK\5\6") + 12)
+    return offset, nbytes
+
+
+def with_end(content: bytes, offset: int, nbytes: int, *, end: int | None = None, signature: bytes = b"\6\6") -> bytes:
+    """An archive whose list of members is said to lie from `offset` on by the record for over 4 GiB alone.
+
+    That record has this `signature`, and is said to be at byte `end`.
+    """
+    kept = content[: sum(list_of_members(content))]
+    record = b"PK" + signature + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, 0, 0, nbytes, offset)
+    locator = b"PK\6\7" + struct.pack("<LQL", 0, len(kept) if end is None else end, 1)
+    return kept + record + locator + b"PK\5\6" + struct.pack("<4H2LH", *[0xFFFF] * 4, *[0xFFFFFFFF] * 2, 0)
+
+
+def test_a_list_of_members_may_lie_beyond_four_gigabytes() -> None:
+    assert_holds(with_end(PLAIN, *list_of_members(PLAIN)), HELD)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"offset": 2**64 - 1}, {"nbytes": 2000}, {"end": 2**64 - 1}, {"signature": b"\6\5"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_list_of_members_that_is_not_where_it_is_said_to_be_is_refused(wrong: dict[str, Any]) -> None:
+    offset, nbytes = list_of_members(PLAIN)
+    reason = "is truncated, or not a zip archive: its list of members is not where it should end"
+    assert reason in refusal(with_end(PLAIN, **{"offset": offset, "nbytes": nbytes, **wrong}))
+
+
+def test_an_empty_archive_is_refused() -> None:
+    assert "it has no data.pkl" in refusal(b"PK\5\6" + bytes(18))
+
+
+# a member's entry in the list: its field at a byte, what stands there then, what the message says
+ENTRIES: dict[str, tuple[int, bytes, str]] = {
+    "signature": (0, b"PK\3\4", "its list of members is not one"),
+    "encrypted": (8, b"\1\0", "holds 'archive/data/1' compressed or encrypted"),
+    "method": (10, b"\x08\0", "holds 'archive/data/1' compressed or encrypted"),
+    "packed": (20, b"\1\0\0\0", "holds 'archive/data/1' compressed or encrypted"),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_a_member_that_is_not_stored_as_it_is_is_refused(case: str) -> None:
+    field, value, reason = ENTRIES[case]
+    at = PLAIN.rindex(b"archive/data/1") - 46 + field
+    assert reason in refusal(PLAIN[:at] + value + PLAIN[at + len(value) :])
+
+
+@pytest.mark.parametrize("limit", [2**31, 0], ids=["small", "as if large"])
+def test_comments_other_extra_fields_and_names_that_are_no_text_are_stepped_over(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(PLAIN)) as old, zipfile.ZipFile(file, "w") as new:
+        for member in [*old.namelist(), "archive/xy"]:
+            info = zipfile.ZipInfo(member)
+            info.extra, info.comment = b"UT\3\0abc", b"a comment"
+            new.writestr(info, b"" if member == "archive/xy" else old.read(member))
+    # Python puts the field of sizes first; others need not.
+    content = re.sub(rb"(\x01\0[\x08\x10\x18]\0.{8,24}?)(UT\x03\0abc)", rb"\2\1", file.getvalue(), flags=re.DOTALL)
+    assert (content != file.getvalue()) == (limit == 0)
+    assert_holds(content.replace(b"archive/xy", b"archive/\xff\xfe"), HELD)
 
 
 # Time and memory
