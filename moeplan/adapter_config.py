@@ -182,8 +182,8 @@ def read_adapter_config(place: Place) -> AdapterConfig:
             f"{file}: `{pattern}` is matched with other names by peft for `target_parameters` than for modules; "
             + MERGE_ADAPTER
         )
-    init = config.get("init_lora_weights", True)
-    if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS_THAT_KEEP_THE_BASE):
+    init = config.get("init_lora_weights")
+    if init not in _INITS_THAT_KEEP_THE_BASE:
         raise CheckpointError(
             f"{file}: `init_lora_weights` is {show(init)}: the adapter belongs on a base whose weights were changed "
             f"when its training began; {MERGE_ADAPTER}"

@@ -118,8 +118,10 @@ def test_an_adapter_s_tensors_lie_where_the_file_has_them(model: DenseModel, tmp
         ({"alpha_pattern": {"p_proj": 1, "up_proj": 2, "mlp.up_proj": 1}}, 0.5),  # whole names, and the first counts
         ({"alpha_pattern": {r"layers\.[0-5]\.mlp\.(?:up|gate)_proj": 4}}, 1.0),
         ({"alpha_pattern": {r"^model.*": 0}, "rank_pattern": None}, 0.0),
+        ({"alpha_pattern": {r"model\.layers\.\d+\..*_proj": 1}}, 0.25),
         ({"target_parameters": ["mlp.up_proj.weight"], "alpha_pattern": {}}, 2.0),
         ({"init_lora_weights": "gaussian", "use_dora": False, "alora_invocation_tokens": None}, 2.0),
+        *(({"init_lora_weights": init}, 2.0) for init in (None, True, False, "eva", "orthogonal")),
     ],
 )
 def test_the_scale_is_that_of_the_first_pattern_that_fits(
@@ -143,11 +145,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "biases of factors": ({"lora_bias": True}, "`lora_bias` is True"),
     "activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "`alora_invocation_tokens` is [1, 2]"),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "`layer_replication` is [[0, 2], [1, 2]]"),
+    "an init that is a list": ({"init_lora_weights": ["gaussian"]}, "`init_lora_weights` is ['gaussian']"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights` is 'pissa_niter_4': the adapter belongs on"),
     "OLoRA": ({"init_lora_weights": "olora"}, f"changed when its training began; {MERGE}"),
     "a rank of text": ({"r": "4"}, "`r` has '4' for a rank; it must be a whole number from 1 up"),
     "rank 0": ({"r": 0}, "`r` has 0 for a rank"),
     "rank true": ({"r": True}, "`r` has True for a rank"),
+    "no rank, which is 8": ({"r": ...}, "make it [8, 64]"),
     "another rank": (
         {"r": 8},
         f"'{UP}lora_A.weight' has shape [4, 64], and the model and {ADAPTER_CONFIG} make it [8, 64]",
@@ -211,6 +215,8 @@ def test_what_peft_saves_is_known(model: DenseModel, tmp_path: Path) -> None:
 
     path = write_adapter(tmp_path / "lora")
     LoraConfig(r=4, target_modules=["up_proj"], layers_to_transform=[0]).save_pretrained(path)
+    old = {"enable_lora": [True], "merge_weights": True}  # of peft before 0.4
+    (path / ADAPTER_CONFIG).write_text(json.dumps({**json.loads((path / ADAPTER_CONFIG).read_text()), **old}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.with_adapter(path)
