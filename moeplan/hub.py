@@ -151,7 +151,11 @@ class Snapshot:
                     (self.path / name).symlink_to(f"../../blobs/{file.digest}")
 
     def _is_read_here(self, name: str) -> bool:
-        return self.is_here(name) and self._url(name) not in self.hub.streamed
+        return self.is_here(name) and self.lasting_name(name) not in self.hub.streamed
+
+    def lasting_name(self, name: str) -> str:
+        """What the file `name` is called, whichever Hub has it."""
+        return f"{self.repository}@{self.commit}/{name}"
 
     def _url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -174,8 +178,8 @@ class Snapshot:
 class Hub:
     """The Hub, as one merge sees it: what was asked, where things are. `cache` is a directory for huggingface_hub.
 
-    Models that `commits` has are those commits, wherever their branches are by now, and what is at the addresses
-    `streamed` is read there, though it may be in the cache by now.
+    Models that `commits` has are those commits, wherever their branches are by now, and the files whose lasting names
+    are `streamed` are read there, though they may be in the cache by now.
     """
 
     def __init__(
@@ -449,6 +453,11 @@ class Hub:
     def remember(self, file: RemoteFile, snapshot: Snapshot, name: str) -> None:
         """Remember where `file` is from."""
         self._places[file] = (snapshot, name)
+
+    def lasting_name(self, file: RemoteFile) -> str:
+        """What a file is called, whichever Hub has it."""
+        snapshot, name = self._places[file]
+        return snapshot.lasting_name(name)
 
     def read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
         """Bytes of a file on the Hub. Raises RunError."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.manifest import Segment, manifest
-from executor.reader import name_of
 from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
 from moeplan.gates import gate_mode
@@ -60,7 +59,7 @@ def identity(merge_plan: MergePlan) -> dict[str, dict[str, Any]]:
     return {
         "config": dict(_flat("", merge_plan.config.model_dump(mode="json"))),
         "option": {flag(name): value for name, value in values.items()} | ({"--stream": True} if streamed else {}),
-        "source": {name_of(source): _source(source) for source in merge_plan.plan.sources},
+        "source": dict(zip(_names(merge_plan), map(_source, merge_plan.plan.sources), strict=True)),
         "text in": {file: _text(Path(file)) for file in texts_of(merge_plan.config)},
         "file": {
             str(base.path / CONFIG): {"sha256": base.config_sha256},
@@ -83,7 +82,7 @@ def record(
 
     `made_from` is the merge's identity, `checksums` are the run's.
     """
-    sources = [name_of(source) for source in merge_plan.plan.sources]
+    sources = _names(merge_plan)
     data = {
         "format": FORMAT,
         "made_from": made_from,
@@ -99,6 +98,12 @@ def record(
         "files": {name: file_sha256(directory / name) for name in sorted(files)},
     }
     return json.dumps(data, indent=1) + "\n"  # in ASCII, since the path of a source need not be UTF-8
+
+
+def _names(merge_plan: MergePlan) -> list[str]:
+    """Those of the plan's sources, which are the same when the Hub is at another address."""
+    hub, sources = merge_plan.hub, merge_plan.plan.sources
+    return [hub.lasting_name(source) if isinstance(source, RemoteFile) else source.path for source in sources]
 
 
 def _segment(segment: Segment, sources: list[str]) -> dict[str, Any]:

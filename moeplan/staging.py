@@ -109,7 +109,7 @@ def unfinished_nbytes(directory: Path) -> int:
 
 def hub_of_unfinished(directory: Path) -> tuple[dict[str, str], frozenset[str]]:
     """What an unfinished merge in `directory` was begun with on the Hub: the commits of models, by their names, and the
-    addresses of the files that it reads there."""
+    lasting names of the files that it reads there."""
     identity = read_identity(directory / PARTIAL) or {}
     commits, sources = (of if isinstance(of, dict) else {} for of in map(identity.get, (COMMITS, "source")))
     return (

@@ -80,9 +80,9 @@ class RemoteFile:
     nbytes: int
 
     @property
-    def lasting(self) -> tuple[str, str, int]:
-        """What identifies it at any time."""
-        return self.url, self.etag, self.nbytes
+    def lasting(self) -> tuple[str, int]:
+        """What identifies it at any time, and on another server that has it."""
+        return self.etag, self.nbytes
 
 
 Source = SourceFile | RemoteFile

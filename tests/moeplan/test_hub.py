@@ -392,6 +392,21 @@ def test_an_unfinished_stream_goes_on_where_its_weights_have_come_into_the_cache
     assert written(tmp_path / "out") == local
 
 
+def test_an_unfinished_stream_goes_on_from_a_mirror(
+    hub: Hub, config: Path, models: dict[str, Path], local: dict[str, bytes | None], tmp_path: Path, cache: Path
+) -> None:
+    left_unfinished(config, tmp_path / "out", stream=True)
+    assert moeplan(config, tmp_path / "other").status == 0  # the weights are in the cache
+    with serving() as mirror, pytest.MonkeyPatch.context() as patch:
+        for name, directory in models.items():
+            mirror.add(name, directory)
+        set_endpoint(patch, mirror.url)
+        result = data(config, tmp_path / "out", "--stream")["result"]
+        assert mirror.weights_moved() > 0
+    assert result["nbytes_by_path"]["resumed"] > 0
+    assert written(tmp_path / "out") == local
+
+
 def test_nothing_is_downloaded_where_something_else_was_left_unfinished(
     hub: Hub, config: Path, local: dict[str, bytes | None], tmp_path: Path
 ) -> None:
