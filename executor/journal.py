@@ -266,7 +266,7 @@ def _records(directory: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 record = json.loads(line)
             except ValueError:
                 return
-            if not line.endswith(b"\n") or not isinstance(record, dict):
+            if not isinstance(record, dict):
                 return
             end += len(line)
             yield record, end
