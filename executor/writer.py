@@ -2,7 +2,8 @@
 
 Direct I/O writes whole pages, from memory aligned to pages, straight to the disk. It spares a copy of every byte and
 does not fill the page cache with an output that nobody reads soon. What does not fit (the edges of a range, small
-ranges, file systems without direct I/O) goes through the page cache; no page is ever written both ways.
+ranges, file systems without direct I/O) goes through the page cache; no page goes both ways, unless the system takes a
+part of it.
 """
 
 from __future__ import annotations
@@ -131,7 +132,6 @@ class ShardWriter:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 done = 0
-        done -= done % PAGE
         self._count("direct", done)
         return done
 
