@@ -10,6 +10,7 @@ import struct
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import pytest
@@ -21,6 +22,7 @@ from executor.engine import RunResult, run
 from executor.errors import RunError
 from executor.local import LocalFile
 from executor.ways import physical_nbytes
+from executor.writer import ShardWriter
 from planner.expr import DType, Expr, RemoteFile, Zeros, cast, scale, stack
 from planner.layout import PAGE
 from planner.plan import Plan
@@ -303,6 +305,31 @@ def test_a_file_server_copies_ranges_wherever_they_lie(tmp_path: Path, monkeypat
     assert digest(tmp_path / "out") == digest(tmp_path / "usual")
     assert result.nbytes_by_path["copied by the server"] == 3 * 1001 * 1001 * 2
     assert result.read_nbytes == 0
+
+
+def test_a_file_server_is_asked_for_nothing_of_another_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old kernels would read and write it, and fill the page cache."""
+    asked: list[int] = []
+    monkeypatch.setattr(shortcuts, "file_system", lambda fd: "nfs4")
+    monkeypatch.setattr(os, "copy_file_range", lambda *args: asked.append(args[2]))
+    with TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if Path(elsewhere).stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("there is one file system")
+        plan = planned(outputs(Path(elsewhere)))
+        result = merged(plan, tmp_path / "out")
+    assert asked == []
+    assert "copied by the server" not in result.nbytes_by_path
+
+
+def test_a_shard_has_its_size_from_the_start_also_where_space_cannot_be_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing that was written before a kill would count."""
+    plan = planned(outputs(tmp_path), shard=20 * MIB)
+    with closing(ShardWriter(tmp_path, plan.shards)):
+        assert [(tmp_path / of.filename).stat().st_size for of in plan.shards] == [of.nbytes for of in plan.shards]
 
 
 @pytest.mark.parametrize(
