@@ -328,6 +328,15 @@ PROGRAMS: dict[str, tuple[list[bytes | str], str]] = {
         [START, "x", tensor(storage(), -1, sizes(4), sizes(1)), END],
         "something else than it takes",
     ),
+    "a size below zero": ([START, "x", tensor(storage(), 0, sizes(-4), sizes(1)), END], "than it takes"),
+    "a size that is true": (
+        [START, "x", tensor(storage(), 0, pickle.NEWTRUE + pickle.TUPLE1, sizes(1)), END],
+        "than it takes",
+    ),
+    "a stride that is text": (
+        [START, "x", tensor(storage(), 0, sizes(4), text("1") + pickle.TUPLE1), END],
+        "than it takes",
+    ),
     "strides of another count": ([START, "x", tensor(storage(), 0, sizes(4), sizes(1, 1)), END], "than it takes"),
     "many dimensions": ([START, "x", tensor(storage(), 0, sizes(*[1] * 65), sizes(*[1] * 65)), END], "than it takes"),
     "negated elements": (
