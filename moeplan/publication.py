@@ -53,7 +53,6 @@ def publish(directory: Path, partial: Path, journal: Journal, *, overwrite: bool
     """
     model, replaced = partial / MODEL, partial / REPLACED
     try:
-        model.mkdir(exist_ok=True)  # who was stopped while he cleared away has none
         new = sorted(journal.finished.publishing or (), key=_lateness)
         # One that is not in `model/` any more is in its place already.
         left = [name for name in new if (model / name).exists()]
