@@ -11,7 +11,7 @@ from commands import snapshot
 
 from executor.errors import HopelessError, RunError
 from executor.journal import Journal
-from moeplan import staging
+from moeplan import publication, staging
 from moeplan.output import OutputError
 from moeplan.staging import PARTIAL, Stage, check_output, check_unfinished, finish_publication, staged
 from planner.plan import FileSink
@@ -145,7 +145,8 @@ def test_what_appeared_in_the_meantime_is_not_overwritten(tmp_path):
         with staged(tmp_path, SAME, **how) as stage:
             write_model(stage)
             finish_something(stage)
-            (tmp_path / "config.json").write_text("a user's")
+            for name in ("config.json", "model.safetensors"):
+                (tmp_path / name).write_text("a user's")
 
     with pytest.raises(
         OutputError, match=r"config\.json: has appeared there since the merge began; move it away"
@@ -156,6 +157,7 @@ def test_what_appeared_in_the_meantime_is_not_overwritten(tmp_path):
     assert not (tmp_path / "tokenizer.json").exists()
     put_between(overwrite=True)
     assert (tmp_path / "config.json").read_text() == "config.json"
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_nothing_is_kept_where_the_same_run_would_fail_again(tmp_path):
@@ -411,6 +413,28 @@ def test_a_finish_that_fails_anywhere_undoes_itself_and_can_be_done_again(tmp_pa
     assert not failed
 
 
+def test_what_cannot_be_put_on_the_disk_is_not_moved_to_its_place(tmp_path, monkeypatch):
+    sync = publication.sync
+
+    def failing(path: Path) -> None:
+        if path.name == "model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(path)
+
+    def finish() -> None:
+        with staged(tmp_path, SAME) as stage:
+            write_model(stage)
+            finish_something(stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publication, "sync", failing)
+        with pytest.raises(RunError, match="could not be moved here: Input/output error"):
+            finish()
+    assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
+    finish()
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX}
+
+
 @pytest.mark.parametrize("allowed", range(3))
 def test_a_process_that_dies_while_it_clears_away_leaves_a_finish_that_can_be_done_again(tmp_path, allowed):
     put_old_model(tmp_path)
@@ -463,7 +487,9 @@ def test_a_process_that_dies_while_it_moves_files_leaves_a_finish_that_can_be_do
         if status:
             there = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
             if "config.json" in there:
-                assert set(there.values()) == {"old"}
+                assert there == dict.fromkeys((*MODEL, INDEX), "old")
+            if allowed % 2:
+                finish_publication(out)  # the old model's files are no others that are in the way
             check_output(out, overwrite=overwrite)
             with staged(out, SAME, overwrite=overwrite) as stage:
                 assert stage.is_complete
