@@ -39,6 +39,10 @@ ESTIMATE = "for torch's CPU build; the merge measures the torch that is installe
 GROWTH_NBYTES = 32 * MIB
 """What the process may grow by while a plan is made and runs: modelling code, thread stacks, progress."""
 
+EVALUATING_NBYTES = 64 * MIB
+"""What evaluating a model adds to importing `moeplan.gates.skeleton`, where what that takes is measured: modelling
+code, and the parts of libraries that only computing comes to. (44 MiB with a CUDA build and a test's prompts.)"""
+
 TENSOR_NBYTES = 4 << 10
 """What it may grow by for each tensor of the output: in the plan, the journal, the headers and the record."""
 
@@ -80,6 +84,8 @@ def memory_cap(max_memory: str | int | None, packages: Collection[str], num_tens
     resident = max(-(-resident // GRAIN_NBYTES) * GRAIN_NBYTES, INTERPRETER_NBYTES)
     growth = GROWTH_NBYTES + -(-num_tensors * TENSOR_NBYTES // MIB) * MIB
     process = resident + sum(IMPORT_NBYTES[name] for name in to_import) + growth
+    if "moeplan.gates.skeleton" in {*packages}.difference(to_import) and not runtime_is_known():
+        process += EVALUATING_NBYTES
     limit = limit_nbytes()
     if max_memory is None:
         nbytes = min(process + min(psutil.virtual_memory().available, limit) // 2, limit)

@@ -141,8 +141,9 @@ def _import(packages: tuple[str, ...]) -> None:
 
 def _with_packages_loaded(merge_plan: MergePlan, out: Path) -> MergePlan:
     """Import what the run will use; plan anew where that takes more memory here than was reckoned with."""
-    _import(merge_plan.memory.packages)
-    taken = memory_cap(None, ()).process_nbytes
+    packages = merge_plan.memory.packages
+    _import(packages)
+    taken = memory_cap(None, packages, sum(len(shard.tensors) for shard in merge_plan.plan.shards)).process_nbytes
     if taken <= merge_plan.memory.process_nbytes:
         return merge_plan
     return plan_again(merge_plan.hub, merge_plan.config, out, merge_plan.options)

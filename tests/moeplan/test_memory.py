@@ -150,7 +150,7 @@ print((resident_nbytes() - before) >> 20)
 LARGER_TORCH = (
     "from moeplan import memory, merging\n"
     "memory.IMPORT_NBYTES['torch'] = 64 << 20\n"
-    "merging.runtime_is_known = lambda: False\n"
+    "memory.runtime_is_known = merging.runtime_is_known = lambda: False\n"
 )
 
 # The model is read once for each token: fewer take less time, and less memory, which the forecast counts.
@@ -181,11 +181,11 @@ def save_adapter(path, rank, hidden, wide):
         ("hidden", {}, ""),
         ("ridge", {}, ""),
         ("ridge", {"positive_samples": 8}, SHORT_PASSAGES),
-        ("random", {}, LARGER_TORCH),
+        ("hidden", {}, LARGER_TORCH),
         ("random", {"adapter": 64}, ""),
         ("hidden", {"adapter": 64}, ""),
     ],
-    ids=["random", "hidden", "ridge", "ridge-samples", "random-larger torch", "random-adapter", "hidden-adapter"],
+    ids=["random", "hidden", "ridge", "ridge-samples", "hidden-larger torch", "random-adapter", "hidden-adapter"],
 )
 def test_the_smallest_cap_that_works_is_kept_by_the_whole_process(tmp_path, mode, expert, build):
     source = sparse_llama(
