@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ os.environ.pop("HF_TOKEN", None)
 
 # Models this small gain nothing from threads, and test workers that fight for cores lose much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A script's background job ignores Ctrl-C, what nohup starts the end of its terminal; and so would the programs that
+# tests start to send them that. What has a handler of its own starts programs that have none.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # How long an example takes is a matter of what else the machine does.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
