@@ -9,7 +9,7 @@ from planner.expr import BLOCK
 
 def block_number(first: int, head_numel: int) -> int:
     """Which block element `first` begins, where the first block has `head_numel` elements."""
-    return (first - head_numel) // BLOCK + 1 if first else 0
+    return (first - head_numel) // BLOCK + 1
 
 
 def chunks(first: int, numel: int, head_numel: int, chunk_numel: int) -> Iterator[tuple[int, int]]:
