@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -429,6 +430,36 @@ def test_a_model_without_the_base_s_bos_token_begins_with_its_own(checkpoint):
     for of_base, expected_start in ((size, own), (size - 1, size - 1)):
         (drawn,) = samples(replace(request, prompts=Prompts((), ((),), ((),), (), (of_base,))))
         assert json.loads(drawn.params)["start"] == expected_start
+
+
+@pytest.mark.parametrize(("eos", "never"), [(2, [2]), ([2, 5, 10**6, -1], [2, 5]), (None, [])])
+def test_no_model_writes_any_of_its_eos_tokens(eos, never, checkpoint):
+    base = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
+    model = replace(base, settings={**base.settings, "eos_token_id": eos})
+    expert = Expert(source_model="model", positive_samples=2)
+    request = gates.GateRequest("ridge", gates.Base(base), (expert,), models=(model,))
+    (drawn,) = samples(replace(request, prompts=Prompts((), ((),), ((),), (), (1,))))
+    assert json.loads(drawn.params)["never"] == never
+
+
+def test_a_model_with_tokens_or_an_adapter_that_the_base_has_not_or_a_short_context_writes_nothing(checkpoint):
+    base = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
+    expert = Expert(source_model="model", positive_samples=2)
+    for changes, message in (
+        (
+            {"sizes": {**base.sizes, "vocab_size": base.sizes["vocab_size"] + 1}},
+            "has a larger vocabulary than the base",
+        ),
+        (
+            {"adapter": SimpleNamespace(label="lora")},
+            "has an adapter on it, and passages are drawn from whole models alone",
+        ),
+        ({"settings": {**base.settings, "max_position_embeddings": 128}}, "has a context of no more than 128 tokens"),
+    ):
+        request = gates.GateRequest("ridge", gates.Base(base), (expert,), models=(replace(base, **changes),))
+        with pytest.raises(PromptError, match=message) as refused:
+            samples(replace(request, prompts=Prompts((), ((),), ((),), (), (1,))))
+        assert refused.value.place == (0, "positive_samples")
 
 
 @pytest.mark.parametrize("has_own", [True, False])
