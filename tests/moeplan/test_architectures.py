@@ -438,6 +438,33 @@ def test_rope_scaling_without_something_that_it_takes_is_refused(kind, key, chec
         settings_of(source)
 
 
+PARTIAL = "partial_rotary_factor is 0.5; the merged model rotates whole heads"
+DIFFERING = "rope parameters that differ between layers cannot be carried over"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"partial_rotary_factor": 0.5}, PARTIAL),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, PARTIAL),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, PARTIAL),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}}, DIFFERING),
+        ({"rope_parameters": [{"rope_theta": 1e6}]}, DIFFERING),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "RoPE scaling of type 'proportional' cannot be held"),
+        ({"rope_scaling": {"rope_type": "su", "type": "linear", "factor": 2.0}}, "RoPE scaling of type 'su' cannot be"),
+    ],
+)
+def test_rope_that_no_merged_model_could_hold_is_refused(said, reason, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("llama-plain"), tmp_path / "source")
+    (source / "config.json").write_text(json.dumps({"model_type": "llama", "head_dim": 16, **said}))
+    with pytest.raises(CheckpointError, match=reason):
+        settings_of(source)
+    for other in ("1.0", "null") if reason is PARTIAL else ():
+        whole = json.loads(json.dumps(said).replace("0.5", other))
+        (source / "config.json").write_text(json.dumps({"model_type": "llama", "head_dim": 16, **whole}))
+        assert "partial_rotary_factor" not in settings_of(source)[1][1]
+
+
 @pytest.mark.parametrize(
     "said", [{}, {"original_max_position_embeddings": 24}, {"factor": 3}, {"attention_factor": 1.5, "factor": 3.0}]
 )
