@@ -15,7 +15,7 @@ from moeplan.config import MergeConfig
 from moeplan.gates import evaluation
 from moeplan.gates.device import evaluating
 from moeplan.gates.scores import Scored, Tokens, kernels, scored
-from moeplan.hub import Hub
+from moeplan.hub import Hub, warn_of_wait
 from moeplan.memory import compile_within, memory_cap, runtime_is_known
 from moeplan.opening import naming_prompts, open_models
 from moeplan.options import Options
@@ -74,6 +74,7 @@ def routes_before(
             kernels(mode),
             routing,
             headers=hub.headers,
+            on_wait=warn_of_wait,
             threads=options.threads,
             imports=modules,
         )
