@@ -21,7 +21,8 @@ ROUTING = "routing"
 
 
 class ProgressBar:
-    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal; of routing, the share."""
+    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal; of routing, the share. Where bytes do
+    not tell how long it takes, it is the time so far that goes on."""
 
     def __init__(self, console: Console, total_nbytes: int) -> None:
         from rich import progress  # here, because a plan alone has no use for it
@@ -32,6 +33,7 @@ class ProgressBar:
         self._share = progress.TaskProgressColumn()
         self._nbytes = progress.DownloadColumn()
         self._pace = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn(compact=True))[is_narrow:]
+        self._elapsed = progress.TimeElapsedColumn()
         self._bar = progress.Progress(*self._always, console=console, transient=True)
         self._task = self._bar.add_task("loading", total=total_nbytes)
         self._bar.start()
@@ -39,9 +41,11 @@ class ProgressBar:
     def show(self, state: Progress) -> None:
         doing = _doing(state)
         if doing == ROUTING:
-            self._bar.columns = (*self._always, self._share)
+            self._bar.columns = (*self._always, self._share, self._elapsed)
+        elif doing == ROUTERS:
+            self._bar.columns = (*self._always, self._nbytes, self._elapsed)
         else:
-            self._bar.columns = (*self._always, self._nbytes, *(self._pace if doing != ROUTERS else ()))
+            self._bar.columns = (*self._always, self._nbytes, *self._pace)
         self._bar.update(self._task, completed=state.written_nbytes, description=doing)
 
     def stop(self) -> None:

@@ -134,5 +134,8 @@ def test_a_bar_fits_a_line(doing, width):
 
 def test_a_bar_says_how_long_it_takes_where_that_is_told_by_bytes():
     assert re.search(r"932.0 GB +\S+ .B/s +\S+$", last_of_bar("", 80))
-    assert last_of_bar("decoder_layer", 80).endswith("465.0/932.0 GB")
-    assert re.fullmatch(r"routing +[━╸╺]+ +50%", last_of_bar("routing", 80))
+
+
+def test_a_bar_goes_on_with_the_time_so_far_where_that_is_not_told_by_bytes():
+    assert last_of_bar("decoder_layer", 80).endswith("465.0/932.0 GB 0:00:00")
+    assert re.fullmatch(r"routing +[━╸╺]+ +50% 0:00:00", last_of_bar("routing", 80))
