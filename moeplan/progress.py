@@ -21,8 +21,8 @@ ROUTING = "routing"
 
 
 class ProgressBar:
-    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal; of routing, the share. Where bytes do
-    not tell how long it takes, it is the time so far that goes on."""
+    """Bytes, rate and time left of a run that moves `total_nbytes`, on a terminal; of routing, the share. Where bytes
+    do not tell how long it takes, it is the time so far that goes on."""
 
     def __init__(self, console: Console, total_nbytes: int) -> None:
         from rich import progress  # here, because a plan alone has no use for it

@@ -140,10 +140,16 @@ def finish_publication(directory: Path, *, overwrite: bool = False) -> None:
             _finish_publication(directory, overwrite)
 
 
+def check_finished(directory: Path) -> None:
+    """Raises OutputError where there is no more than an unfinished merge in `directory`."""
+    if (directory / PARTIAL).exists() and not (directory / CONFIG).exists():
+        raise OutputError(f"{directory}: an unfinished merge is there; run its command again, which goes on with it")
+
+
 @contextmanager
 def at_rest(directory: Path) -> Iterator[None]:
     """Within, no merge moves files into `directory`. Raises OutputError where one is writing there, or was stopped
-    while it moved a model to its place."""
+    before it made a model, or while it moved that to its place."""
     with ExitStack() as cleanup:
         with suppress(OSError):  # what cannot be opened is for the reader to say
             _lock(directory, cleanup, to_read=True)
@@ -153,6 +159,7 @@ def at_rest(directory: Path) -> Iterator[None]:
                 f"{directory}: an unfinished merge is there, which was stopped when it moved its model to its place: "
                 "run its command again"
             )
+        check_finished(directory)
         yield
 
 

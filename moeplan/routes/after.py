@@ -26,7 +26,7 @@ from moeplan.places import CheckpointError
 from moeplan.progress import ROUTING
 from moeplan.routers import stored
 from moeplan.routes.statistics import Layer, Routes, Text, routes
-from moeplan.staging import PARTIAL
+from moeplan.staging import check_finished
 from moeplan.tokenizer_files import FAST, SLOW
 from moeplan.untrusted_json import show
 from planner.expr import Read
@@ -54,8 +54,7 @@ def routes_after(
     what is no such model, where it does not fit memory, and for options that are about evaluating a base.
     """
     _check_options(options)
-    if (directory / PARTIAL).exists() and not (directory / CONFIG).exists():
-        raise UserError(f"{directory}: an unfinished merge is there; run its command again, which goes on with it")
+    check_finished(directory)
     checkpoint = open_checkpoint(directory)
     family = _family(checkpoint)
     _check_memory(checkpoint, options)

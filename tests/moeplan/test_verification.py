@@ -266,6 +266,13 @@ def test_a_model_is_not_verified_while_a_merge_writes_there_nor_does_a_merge_beg
     assert moeplan("verify", model).status == 0
 
 
+def test_what_is_only_begun_is_told_to_be(tmp_path):
+    (tmp_path / PARTIAL).mkdir()
+    outcome = moeplan("verify", tmp_path)
+    assert outcome.status == 2
+    assert outcome.error == f"{tmp_path}: an unfinished merge is there; run its command again, which goes on with it"
+
+
 def test_half_of_a_model_that_was_being_moved_to_its_place_is_not_said_to_be_wrong(model, tmp_path):
     out = shutil.copytree(model, tmp_path / "out")
     (out / PARTIAL / MODEL).mkdir(parents=True)
