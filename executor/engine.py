@@ -99,9 +99,10 @@ def run(
     finished is not done again. Without `share_extents` every output tensor gets physical extents of its own, also where
     the file system could share them. With `check_sources` everything is read a second time, and must be the same.
     `headers` are sent to the hosts of remote sources, so credentials are no part of a plan; `on_wait` is told which
-    server is waited for long, and how many seconds. Raises RunError when a
-    source changed or cannot be read, when the disk is full or fails, or when the system allows too few threads; what
-    was written until then stays where it is.
+    server is waited for long, and how many seconds.
+
+    Raises RunError when a source changed or cannot be read, when the disk is full or fails, or when the system allows
+    too few threads; what was written until then stays where it is.
     """
     started = time.monotonic()
     journal = journal or Journal()
