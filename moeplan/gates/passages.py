@@ -26,7 +26,7 @@ MOST_SLICES = 32
 """What is looked at of a file: so many slices."""
 
 MAX_LINE_NBYTES = 1 << 20
-"""Of a line of JSON."""
+"""Of a line of JSON, without its end."""
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -93,11 +93,11 @@ def _json_texts(file: str, stream: BinaryIO, slices: Sequence[tuple[int, int]]) 
     for begin, end in slices:
         is_whole = begin <= at  # or the slice begins somewhere in a line
         at = stream.seek(max(at, begin))  # no line is taken twice
-        while line := stream.readline(MAX_LINE_NBYTES):
+        while line := stream.readline(MAX_LINE_NBYTES + 1):
             number += 1
             # Of a file that is not read whole it is not known which line that is.
             where = f"{file}: line {number:,}" if len(slices) == 1 else f"{file}: the line at byte {at:,}"
-            if len(line) == MAX_LINE_NBYTES:
+            if len(line.removesuffix(b"\n")) > MAX_LINE_NBYTES:
                 raise PassageError(f"{where} is longer than 1 MiB; {WANTED}")
             text = line if at else line.removeprefix(BOM_UTF8)
             at += len(line)

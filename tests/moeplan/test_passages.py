@@ -68,6 +68,16 @@ def test_each_line_of_json_is_a_text_of_its_own(name, file):
     assert sorted(passages(file(content, name), "seed", EVERYTHING)) == sorted(texts)
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_line_may_be_as_long_as_the_message_about_longer_ones_says(end, file):
+    line = '{"text": "' + "x " * ((1 << 19) - 6) + '"}'
+    assert len(line) == 1 << 20
+    drawn = passages(file(line + end, "a.jsonl"), "seed", EVERYTHING)
+    assert sum(passage.count("x") for passage in drawn) == (1 << 19) - 6
+    with pytest.raises(PassageError, match="line 1 is longer than 1 MiB"):
+        passages(file(" " + line + end, "a.jsonl"), "seed", EVERYTHING)
+
+
 def test_a_byte_order_mark_before_all_is_no_text(file):
     """Within a text the same character is one of its own."""
     content = '\n{"text": "\ufeffone"}\n{"text": "two"}\n'
