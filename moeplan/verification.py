@@ -63,8 +63,6 @@ def _verify(
     found = Verification()
     try:
         ranges, names = _ranges(directory, record, found)
-    except OSError as error:
-        raise RecordError(f"{error.filename}: cannot be read ({error.strerror})") from error
     except (AttributeError, KeyError, TypeError, ValueError):
         raise RecordError(f"{directory / RECORD}: is not what moeplan writes") from None
     found.checked_nbytes = sum(of.numel * of.itemsize for of in ranges)
@@ -123,10 +121,13 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, name: str, expected: str, found: Verification) -> None:
-    if not path.is_file():
-        found.wrong.append(f"{name}: is not there")
-    elif file_sha256(path) != expected:
-        found.wrong.append(f"{name}: is not what was written")
+    try:
+        if not path.is_file():
+            found.wrong.append(f"{name}: is not there")
+        elif file_sha256(path) != expected:
+            found.wrong.append(f"{name}: is not what was written")
+    except OSError as error:
+        found.wrong.append(f"{name}: cannot be read ({error.strerror})")
 
 
 def _check_segments(segments: list[dict[str, Any]], numel: int) -> None:
@@ -144,14 +145,18 @@ def _tensors(
     """Of each tensor of a shard whose header is what was written: name, offset, size of an element, and how many it
     has. Else none; and none that lie beyond its end, where it was cut."""
     path = directory / shard
-    if not path.is_file():
-        found.wrong.append(f"{shard}: is not there")
+    try:
+        if not path.is_file():
+            found.wrong.append(f"{shard}: is not there")
+            return []
+        length, text = header(path)
+        nbytes = path.stat().st_size
+    except OSError as error:
+        found.wrong.append(f"{shard}: cannot be read ({error.strerror})")
         return []
-    length, text = header(path)
     if hashlib.sha256(length + text).hexdigest() != facts["header_sha256"]:
         found.wrong.append(f"{shard}: its header is not what was written")
         return []
-    nbytes = path.stat().st_size
     if nbytes != facts["nbytes"]:
         found.wrong.append(f"{shard}: has {nbytes:,} bytes, and {facts['nbytes']:,} were written")
     start = len(length) + len(text)

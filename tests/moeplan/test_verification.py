@@ -162,6 +162,27 @@ def test_a_shard_that_is_gone_cut_or_of_another_header_is_named(model):
         shard.write_bytes(before)
 
 
+def test_what_the_disk_does_not_give_is_named_and_all_else_is_checked(model):
+    shards = sorted(model.glob("*.safetensors"))
+    unreadable = [model / "config.json", shards[0]]
+    last = shards[-1].read_bytes()
+    try:
+        for file in unreadable:
+            file.rename(file.with_suffix(".good"))
+            file.symlink_to("/proc/self/mem")  # reading it is an I/O error
+        shards[-1].write_bytes(last[:-1] + bytes([last[-1] ^ 1]))
+        result = moeplan("verify", model)
+    finally:
+        shards[-1].write_bytes(last)
+        for file in unreadable:
+            file.with_suffix(".good").rename(file)
+    assert result.status == 1
+    first, second, third = sorted(result.stderr.splitlines())
+    assert first == "wrong: config.json: cannot be read (Input/output error)"
+    assert f"({shards[-1].name}, from byte " in second
+    assert third == f"wrong: {shards[0].name}: cannot be read (Input/output error)"
+
+
 def test_nothing_is_read_beyond_the_end_of_a_shard_that_was_cut(model):
     shard = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     before, nbytes = shard.read_bytes(), []
