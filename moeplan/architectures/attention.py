@@ -79,14 +79,16 @@ def rope(model: DenseModel) -> tuple[float, dict[str, Any]]:
     """RoPE's base and its scaling parameters, from either spelling, as transformers 5 reads them.
 
     The scaling has a `rope_type`, `default` where there is none, and nothing that is null: transformers takes some
-    nulls for no value, and stumbles over others. Raises CheckpointError for what no merged model could hold: an unknown
-    type, types that differ between layers, rotation of a part of each head.
+    nulls for no value, one for false, and stumbles over others. Raises CheckpointError for what no merged model could
+    hold: an unknown type, types that differ between layers, rotation of a part of each head.
     """
     config, path = model.checkpoint.config, model.checkpoint.config_file
     given = given_rope(model)
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise CheckpointError(f"{path}: rope parameters that differ between layers cannot be carried over")
     scaling = {key: value for key, value in given.items() if value is not None}
+    if given.get("truncate", True) is None:
+        scaling["truncate"] = False
     rope_type = scaling.pop("type", "default")
     scaling = {"rope_type": scaling.pop("rope_type", rope_type), **scaling}
     if scaling["rope_type"] not in ROPE_TYPES:

@@ -416,6 +416,17 @@ def test_a_rope_parameter_that_is_null_is_as_one_that_is_not_there(checkpoint, t
     assert settings_of(source)[1] == found
 
 
+def test_a_null_that_transformers_takes_for_false_is_written_as_false(checkpoint, merge, tmp_path):
+    source = shutil.copytree(checkpoint("llama-rope-new-yarn"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"]["truncate"] = None
+    (source / "config.json").write_text(json.dumps(config))
+    dense, moe = (
+        AutoModel.from_config(AutoConfig.from_pretrained(path)) for path in (source, merge(source, [source] * 2))
+    )
+    assert moe.rotary_emb.inv_freq.equal(dense.rotary_emb.inv_freq)
+
+
 ROPE_TAKES = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
