@@ -11,9 +11,11 @@ import pytest
 from families import CASES, OUTPUTS, Case, plain_recipe
 from models import LLAMA3_SCALING, RECIPES
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from moeplan import gates
 from moeplan.architectures import DENSE_FAMILIES, FAMILIES, as_dense_model, attention
+from moeplan.architectures.setting_values import ACTIVATIONS
 from moeplan.checkpoint import open_checkpoint
 from moeplan.errors import UserError
 from moeplan.lowering import Lowering
@@ -403,6 +405,10 @@ def test_no_setting_of_a_source_is_taken_whatever_it_is(family, checkpoint, tmp_
         (source / "config.json").write_text(json.dumps({**config, key: {"a": 1}}))
         with pytest.raises(CheckpointError, match=f"config.json: `?{key}`? is {{'a': 1}}; it must be"):
             settings_of(source)
+
+
+def test_activations_are_those_of_transformers():
+    assert frozenset(ACT2FN) == ACTIVATIONS
 
 
 def test_a_rope_parameter_that_is_null_is_as_one_that_is_not_there(checkpoint, tmp_path):
