@@ -9,6 +9,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from typing import Any, NoReturn
 
 MAX_VALUES = 320_000
@@ -82,17 +83,9 @@ def _check_depth(value: dict[str, Any]) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise JSONError(f"has the key {show(_first_duplicate(pairs))} twice")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise JSONError(f"has the key {show(key)} twice")
     return result
-
-
-def _first_duplicate(pairs: list[tuple[str, Any]]) -> str:
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            return key
-        seen.add(key)
-    raise ValueError("no key appears twice")
 
 
 def _integer(digits: str) -> int | float:
