@@ -145,12 +145,13 @@ def _source(source: Source) -> dict[str, Any]:
 
 
 def _deciding_files(merge_plan: MergePlan) -> list[Path]:
-    """The small files, beside the base's config, that the plan follows from and that are there."""
+    """The small files, beside the base's config, that the output follows from and that are there."""
     adapters = [model.adapter for _, model in merge_plan.sources.named() if model.adapter is not None]
     files = [adapter.path / ADAPTER_CONFIG for adapter in adapters]
     if merge_plan.config.reads_text:
         base = merge_plan.sources.base.checkpoint.path
         files += [base / name for name in (READ_WITH_FAST if (base / FAST).exists() else TOKENIZER_FILES)]
+        files += base.glob("*.py") if merge_plan.options.trust_remote_code else ()
     return [file for file in files if file.is_file()]
 
 

@@ -320,6 +320,18 @@ def test_text_that_changed_tells_an_unfinished_merge_from_another(models, config
     assert nbytes == [{str(text): 19}, {str(text): 35}, {}]
 
 
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_own_code_that_changed_tells_an_unfinished_merge_from_another_where_it_is_run(models, configure, is_trusted):
+    code = models[0] / "modeling_own.py"
+    experts = [{"source_model": str(path), "positive_prompts": [path.name]} for path in models]
+    config, options = configure(models[0], experts, gate_mode="cheap_embed", trust_remote_code=is_trusted)
+    found = []
+    for text in ("one = 1", "one = 2"):
+        code.write_text(text)
+        found.append(record.identity(api.plan(config, options=options))["file"])
+    assert (found[0] != found[1]) == is_trusted
+
+
 @pytest.mark.parametrize("part", [0, 0.5, 1])
 def test_a_source_of_the_same_size_time_and_header_is_told_from_another_by_its_weights(models, configure, part):
     config, options = configure(models[0], list(models))
