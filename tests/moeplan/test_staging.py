@@ -308,11 +308,17 @@ def test_an_unfinished_merge_of_something_else_is_refused_with_what_changed(tmp_
         assert snapshot(stage.directory) == {}
 
 
+# All that is known of files, of whatever kind.
+UNCHANGED = {"nbytes": 10, "mtime_ns": 1, "header_sha256": "0", "sample_sha256": "0", "sha256": "0", "etag": "0"}
+
+
 @pytest.mark.parametrize(
     ("now", "difference"),
     [
-        ({"nbytes": 10, "mtime_ns": 2, "header_sha256": "0"}, "source a was changed (time). Undo"),
-        ({"nbytes": 11, "mtime_ns": 2, "header_sha256": "1"}, "source a was changed (size, time, header). Undo"),
+        (UNCHANGED | {"mtime_ns": 2}, "source a was changed (time). Undo"),
+        (UNCHANGED | {"nbytes": 11, "header_sha256": "1"}, "source a was changed (size, header). Undo"),
+        (UNCHANGED | {"sample_sha256": "1", "sha256": "1"}, "source a was changed (weights, content). Undo"),
+        (UNCHANGED | {"etag": "1"}, "source a was changed (ETag). Undo"),
         (None, "source a is gone. Undo"),
     ],
 )
@@ -323,7 +329,7 @@ def test_a_source_that_was_changed_is_named_with_what_of_it(tmp_path, now, diffe
             raise RunError("the disk is full")
 
     with pytest.raises(RunError):
-        begin({"nbytes": 10, "mtime_ns": 1, "header_sha256": "0"})
+        begin(UNCHANGED)
     with pytest.raises(OutputError) as raised:
         begin(now)
     assert difference in str(raised.value)
