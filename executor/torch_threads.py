@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from ctypes import CDLL, c_void_p
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event, Thread, local
+from threading import Thread, local
 
 from executor.settings import Shared
 from planner.plan import KernelStep, Plan, Step
@@ -21,7 +22,8 @@ class TorchThreads:
 
     Chunks are many and run in workers of their own, so torch must not split each of them over all cores again. A kernel
     has up to `count` of them: by itself, or one for each of its workers. Imports take seconds: those of the modules
-    `imports`, the first of which is torch, are begun here, in the background, and waited for where they are used.
+    `imports`, the first of which is torch, are begun here, in the background, and waited for where they are used: by
+    kernels all of them, since a thread that imports what fails in another is given half a module, and no reason.
     Without `imports` there is no torch.
     """
 
@@ -29,38 +31,38 @@ class TorchThreads:
         self.count = count
         self.uses_torch = bool(imports)
         self._imports = imports
-        self._loaded = Event()
+        self._loaded: list[Future[None]] = []  # who uses torch for all that, as low-rank products do, imports it there
         self._worker = local()
         if self.uses_torch and any(map(_computes, plan.steps)):
+            self._loaded = [Future() for _ in imports]
             Thread(target=self._load, name="import torch", daemon=True).start()
-        else:
-            self._loaded.set()  # who uses torch for all that, as low-rank products do, imports it there
 
     def _load(self) -> None:
         # Threads that wait for each other's part of a sum are not to keep a core from those that copy.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with _not_collecting, suppress(Exception):  # what cannot be imported says so where it is used
-            first, *others = self._imports
+        with _not_collecting:
             try:
                 open_library()
-                import_module(first)
-            finally:
-                self._loaded.set()
-            for module in others:
-                import_module(module)
+                for module, loaded in zip(self._imports, self._loaded, strict=True):
+                    import_module(module)
+                    loaded.set_result(None)
+            except BaseException as error:  # it is raised where that is waited for, and nobody waits for what follows
+                next(loaded for loaded in self._loaded if not loaded.done()).set_exception(error)
 
     def use_all(self) -> None:
-        """Called in a thread that runs kernels."""
+        """Called in a thread that runs kernels. Raises what imports did."""
         if self.uses_torch:
-            self._loaded.wait()
+            for loaded in self._loaded:
+                loaded.result()
             import torch
 
             torch.set_num_threads(self.count)
 
     def use_one(self) -> None:
-        """Called in a worker before torch computes anything there."""
+        """Called in a worker before torch computes anything there. Raises what torch's import did."""
         if not hasattr(self._worker, "prepared"):
-            self._loaded.wait()
+            for loaded in self._loaded[:1]:
+                loaded.result()
             import torch
 
             torch.set_num_threads(1)

@@ -84,6 +84,26 @@ def test_what_cannot_be_loaded_in_the_background_says_so_where_it_is_used_and_no
     assert unhandled == []
 
 
+def test_a_kernel_s_import_that_fails_in_the_background_meanwhile_is_told_by_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python gives a thread that waits for it what there is of the module, so that a name would be missing."""
+    (tmp_path / "slow_and_broken.py").write_text(
+        "import time; time.sleep(0.3); raise ImportError('libgomp.so.1: cannot open shared object file')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    read = source(tmp_path / "model.safetensors", {"x": torch.ones(4)})["x"]
+    plan = planned({"y": Opaque("kernel", "{}", (read,), read.dtype, read.shape)})
+
+    def kernel(params: Any, inputs: Any, output: torch.Tensor) -> None:
+        from slow_and_broken import function
+
+        function(output)
+
+    with pytest.raises(ImportError, match=r"^libgomp\.so\.1: cannot open shared object file$"):
+        run(plan, tmp_path, {"kernel": kernel}, imports=("torch", "slow_and_broken"))
+
+
 @pytest.mark.parametrize("collects", [True, False])
 def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, collects: bool) -> None:
     assert gc.isenabled()
