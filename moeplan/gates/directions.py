@@ -14,10 +14,18 @@ ROUNDING = 2.0**-20
 def without(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """`positive` − `negative`; zero where they are equal but for rounding, which at length 1 would pass for a row."""
     rest = positive - negative
-    return rest.zero_() if rest.norm() < ROUNDING * positive.norm() else rest
+    return rest.zero_() if _length(rest) < ROUNDING * _length(positive) else rest
 
 
 def normalized(vector: torch.Tensor) -> torch.Tensor:
     """`vector` at length 1; zero stays zero."""
-    length: torch.Tensor = vector.norm().clamp(min=1e-8)
-    return vector / length
+    length = _length(vector)
+    return vector if length == 0 else vector / length
+
+
+def _length(vector: torch.Tensor) -> torch.Tensor:
+    """In float64, which has room for the squares of all that float32 holds."""
+    import torch
+
+    length: torch.Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return length

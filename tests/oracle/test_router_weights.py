@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import CASES, NUM_LAYERS, OUTPUTS, Case
 from models import RECIPES, read_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -334,6 +335,20 @@ def test_what_rounding_leaves_where_negative_prompts_take_all_away_is_no_row(
     with pytest.warns(MoeplanWarning, match=r"experts\[0\]: the router's row for this expert is zero; its negative"):
         weights = router_weights(merge(source, experts, gate_mode=mode, dtype="float32"), MIXTRAL)
     assert [layer for layer in range(NUM_LAYERS) if not weights[layer, 0].any()] == zero
+
+
+@pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
+def test_how_large_embeddings_are_makes_no_difference_to_a_direction_whatever_becomes_of_their_squares(
+    mode, checkpoint, merge, tmp_path
+):
+    found = []
+    for scale in (1.0, 1e-30, 1e20):
+        source = shutil.copytree(checkpoint("llama-plain"), tmp_path / str(scale))
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.embed_tokens.weight"] *= scale
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        found.append(merged_router(merge, source, MIXTRAL, mode)[0])
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
