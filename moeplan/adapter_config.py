@@ -104,7 +104,7 @@ _MAX_REPEATS = 2
 class Targets:
     """Which modules `adapter_config.json` says that the adapter is on, and which were saved whole.
 
-    Modules are named by their last parts, as peft has it. None: it does not say, or by an expression.
+    Modules are named by the ends of their names, as peft has it. None: it does not say, or by an expression.
     """
 
     targets: frozenset[str] | None
@@ -130,9 +130,9 @@ class Targets:
         return self.targets is not None and self.excluded is not None and self.ignoring(module) is None
 
     def saves(self, module: str) -> bool:
-        """Whether `module`, or one that it is in, was saved whole."""
-        parts = module.split(".")
-        return any(not self.saved.isdisjoint(_endings(".".join(parts[: n + 1]))) for n in range(len(parts)))
+        """Whether `module`, or one that it is in, was saved whole: peft takes all whose names end so, within a part,
+        too (peft/utils/other.py, `_set_trainable`)."""
+        return any(f"{name}." in f"{module}." for name in self.saved)
 
 
 def _endings(module: str) -> list[str]:

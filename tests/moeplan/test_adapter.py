@@ -307,7 +307,7 @@ def test_factors_of_a_module_that_the_config_leaves_out_are_refused_since_peft_i
         assert message.endswith(MERGE_ADAPTER)
 
 
-@pytest.mark.parametrize("name", ["gate_proj", "mlp", "layers.1.mlp", "model.layers.0.mlp.gate_proj"])
+@pytest.mark.parametrize("name", ["gate_proj", "p_proj", "mlp", "lp", "layers.1.mlp", "model.layers.0.mlp.gate_proj"])
 def test_a_module_that_is_said_to_be_saved_whole_and_is_not_there_is_refused(
     tmp_path: Path, refusal: Callable[..., str], name: str
 ) -> None:
