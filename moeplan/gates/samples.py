@@ -120,7 +120,10 @@ def _token_ids(model: DenseModel, key: str) -> list[int]:
 
 
 def sample(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, weights: Weights) -> None:
-    """Draw `output`, `[number, TOKENS]`, from a model's matrices and other tensors."""
+    """Draw `output`, `[number, TOKENS]`, from a model's matrices and other tensors.
+
+    Raises CheckpointError where these give no numbers.
+    """
     import numpy as np
     import torch
 
@@ -142,6 +145,11 @@ def sample(params: Any, inputs: Sequence[torch.Tensor], output: torch.Tensor, we
                 states = layer(states, call)
             logits = skeleton.logits(states[:, -1], tensors[NORM], head, weights)
             logits[:, params["never"]] = -torch.inf
+            if not logits.amax(dim=1).isfinite().all():
+                raise CheckpointError(
+                    f"{params['model']['path']}: no passages can be drawn from it: what it expects next is NaN or "
+                    "infinite; do its weights hold such numbers? Download it again"
+                )
             tokens = _draw(logits.double().numpy(), random.random(len(output)))
             output[:, step] = torch.tensor(tokens)
 

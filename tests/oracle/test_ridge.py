@@ -421,6 +421,19 @@ def test_passages_that_experts_write_are_those_that_transformers_draws(recipe, c
     assert_equal(streamed, router)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["resident", "streamed"])
+def test_a_model_that_gives_no_numbers_writes_nothing(form, value, checkpoint, within, tmp_path):
+    source = checkpoint("llama-plain")
+    broken = shutil.copytree(source, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5] = value
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    experts = [{"source_model": each, "positive_samples": 2} for each in (source, broken)]
+    with pytest.raises(CheckpointError, match=f"^{broken}: no passages can be drawn from it: what it expects next is"):
+        within({"resident": 256 << 20, "streamed": None}[form], form, source, experts, gate_mode="ridge")
+
+
 def test_a_model_without_the_base_s_bos_token_begins_with_its_own(checkpoint):
     model = as_dense_model(open_checkpoint(checkpoint("llama-plain")))
     request = gates.GateRequest(
