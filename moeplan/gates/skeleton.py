@@ -56,7 +56,7 @@ class _NoteTaker(nn.Module):
         self._notes = notes
 
     def __getattr__(self, name: str) -> Any:
-        # transformers 4 asks a layer for its kind of attention, to choose the mask that it hands to it.
+        # Code for transformers 4, as models bring it, asks a layer for its kind of attention, to choose its mask.
         layer = super().__getattr__("_layer")
         return layer if name == "_layer" else getattr(layer, name)
 

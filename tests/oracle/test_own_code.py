@@ -36,6 +36,41 @@ class OwnForCausalLM(LlamaForCausalLM):
         self.model = OwnModel(config)
 """
 
+# As code was written for transformers 4: a layer says which mask it takes, and returns a tuple.
+OLDER = """
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+class OlderLayer(OwnLayer):
+    attention_type = "full_attention"
+
+    def forward(self, *args, **kwargs):
+        return (super().forward(*args, **kwargs),)
+
+
+class OlderModel(LlamaModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(OlderLayer(config, index) for index in range(config.num_hidden_layers))
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        rotated = self.rotary_emb(states, torch.arange(states.shape[1])[None])
+        masks = {"full_attention": None}
+        seen = [states]
+        for layer in self.layers:
+            states = layer(states, attention_mask=masks[layer.attention_type], position_embeddings=rotated)[0]
+            seen.append(states)
+        return BaseModelOutputWithPast(self.norm(states), hidden_states=tuple(seen))
+
+
+class OlderForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OlderModel(config)
+"""
+
 TOKENIZER = """
 import os
 from transformers import PreTrainedTokenizerFast
@@ -63,7 +98,7 @@ def ran(tmp_path, monkeypatch) -> Path:
 
 def with_own_code(source: Path, path: Path, auto_map: dict[str, str]) -> Path:
     shutil.copytree(source, path)
-    (path / "modeling_own.py").write_text(MODELLING)
+    (path / "modeling_own.py").write_text(MODELLING + OLDER)
     (path / "tokenization_own.py").write_text(TOKENIZER)
     for name, own in (
         ("config.json", {"auto_map": auto_map}),
@@ -73,7 +108,15 @@ def with_own_code(source: Path, path: Path, auto_map: dict[str, str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("auto_map", [CAUSAL, {"AutoModel": "modeling_own.OwnModel", **CAUSAL}], ids=["causal", "both"])
+@pytest.mark.parametrize(
+    "auto_map",
+    [
+        CAUSAL,
+        {"AutoModel": "modeling_own.OwnModel", **CAUSAL},
+        {"AutoModelForCausalLM": "modeling_own.OlderForCausalLM"},
+    ],
+    ids=["causal", "both", "older"],
+)
 def test_own_code_that_is_trusted_evaluates_the_prompts(auto_map, checkpoint, merge, ran, tmp_path):
     base = with_own_code(checkpoint("llama-plain"), tmp_path / "base", auto_map)
     weights = merged_router(merge, base, MIXTRAL, "hidden", dtype="float32", trust_remote_code=True)
@@ -103,8 +146,8 @@ def test_own_code_serves_prompts_alone_and_that_of_experts_nothing(checkpoint, m
 
 def test_own_code_without_the_parts_that_transformers_models_have_is_named(checkpoint, merge, ran, tmp_path):
     base = with_own_code(checkpoint("llama-plain"), tmp_path / "base", CAUSAL)
-    with (base / "modeling_own.py").open("a") as file:
-        file.write("        for layer in self.model.layers:\n            layer.feed_forward = layer.mlp\n")
+    with (base / "modeling_own.py").open("w") as file:
+        file.write(MODELLING + "        for layer in self.model.layers:\n            layer.feed_forward = layer.mlp\n")
         file.write("            del layer.mlp\n")
     with pytest.raises(CheckpointError, match=r"base/config.json: transformers cannot make this model: .*'mlp'"):
         merged_router(merge, base, MIXTRAL, "hidden", dtype="float32", trust_remote_code=True)

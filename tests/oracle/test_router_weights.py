@@ -24,7 +24,7 @@ from moeplan.checkpoint import open_checkpoint
 from moeplan.errors import MoeplanWarning
 from moeplan.gates import evaluation, layers, quantised
 from moeplan.gates.layers import model_params
-from moeplan.gates.skeleton import Skeleton
+from moeplan.gates.skeleton import Skeleton, _OneThread
 from moeplan.memory import CapError
 
 PROMPTS = [
@@ -141,6 +141,34 @@ def test_a_setting_of_the_base_that_is_null_is_the_family_s_default(checkpoint, 
         (source / "config.json").write_text(json.dumps(config))
         found.append(merged_router(merge, source, MIXTRAL, "hidden"))
     assert torch.equal(*found)
+
+
+def test_what_training_drops_out_is_there_when_prompts_are_evaluated(checkpoint, merge, tmp_path):
+    source = checkpoint("llama-plain")
+    trained = shutil.copytree(source, tmp_path / "trained")
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    assert torch.equal(*(merged_router(merge, base, MIXTRAL, "hidden") for base in (source, trained)))
+
+
+class Counting(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.get_num_threads()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_activation_is_computed_in_one_thread_and_what_follows_in_all(two_threads):
+    """Each of several threads would compute the end of its share in another way, and so the last bits."""
+    function = _OneThread(Counting())
+    assert function(torch.zeros(1)).item() == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_the_masks_of_one_group_of_prompts_are_kept_and_no_others(checkpoint):
