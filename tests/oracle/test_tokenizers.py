@@ -22,7 +22,8 @@ from moeplan.checkpoint import open_checkpoint
 from moeplan.config import Expert
 from moeplan.gates.prompts import tokenize
 from moeplan.gates.special_tokens import special_tokens
-from moeplan.gates.tokenizer import READERS
+from moeplan.gates.tokenizer import READERS, encode
+from moeplan.places import CheckpointError
 
 TEXTS = ["Ein Brötchen für den Doktor", "def main(): pass", "two  spaces", "雪"]
 CODE = "open({!r}, 'w')\nclass Tokenizer: pass\n"
@@ -138,20 +139,47 @@ def test_a_sentencepiece_model_is_read_by_the_class_that_is_named(
         ({"bos_token": "<s>"}, {}),
         ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "</s>"}),
         ({"added_tokens_decoder": {}}, {"bos_token": "<s>"}),
+        (None, {"bos_token": "<s>"}),
+        (None, {"eos_token": "</s>"}),
     ],
 )
 def test_the_bos_token_is_the_one_that_transformers_takes(
-    model: Path, newer: dict[str, object], older: dict[str, object]
+    model: Path, newer: dict[str, object] | None, older: dict[str, object]
 ) -> None:
     (model / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **newer})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **(newer or {})})
     )
     (model / "special_tokens_map.json").write_text(json.dumps(older))
+    if newer is None:
+        (model / "tokenizer_config.json").unlink()
     expert = Expert(source_model="model", positive_prompts=TEXTS[:1])
     tokenized = tokenize(as_dense_model(open_checkpoint(model)), (expert,))
     oracle = AutoTokenizer.from_pretrained(model)
     start = [] if oracle.bos_token_id is None else [oracle.bos_token_id]
     assert list(tokenized.tokens[0]) == [*start, *oracle.encode(TEXTS[0], add_special_tokens=False)]
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "file"),
+    [
+        ({"bos_token": "<no>"}, None, "tokenizer_config.json"),
+        ({"bos_token": "<no>"}, {"eos_token": "</s>"}, "tokenizer_config.json"),
+        ({"bos_token": "<s>"}, {"bos_token": "<no>"}, "special_tokens_map.json"),
+        (None, {"bos_token": "<no>"}, "special_tokens_map.json"),
+    ],
+)
+@pytest.mark.parametrize("what", ["a token", "text"])
+def test_a_bos_token_that_cannot_be_is_refused_by_the_file_that_has_the_last_word(
+    model: Path, what: str, newer: dict[str, object] | None, older: dict[str, object] | None, file: str
+) -> None:
+    for name, said in (("tokenizer_config.json", newer), ("special_tokens_map.json", older)):
+        (model / name).unlink(missing_ok=True)
+        if said is not None:
+            wrong = {"bos_token": 7} if what == "text" and said.get("bos_token") == "<no>" else {}
+            (model / name).write_text(json.dumps(said | wrong))
+    message = "'<no>' is not a token of tokenizer.json" if what == "a token" else "is 7; it must be text, or null"
+    with pytest.raises(CheckpointError, match=f"^{model / file}: bos_token {message}$"):
+        encode(as_dense_model(open_checkpoint(model)), ["x"], False)
 
 
 @pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
@@ -225,6 +253,11 @@ def assert_tokens_are_those_of_transformers(
         {"added_tokens": {"<|im_end|>": 401, "<|im_start|>": 400, "tool": 402}},
         {"added_tokens": {"<|im_end|>": 400}, "special_tokens_map": {"eos_token": "<|im_end|>"}},
         {
+            "tokenizer_config": {"split_special_tokens": True},
+            "special_tokens_map": {"eos_token": "<tool>"},
+            "added_tokens": {"<tool>": 400, "code": 401},
+        },
+        {
             "tokenizer_config": {"added_tokens_decoder": listed("<tool>"), "eos_token": "<|im_end|>"},
             "special_tokens_map": {"pad_token": "<pad>"},
             "added_tokens": {"code": 402},
@@ -235,6 +268,13 @@ def assert_tokens_are_those_of_transformers(
 def test_special_tokens_that_are_named_beside_tokenizer_json_are_those_of_transformers(
     model: Path, files: dict[str, dict[str, object]]
 ) -> None:
+    assert_tokens_are_those_of_transformers(model, files)
+
+
+def test_added_tokens_that_are_special_are_looked_for_before_text_is_normalised_and_others_after(model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "Lowercase"}}))
+    files = {"added_tokens": {"<TOOL>": 400, "CODE": 401}, "special_tokens_map": {"eos_token": "<TOOL>"}}
     assert_tokens_are_those_of_transformers(model, files)
 
 
