@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers.dynamic_module_utils
 from test_router_weights import MIXTRAL, PROMPTS, assert_same_directions, computed_by_transformers, merged_router
 
@@ -122,6 +123,14 @@ def test_own_code_that_is_trusted_evaluates_the_prompts(auto_map, checkpoint, me
     weights = merged_router(merge, base, MIXTRAL, "hidden", dtype="float32", trust_remote_code=True)
     assert set(ran.read_text().split()) == {"modelling", "tokenizer"}
     assert_same_directions(weights, computed_by_transformers(base, "hidden", trust_remote_code=True))
+
+
+def test_own_code_may_be_of_the_model_without_its_head(checkpoint, merge, ran, tmp_path):
+    found = []
+    for key, name in (("AutoModel", "OwnModel"), ("AutoModelForCausalLM", "OwnForCausalLM")):
+        base = with_own_code(checkpoint("llama-plain"), tmp_path / key, {key: f"modeling_own.{name}"})
+        found.append(merged_router(merge, base, MIXTRAL, "hidden", dtype="float32", trust_remote_code=True))
+    assert torch.equal(*found)
 
 
 def test_own_code_is_never_run_where_it_is_not_trusted_and_its_being_there_is_warned_of(
