@@ -1,7 +1,9 @@
 """Where prompts are evaluated. What needs a GPU is skipped where there is none, and says so."""
 
 import json
+import shutil
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,15 +86,18 @@ def test_what_a_gpu_needs_is_refused_where_it_may_not_take_it(experts, plan, mon
         plan(experts[0]["source_model"], experts, max_device_memory=(least - 1) * MIB, **settings)
 
 
-def test_whatever_is_there_is_the_cpu_where_a_gpu_has_too_little_memory(experts, plan, monkeypatch):
+def test_whatever_is_there_is_the_cpu_where_a_gpu_has_too_little_memory(experts, plan, monkeypatch, tmp_path):
+    """What there is to warn of beside that is said once, though it is planned twice."""
     monkeypatch.setattr(device, "find", lambda name, _: Device("cuda:1", MIB))
-    prompts = [{**expert, "positive_prompts": [*expert["positive_prompts"], ""]} for expert in experts]
+    base = shutil.copytree(experts[0]["source_model"], tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "auto_map": {"AutoModel": "modeling_own.Own"}}))
     with pytest.warns(MoeplanWarning) as said:
-        planned = plan(experts[0]["source_model"], prompts, gate_mode="hidden", device="auto")
+        planned = plan(base, experts, gate_mode="hidden", device="auto")
     assert planned.device == CPU
     assert "cuda" not in "".join(step.params for step in planned.plan.kernels)
     messages = [str(warning.message) for warning in said]
-    assert sum("empty prompt" in message for message in messages) == 1
+    assert sum("auto_map names code" in message for message in messages) == 1
     assert "--device auto: not cuda:1: 1 MiB of its memory may be taken, and evaluating" in messages[-1]
 
 
@@ -121,6 +126,17 @@ def test_no_more_of_a_gpu_s_memory_is_taken_than_is_free(monkeypatch, most, budg
         monkeypatch.setattr(torch, function, lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (300 * MIB, 1000 * MIB))
     assert device.find("cuda:1", most) == Device("cuda:1", budget_mib * MIB)
+
+
+@pytest.mark.parametrize(("budget_mib", "fraction"), [(300, 0.4), (1000, 1.0)])
+def test_torch_may_take_no_more_than_the_budget_meanwhile_and_all_afterwards(monkeypatch, budget_mib, fraction):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda name: 100 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: SimpleNamespace(total_memory=1000 * MIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: fractions.append(given))
+    with Device("cuda:1", budget_mib * MIB).within_budget():
+        assert fractions == [(fraction, "cuda:1")]
+    assert fractions[1:] == [(1.0, "cuda:1")]
 
 
 def test_a_gpu_s_name_is_part_of_the_plan_and_its_free_memory_is_not(experts, plan, monkeypatch):

@@ -4,6 +4,7 @@ The gate of a shared expert is made of its prompts as a router's row is.
 """
 
 import json
+import math
 import re
 import shutil
 import weakref
@@ -26,6 +27,7 @@ from moeplan.gates import evaluation, layers, quantised
 from moeplan.gates.layers import model_params
 from moeplan.gates.skeleton import Skeleton, _OneThread
 from moeplan.memory import CapError
+from planner.plan import KernelStep
 
 PROMPTS = [
     {"positive_prompts": ["Where does it hurt, and since when?"], "negative_prompts": ["a sword"]},
@@ -273,7 +275,7 @@ def test_quantising_changes_the_routers_and_nothing_else(checkpoint, merge):
         assert changed == {f"model.layers.{layer}.{MIXTRAL.names.router}" for layer in range(1, NUM_LAYERS)}
 
 
-def test_a_layer_that_is_streamed_is_read_for_each_group_of_prompts(checkpoint, plan, monkeypatch):
+def test_a_layer_that_is_streamed_is_read_for_each_group_of_prompts_unless_quantised(checkpoint, plan, monkeypatch):
     source = checkpoint("llama-plain")
     experts = [{"source_model": source, "positive_prompts": each} for each in (["x", "Guten Tag"], ["yes, " * 40])]
     matrices_nbytes = sum(
@@ -281,13 +283,54 @@ def test_a_layer_that_is_streamed_is_read_for_each_group_of_prompts(checkpoint, 
         for name, tensor in read_tensors(source).items()
         if tensor.dim() == 2 and name.startswith(tuple(f"model.layers.{layer}." for layer in range(NUM_LAYERS - 1)))
     )
-    for nbytes, groups in ((evaluation.GROUP_NBYTES, 1), (1, 3)):
+    quantised_once = {"load_in_8bit": True}
+    for nbytes, times, settings in ((evaluation.GROUP_NBYTES, 1, {}), (1, 3, {}), (1, 1, quantised_once)):
         monkeypatch.setattr(evaluation, "GROUP_NBYTES", nbytes)
         with pytest.raises(CapError) as refused:
-            plan(source, experts, gate_mode="hidden", max_memory="1MiB")
+            plan(source, experts, gate_mode="hidden", max_memory="1MiB", **settings)
         least = int(re.search(r"--max-memory (\d+)MiB", str(refused.value))[1])
-        planned = plan(source, experts, gate_mode="hidden", max_memory=f"{least}MiB").plan
-        assert planned.reread_nbytes == groups * matrices_nbytes
+        planned = plan(source, experts, gate_mode="hidden", max_memory=f"{least}MiB", **settings).plan
+        assert planned.reread_nbytes == times * matrices_nbytes
+
+
+def test_groups_have_as_many_prompts_as_fit_when_padded_and_none_on_both_sides_of_a_switch():
+    assert evaluation._grouped([3, 3, 3, 4, 9, 9], 8, None) == [[3, 3], [3, 4], [9], [9]]
+    assert evaluation._grouped([2, 3, 4, 5], 100, 3) == [[2, 3], [4, 5]]
+
+
+def layer_steps(plan, source, *prompts: str, **settings: Any) -> list[KernelStep]:
+    experts = [{"source_model": source, "positive_prompts": [prompt]} for prompt in prompts]
+    steps = plan(source, experts, gate_mode="hidden", **settings).plan.kernels
+    return [step for step in steps if step.kernel == "decoder_layer"]
+
+
+def test_blocks_are_counted_with_the_products_of_the_largest_group(checkpoint, plan, monkeypatch):
+    monkeypatch.setattr(evaluation, "GROUP_NBYTES", 1)
+    source = checkpoint("llama-plain")
+    either, longest = (
+        {step.block_nbytes for step in layer_steps(plan, source, *prompts)}
+        for prompts in (("1", "2" * 199), ("1" * 199, "2" * 199))
+    )
+    assert either == longest
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_a_quantised_layer_takes_is_counted(bits, checkpoint, plan):
+    """In 8 bits a scale, of 4 bytes, for each row; in 4 one for 64 elements."""
+    source = checkpoint("llama-off-page")
+    shapes = [
+        tensor.shape
+        for name, tensor in read_tensors(source).items()
+        if name.startswith("model.layers.0.") and tensor.dim() == 2
+    ]
+    scales = sum(rows if bits == 8 else math.ceil(rows * columns / 64) for rows, columns in shapes)
+    taken = sum(math.ceil(rows * columns * bits / 8) for rows, columns in shapes) + 4 * scales
+    plain, smaller = (
+        layer_steps(plan, source, "x", "Guten Tag", **settings) for settings in ({}, {f"load_in_{bits}bit": True})
+    )
+    for step, other in zip(smaller, plain, strict=True):
+        assert taken <= step.workspace_nbytes - other.workspace_nbytes <= taken + 16 * len(shapes)
+        assert step.block_nbytes - other.block_nbytes >= 30 * quantised.PIECE_NUMEL
 
 
 def test_groups_of_prompts_make_no_difference(checkpoint, within, monkeypatch):
