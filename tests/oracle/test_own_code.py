@@ -153,10 +153,22 @@ def test_own_code_serves_prompts_alone_and_that_of_experts_nothing(checkpoint, m
     assert not ran.exists()
 
 
-def test_own_code_without_the_parts_that_transformers_models_have_is_named(checkpoint, merge, ran, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("layer.feed_forward = layer.mlp\n            del layer.mlp", "'mlp'"),
+        (
+            "layer.register_buffer('scale', layer.mlp.up_proj.weight.new_ones(1))",
+            "it computes layers.0.scale",
+        ),
+    ],
+    ids=["parts", "numbers"],
+)
+def test_own_code_without_the_parts_that_transformers_models_have_or_with_numbers_of_its_own_is_named(
+    change, reason, checkpoint, merge, ran, tmp_path
+):
     base = with_own_code(checkpoint("llama-plain"), tmp_path / "base", CAUSAL)
-    with (base / "modeling_own.py").open("w") as file:
-        file.write(MODELLING + "        for layer in self.model.layers:\n            layer.feed_forward = layer.mlp\n")
-        file.write("            del layer.mlp\n")
-    with pytest.raises(CheckpointError, match=r"base/config.json: transformers cannot make this model: .*'mlp'"):
+    code = f"        for layer in self.model.layers:\n            {change}\n"
+    (base / "modeling_own.py").write_text(MODELLING + code)
+    with pytest.raises(CheckpointError, match=f"base/config.json: transformers cannot make this model: .*{reason}"):
         merged_router(merge, base, MIXTRAL, "hidden", dtype="float32", trust_remote_code=True)
