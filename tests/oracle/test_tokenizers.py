@@ -312,6 +312,16 @@ def test_what_is_no_token_where_tokens_are_named_is_passed_over(tmp_path: Path) 
     assert special_tokens(tmp_path).added == ()
 
 
+def test_a_tokenizer_that_cuts_and_pads_what_it_is_given_does_neither_with_prompts(model: Path) -> None:
+    expected = tokens_of_texts(model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=32, pad_id=2, pad_token="</s>")
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert tokens_of_texts(model) == expected
+    assert max(map(len, expected)) > 4
+
+
 def test_a_prompt_that_begins_with_the_bos_token_gets_no_second_one(model: Path) -> None:
     base = as_dense_model(open_checkpoint(model))
     once, twice = (
