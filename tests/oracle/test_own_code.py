@@ -9,6 +9,7 @@ import torch
 import transformers.dynamic_module_utils
 from test_router_weights import MIXTRAL, PROMPTS, assert_same_directions, computed_by_transformers, merged_router
 
+from moeplan.gates.layers import own_model_class
 from moeplan.places import CheckpointError
 
 MODELLING = """
@@ -142,6 +143,11 @@ def test_own_code_is_never_run_where_it_is_not_trusted_and_its_being_there_is_wa
         weights = merged_router(merge, base, MIXTRAL, "hidden", dtype="float32")
     assert not ran.exists()
     assert_same_directions(weights, computed_by_transformers(plain, "hidden"))
+
+
+@pytest.mark.parametrize("auto_map", [None, 7, "AutoModel", ["AutoModel"], {"AutoConfig": "configuration_own.Own"}])
+def test_an_auto_map_that_names_no_model_is_no_code_of_one(auto_map):
+    assert own_model_class({"auto_map": auto_map}) is None
 
 
 def test_own_code_serves_prompts_alone_and_that_of_experts_nothing(checkpoint, merge, ran, tmp_path):
