@@ -307,16 +307,18 @@ def test_a_run_that_fails_waits_for_no_network(
     plan: Plan, reads: dict[str, Read], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read that waits for a server is interrupted, and what it says then does not hide why."""
-    interrupted, read_into = Event(), SourceReader.read_into
+    is_waiting, interrupted, read_into = Event(), Event(), SourceReader.read_into
     waited: list[bool] = []
 
     def waiting(self: SourceReader, source: int, offset: int, *args: Any, **how: Any) -> None:
         if offset == reads["other"].offset:
+            is_waiting.set()
             waited.append(interrupted.wait(30))
             raise RunError("interrupted")
         read_into(self, source, offset, *args, **how)
 
     def failing(*args: Any) -> None:
+        assert is_waiting.wait(30)
         raise Stop
 
     monkeypatch.setattr(SourceReader, "read_into", waiting)
