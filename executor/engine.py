@@ -299,11 +299,14 @@ class _Run:
 
     def _submit(self, under_way: _Chunks, work: Callable[..., tuple[int, int]], *args: Any) -> None:
         """Have a worker do `work(slab, *args)` as soon as there is a slab for it."""
-        self._check_stopping()
         slab = self._slabs.take()
         try:
+            self._check_stopping()
             under_way.append(self._workers.submit(self._with_slab, slab, work, *args))
-        except RuntimeError:  # no thread could be started, and the other part may wait for this slab
+        except BaseException as error:
+            # The other part may wait for this slab, and is not to use it: where no thread could be started for this
+            # work, one that there is may do it all the same.
+            self._stop(error)
             self._slabs.give_back(slab)
             raise
         while under_way and under_way[0].done():

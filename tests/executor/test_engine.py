@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,13 +20,14 @@ from plans import column_sums, digest, load, planned, source
 
 from executor import engine, writer
 from executor.buffers import SlabPool
+from executor.chunk_runner import ChunkRunner
 from executor.engine import Progress, run
 from executor.errors import RunError
 from executor.reader import SourceReader
-from executor.ways import physical_nbytes
+from executor.ways import Piece, physical_nbytes
 from executor.weights import Weights
-from planner.expr import DType, Expr, Opaque
-from planner.plan import KernelStep
+from planner.expr import DType, Expr, Opaque, Read
+from planner.plan import KernelStep, StreamStep
 
 
 def test_progress_ends_at_all_bytes_read_and_written(tmp_path: Path, outputs: dict[str, Expr]) -> None:
@@ -265,6 +267,58 @@ def test_a_part_that_no_thread_could_be_started_for_does_not_keep_the_other_wait
     with pytest.raises(RunError, match="start no more threads"):
         run(plan, tmp_path, {"column_sums": column_sums})
     assert len(taken) == 2
+
+
+def test_a_chunk_that_no_thread_could_be_started_for_shares_its_slab_with_no_other(
+    tmp_path: Path, reads: dict[str, Read], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may run all the same, in a thread that there is already."""
+    sums = Opaque("column_sums", "1", (reads["other"],), DType.F32, (1000,))
+    plan = planned({"copy": reads["large"], "sums": sums}, budget=9_600_000)
+    assert plan.pool.workers == 3
+    run_chunk, take, give_back, start = ChunkRunner.run, SlabPool.take, SlabPool.give_back, threading.Thread.start
+    two_run, go_on, taken = Event(), Event(), itertools.count()
+    workers: set[int] = set()
+    running: list[memoryview] = []
+    shared: list[memoryview] = []
+
+    def taking(self: SlabPool) -> memoryview:
+        slab = take(self)
+        assert next(taken) < 2 or two_run.wait(30)
+        return slab
+
+    def noting(self: ChunkRunner, slab: memoryview, step: StreamStep, piece: Piece) -> tuple[int, int]:
+        shared.extend(other for other in running if other is slab)
+        workers.add(threading.get_ident())
+        running.append(slab)
+        if len(workers) == 2:
+            two_run.set()
+        assert go_on.wait(30)
+        time.sleep(0.1)
+        try:
+            return run_chunk(self, slab, step, piece)
+        finally:
+            running.remove(slab)
+
+    def giving_back(self: SlabPool, slab: memoryview) -> None:
+        give_back(self, slab)
+        if threading.get_ident() not in workers:
+            time.sleep(0.2)  # in which the other part may take it
+            go_on.set()
+            time.sleep(0.5)  # in which both chunks may run, before what waits is dropped
+
+    def limited(self: threading.Thread) -> None:
+        if two_run.is_set():
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(ChunkRunner, "run", noting)
+    monkeypatch.setattr(SlabPool, "take", taking)
+    monkeypatch.setattr(SlabPool, "give_back", giving_back)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RunError, match="start no more threads"):
+        run(plan, tmp_path, {"column_sums": column_sums})
+    assert shared == []
 
 
 def test_buffers_that_take_more_than_the_plan_forecast_end_the_run(tmp_path: Path, outputs: dict[str, Expr]) -> None:
