@@ -15,11 +15,12 @@ a journal with another identity must not go on with it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -32,6 +33,9 @@ from planner.plan import FileSink
 
 NAME = "journal"
 RESULTS = "results"
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""How the system says that there is no such file, nor can be."""
 
 
 class Journal:
@@ -222,7 +226,10 @@ class Journal:
 
 
 def read_identity(directory: Path) -> dict[str, Any] | None:
-    """The identity that the journal in `directory` was begun with; None where there is none that can be read."""
+    """The identity that the journal in `directory` was begun with; None where there is no journal, or none left in it.
+
+    Raises RunError where it cannot be read.
+    """
     for record, _ in _records(directory):
         identity = record.get("identity")
         return identity if isinstance(identity, dict) else None
@@ -230,7 +237,10 @@ def read_identity(directory: Path) -> dict[str, Any] | None:
 
 
 def read_publishing(directory: Path) -> list[str]:
-    """The names of the finished model that was being moved to its place when its run ended."""
+    """The names of the finished model that was being moved to its place when its run ended.
+
+    Raises RunError where the journal in `directory` cannot be read.
+    """
     names: list[str] = []
     for record, _ in _records(directory):
         names = record.get("publishing", names)
@@ -258,9 +268,18 @@ def _trusted(directory: Path) -> tuple[Finished, list[dict[str, Any]]]:
 
 
 def _records(directory: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each line's record with the position where the line ends, up to the first line that is none."""
-    end = 0
-    with suppress(OSError), open(directory / NAME, "rb") as file:
+    """Each line's record with the position where the line ends, up to the first line that is none.
+
+    Raises RunError where there is a journal that cannot be read: who took it for none would throw away what it is of.
+    """
+    end, path = 0, directory / NAME
+    with naming(path), ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(path, "rb"))
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return
+            raise
         for line in file:
             try:
                 record = json.loads(line)

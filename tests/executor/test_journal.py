@@ -40,6 +40,21 @@ def test_the_identity_that_a_journal_was_begun_with_can_be_read(tmp_path: Path) 
     assert json.loads((tmp_path / journal.NAME).read_text().splitlines()[0])["identity"] == {"config": {"a": 1}}
 
 
+def test_a_journal_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    """Or all that it says is finished would be thrown away."""
+    (tmp_path / journal.NAME).mkdir()
+    for read in (journal.read_identity, journal.read_publishing, Journal):
+        with pytest.raises(RunError, match=rf"/{journal.NAME}: Is a directory"):
+            read(tmp_path)
+
+
+def test_where_no_journal_can_be_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("missing", "file", "loop", 300 * "long"):
+        assert journal.read_identity(tmp_path / name) is None
+
+
 def test_results_that_an_earlier_run_had_no_time_to_remove_are_removed(tmp_path: Path) -> None:
     kept = Journal(tmp_path, {})
     for name in ("first", "second"):
