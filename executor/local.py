@@ -39,7 +39,8 @@ class LocalFile:
         self._advise(0, 0, RANDOM)
         self._direct_fd: int | None = None
         with suppress(OSError, AttributeError):  # a file system, or a system, without it
-            self._direct_fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            # Not by its path, where another file may be by now.
+            self._direct_fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def read_into(self, offset: int, slab: memoryview, begin: int, nbytes: int, *, cached: bool = True) -> None:
         """Fill `slab[begin : begin + nbytes]` from byte `offset` of the file; from the disk, if not `cached`.

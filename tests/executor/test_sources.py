@@ -21,6 +21,7 @@ def test_a_source_that_changed_since_planning_is_refused(tmp_path: Path, outputs
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     with pytest.raises(RunError, match=r"source\.safetensors: the file was changed since"):
         run(plan, tmp_path, {"column_sums": column_sums})
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path, outputs: dict[str, Expr]) -> None:
@@ -39,6 +40,30 @@ def test_a_source_that_shrinks_or_changes_during_the_run_is_noticed(tmp_path: Pa
 
     with pytest.raises(RunError, match=r"source\.safetensors: the file (ends at byte|was changed)"):
         run(plan, tmp_path, {"column_sums": column_sums}, shrink)
+
+
+def test_a_source_that_is_replaced_while_it_is_opened_is_read_as_it_was_planned(
+    tmp_path: Path, outputs: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, path, opening = planned({"copy": outputs["copy"]}), tmp_path / "source.safetensors", os.open
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "whole")
+    other = tmp_path / "other"
+    other.write_bytes(bytes(path.stat().st_size))
+
+    def replacing(name: Any, flags: int, *mode: int) -> int:
+        fd = opening(name, flags, *mode)
+        if name == str(path) and other.exists():
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk
+            other.replace(path)
+        return fd
+
+    monkeypatch.setattr(os, "open", replacing)
+    run(plan, tmp_path / "out")
+    assert not other.exists()
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 def test_a_source_that_cannot_be_looked_at_any_more_is_named(
