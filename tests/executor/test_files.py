@@ -4,12 +4,36 @@ import ctypes
 import errno
 import fcntl
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from executor import files
-from executor.files import copy_file, reserve, sync, write_file
+from executor.files import BLOCK_NBYTES, copy_file, reserve, sync, write_file
+
+
+def test_a_file_has_what_was_put_into_it_and_nothing_of_what_was_there(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(2 * BLOCK_NBYTES + 1)
+    for name in ("file", "copy"):
+        (tmp_path / name).write_bytes(bytes(3 * BLOCK_NBYTES))
+    write_file(tmp_path / "file", data)
+    copy_file(tmp_path / "file", tmp_path / "copy")
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_file_that_is_copied_is_whole_when_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    write_file(tmp_path / "file", b"data")
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    copy_file(tmp_path / "file", tmp_path / "copy")
+    assert sizes == [4]
+
+
+def test_a_file_that_cannot_be_copied_for_what_it_is_copied_from_names_that(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        copy_file(Path("/proc/self/mem"), tmp_path / "copy")
+    assert failed.value.filename == "/proc/self/mem"
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF])

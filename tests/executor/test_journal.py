@@ -104,6 +104,26 @@ def test_a_result_that_fails_before_it_is_used_is_computed_by_the_next_run(tmp_p
     assert not again.finished.results
 
 
+def test_a_result_that_is_gone_is_computed_by_the_next_run(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    kept.save_result("first", memoryview(bytes(100)))
+    (tmp_path / journal.RESULTS / "first").unlink()
+    with pytest.raises(RunError, match="/first: No such file or directory"):
+        kept.load_result("first", memoryview(bytearray(100)))
+    kept.close()
+    again = Journal(tmp_path, {})
+    again.close()
+    assert not again.finished.results
+
+
+def test_a_result_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    kept = Journal(tmp_path, {})
+    (tmp_path / journal.RESULTS / "first").mkdir(parents=True)
+    with pytest.raises(RunError, match="/first: Is a directory"):
+        kept.save_result("first", memoryview(bytes(100)))
+    kept.close()
+
+
 def test_results_are_put_on_the_disk_when_they_are_to_count_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
