@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import repeat
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_a_sync_begins_when_the_last_one_was_done_ten_seconds_ago(
             syncing.now_and_then()
             worker.submit(int).result()  # so it is done
     assert begun == [11.0, 23.0, 35.0]
+
+
+def test_nobody_waits_for_a_sync_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, ended_in_time = Event(), list[bool]()
+    monkeypatch.setattr(durability, "SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(ShardWriter, "sync", lambda _: ended_in_time.append(may_end.wait(10)))
+    with ThreadPoolExecutor(1) as worker, closing(ShardWriter(tmp_path, [])) as shards:
+        syncing = Durability(shards, Journal(), worker)
+        syncing.now_and_then()
+        syncing.now_and_then()
+        may_end.set()
+        syncing.finish()
+    assert ended_in_time == [True, True]
 
 
 def test_a_sync_that_failed_in_the_background_is_an_error_the_next_time_that_one_might_begin(
