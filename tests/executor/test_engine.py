@@ -83,6 +83,26 @@ def test_a_kernel_whose_weights_are_in_memory_is_shown_to_go_on_with_each_block(
     assert within[-5:] == ["slow"] * 5  # of six
 
 
+def test_a_kernel_computes_in_as_many_threads_as_there_may_be_and_each_of_its_blocks_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = source(tmp_path / "source.safetensors", {"a": torch.ones(20, 1000)})["a"]
+    kernel = Opaque("kernel", "0", (), DType.F32, (10,), weights=(weights,), block_nbytes=1 << 20)
+    asked_for: dict[int, int] = {}
+    seen: list[int | None] = []
+
+    def compute(params: object, inputs: object, output: torch.Tensor, weights: Weights) -> None:
+        seen.append(asked_for.get(threading.get_ident()))
+        weights.for_each_block(
+            weights.matrices[0], 10, lambda begin, block: seen.append(asked_for.get(threading.get_ident()))
+        )
+        output.zero_()
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: asked_for.update({threading.get_ident(): count}))
+    run(planned({"sums": kernel}), tmp_path, {"kernel": compute}, threads=4)
+    assert seen == [4, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [(errno.ENOSPC, "the disk is full; free some space"), (errno.EIO, "Input/output error")],
