@@ -272,7 +272,7 @@ def _layout(family: Family, asked: str | None) -> str:
 
 def _refuse_to_replace_a_source(out: Path, sources: Sources) -> None:
     for _, model in sources.named():
-        if out.resolve() in (directory.resolve() for directory in model.directories):
+        if out.exists() and any(out.samefile(directory) for directory in model.directories):
             raise OutputError(f"{out}: is a source of this merge; give another directory")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 
 import pytest
 from commands import moeplan, snapshot, write_config
@@ -71,6 +73,22 @@ def test_a_text_that_passages_are_drawn_from_is_not_replaced(old_model, tmp_path
         assert refused.status == 2
         assert refused.error.startswith(f"{text}: is among this merge's `positive_files`, and the model would replace")
     assert snapshot(old_model) == before
+
+
+def test_a_source_is_not_replaced_by_whichever_path_it_is_called(checkpoint, tmp_path):
+    source, mounted = tmp_path / "source", tmp_path / "mounted"
+    shutil.copytree(checkpoint("llama-plain"), source)
+    config = write_config(tmp_path / "merge.yml", source, [source, checkpoint("llama-plain", 1)])
+    before = snapshot(source)
+    mounted.mkdir()
+    if subprocess.run(["mount", "--bind", source, mounted], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a directory in two places here")
+    try:
+        refused = moeplan(config, mounted, "--overwrite")
+    finally:
+        subprocess.run(["umount", mounted], check=True)
+    assert refused.error == f"{mounted}: is a source of this merge; give another directory"
+    assert snapshot(source) == before
 
 
 @pytest.mark.parametrize("option", ["--write-model-card", "--no-write-model-card"])
