@@ -62,7 +62,7 @@ def publish(directory: Path, partial: Path, journal: Journal, *, overwrite: bool
             for name in journal.finished.replacing
             if left and (name in left or name not in new) and not os.path.lexists(replaced / name)
         ]
-        appeared = [name for name in left if name not in old and (directory / name).exists()]
+        appeared = [name for name in left if name not in old and os.path.lexists(directory / name)]
         if appeared and not overwrite:
             raise _has_appeared(directory / appeared[0])
         gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
@@ -89,7 +89,7 @@ def _move(directory: Path, moves: Sequence[tuple[Path, Path]]) -> None:
     done: list[tuple[Path, Path]] = []
     try:
         for source, target in moves:
-            if source.exists():
+            if os.path.lexists(source):
                 if (source, target) == moves[-1]:
                     sync(directory)  # what loaders look for is there for good when all else is
                 done.append((source, target))

@@ -212,6 +212,30 @@ def test_nor_is_what_appeared_before_a_stopped_finish_is_gone_on_with(tmp_path, 
     assert (tmp_path / "config.json").read_text() == "config.json"
 
 
+def test_a_link_that_leads_nowhere_is_somebody_s_file_too(tmp_path, monkeypatch):
+    def finish(**how: bool) -> None:
+        with staged(tmp_path, SAME, **how) as stage:
+            assert stage.is_complete
+
+    def broken(source: Path, target: Path) -> None:
+        if source.name == "config.json" and source.parent.name == "model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    rename = os.rename
+    stop_before_the_first_move(tmp_path)
+    (tmp_path / "config.json").symlink_to("unmounted/config.json")
+    with pytest.raises(OutputError, match=r"config\.json: has appeared there since the merge began"):
+        finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", broken)
+        with pytest.raises(RunError, match="could not be moved here"):
+            finish(overwrite=True)
+    assert (tmp_path / "config.json").readlink() == Path("unmounted/config.json")
+    finish(overwrite=True)
+    assert (tmp_path / "config.json").read_text() == "config.json"
+
+
 def test_half_a_model_is_not_published_where_finished_files_are_gone(tmp_path):
     stop_before_the_first_move(tmp_path)
     (tmp_path / PARTIAL / "model" / MODEL[1]).unlink()
