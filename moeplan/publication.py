@@ -16,7 +16,7 @@ from executor.files import sync
 from executor.journal import Journal
 from moeplan.checkpoint import CONFIG, INDEX
 from moeplan.output import OutputError
-from moeplan.replacing import replaced_by
+from moeplan.replacing import refuse_directories, replaced_by
 
 MODEL = "model"
 REPLACED = "replaced"
@@ -65,6 +65,7 @@ def publish(directory: Path, partial: Path, journal: Journal, *, overwrite: bool
         appeared = [name for name in left if name not in old and os.path.lexists(directory / name)]
         if appeared and not overwrite:
             raise _has_appeared(directory / appeared[0])
+        refuse_directories(directory, [*old, *appeared])
         gone = [name for name in new if not (model / name).exists() and not (directory / name).exists()]
         if gone:
             raise GoneError(f"{model / gone[0]}: is gone, though it was finished; remove {partial} and merge again")

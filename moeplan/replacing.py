@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moeplan.checkpoint import CONFIG
 from moeplan.model_card import is_own_card
-from moeplan.output import CARD, CONFIG_COPY, RECORD
+from moeplan.output import CARD, CONFIG_COPY, RECORD, OutputError
 from moeplan.places import CheckpointError, opened
 from moeplan.tokenizer_files import TEMPLATES, is_tokenizer_file
 
@@ -26,9 +26,10 @@ def is_of_a_model(name: str) -> bool:
 
 def replaced_by(names: Collection[str], directory: Path, config_text: str) -> list[str]:
     """What in `directory` a model of files with these `names`, merged as the YAML `config_text` says, takes the place
-    of. A card and a YAML file stay where they are no work of moeplan's for another model."""
+    of. A card and a YAML file stay where they are no work of moeplan's for another model. Raises OutputError where
+    `refuse_directories` does."""
     there = sorted(entry.name for entry in directory.iterdir())
-    return [
+    replaced = [
         name
         for name in there
         if name in names
@@ -36,6 +37,15 @@ def replaced_by(names: Collection[str], directory: Path, config_text: str) -> li
         or (name == CARD and is_own_card(_text(directory, CARD)))
         or (name == CONFIG_COPY and _text(directory, CONFIG_COPY) != config_text)
     ]
+    refuse_directories(directory, replaced)
+    return replaced
+
+
+def refuse_directories(directory: Path, names: Collection[str]) -> None:
+    """Raises OutputError where one of `names` in `directory` is itself a directory: who knows what is in it."""
+    for name in names:
+        if name != TEMPLATES and (directory / name).is_dir():
+            raise OutputError(f"{directory / name}: is a directory, and no part of a model; move it away")
 
 
 def _text(directory: Path, name: str) -> str:

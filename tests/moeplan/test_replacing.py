@@ -75,6 +75,26 @@ def test_a_text_that_passages_are_drawn_from_is_not_replaced(old_model, tmp_path
     assert snapshot(old_model) == before
 
 
+@pytest.mark.parametrize("name", ["before-tuning.safetensors", "README.md", "config.json"])
+def test_a_directory_is_not_taken_for_a_file_of_the_model_whatever_its_name(old_model, tmp_path, name):
+    place = old_model / name
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    (place / "notes.txt").touch()
+    before = snapshot(old_model)
+    for option in ("--plan", "--write-model-card"):
+        refused = moeplan(tmp_path / "new.yml", old_model, "--overwrite", option)
+        assert refused.status == 2
+        assert refused.error == f"{place}: is a directory, and no part of a model; move it away"
+    assert snapshot(old_model) == before
+
+
+def test_old_chat_templates_are_replaced_though_they_are_in_a_directory(old_model, tmp_path):
+    (old_model / "additional_chat_templates").mkdir()
+    assert moeplan(tmp_path / "new.yml", old_model, "--overwrite").status == 0
+    assert not (old_model / "additional_chat_templates").exists()
+
+
 def test_a_source_is_not_replaced_by_whichever_path_it_is_called(checkpoint, tmp_path):
     source, mounted = tmp_path / "source", tmp_path / "mounted"
     shutil.copytree(checkpoint("llama-plain"), source)

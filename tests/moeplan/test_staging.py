@@ -236,6 +236,33 @@ def test_a_link_that_leads_nowhere_is_somebody_s_file_too(tmp_path, monkeypatch)
     assert (tmp_path / "config.json").read_text() == "config.json"
 
 
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_directory_that_appears_where_a_file_goes_is_not_taken_away(tmp_path, is_begun):
+    place = tmp_path / "tokenizer.json"
+
+    def put_directory() -> None:
+        place.mkdir()
+        (place / "notes.txt").touch()
+
+    def finish() -> None:
+        with staged(tmp_path, SAME, overwrite=True) as stage:
+            write_model(stage)
+            finish_something(stage)
+            put_directory()
+
+    if is_begun:
+        stop_before_the_first_move(tmp_path)
+        put_directory()
+    with pytest.raises(OutputError, match=r"tokenizer\.json: is a directory, and no part of a model; move it away"):
+        finish()
+    assert {path.name for path in tmp_path.iterdir()} == {PARTIAL, "tokenizer.json"}
+    (place / "notes.txt").rename(tmp_path / "notes.txt")
+    place.rmdir()
+    with staged(tmp_path, SAME) as stage:
+        assert stage.is_complete == is_begun
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX, "notes.txt"}
+
+
 def test_half_a_model_is_not_published_where_finished_files_are_gone(tmp_path):
     stop_before_the_first_move(tmp_path)
     (tmp_path / PARTIAL / "model" / MODEL[1]).unlink()
