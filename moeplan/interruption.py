@@ -6,6 +6,9 @@ middle of an import is a traceback. So before there is anything to put in order,
 process ends at once; and a thread that the system's own signal handler wakes ends it when an orderly end takes long.
 Ending at once loses nothing, since a merge can be killed anywhere and gone on with.
 
+So that thread also ends it, at once, where it is told to terminate, or its terminal is closed: what somebody would find
+in a cache or a temporary directory is removed before.
+
 This imports nothing that takes time: it has to be there first.
 """
 
@@ -24,8 +27,11 @@ from typing import Any
 GRACE_SECONDS = 0.5
 """How long an orderly end may take."""
 
-STATUS = 130
-"""128 + SIGINT, as shells have it."""
+STATUS = 128 + signal.SIGINT
+"""As shells have it."""
+
+AT_ONCE = (signal.SIGTERM, signal.SIGHUP)
+"""What ends the process without an orderly end."""
 
 WATCHER = "Ctrl-C"
 """The name of the thread that waits for it."""
@@ -41,13 +47,13 @@ _clearing: list[Callable[[], None]] = []
 
 def watch() -> None:
     """From now on, Ctrl-C ends this process: at once, but for what runs `in_order`. Who started it may have it ignored,
-    as shells have of what a script leaves in the background: then it stays so."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        return
+    as shells have of what a script leaves in the background, and nohup of a terminal that is closed: it stays so."""
     awaited, woken = os.pipe()
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGINT, *AT_ONCE):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt if number == signal.SIGINT else _leave_to_watcher)
     sys.unraisablehook = _unraisable
     sys.excepthook = _printed
     Thread(target=_end_in_time, args=(awaited,), name=WATCHER, daemon=True).start()
@@ -93,6 +99,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _leave_to_watcher(number: int, frame: FrameType | None) -> None:
+    """Stands in for what the system does on a signal."""
+
+
 def _unraisable(what: Any) -> None:
     """Stands in for `sys.unraisablehook`: in destructors and callbacks Python reports what is raised, and goes on."""
     if what.exc_type is KeyboardInterrupt:
@@ -108,13 +118,15 @@ def _printed(kind: type[BaseException], error: BaseException, trace: TracebackTy
 
 
 def _end_in_time(awaited: int) -> None:
-    while os.read(awaited, 1)[0] != signal.SIGINT:
-        pass
-    time.sleep(GRACE_SECONDS)
-    _end()
+    number = 0
+    while number not in (signal.SIGINT, *AT_ONCE):
+        number = os.read(awaited, 1)[0]
+    if number == signal.SIGINT:
+        time.sleep(GRACE_SECONDS)
+    _end(number)
 
 
-def _end() -> None:
+def _end(number: int = signal.SIGINT) -> None:
     """End the process, whatever its other threads are at."""
     for clear in _clearing:
         with suppress(Exception):
@@ -122,4 +134,4 @@ def _end() -> None:
     start = f"{SHOW_CURSOR}\n" if os.isatty(STDERR) else ""
     with suppress(OSError):
         os.write(STDERR, f"{start}error: {_message}\n".encode() if _message else b"")
-    os._exit(STATUS)
+    os._exit(128 + number)

@@ -122,14 +122,14 @@ def wait_until(process: subprocess.Popen[str], happened: Callable[[], object]) -
         time.sleep(0.005)
 
 
-def interrupted(process: subprocess.Popen[str]) -> str:
-    """Press Ctrl-C; returns the last thing that the process said, having seen to it that it ended in time and with its
-    status."""
-    process.send_signal(signal.SIGINT)
+def interrupted(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
+    """Press Ctrl-C, or send another signal; returns the last thing that the process said, having seen to it that it
+    ended in time and with its status."""
+    process.send_signal(number)
     started = time.monotonic()
     result = outcome(process)
     assert time.monotonic() - started < MOST_SECONDS
-    assert result.status == 130, result.stderr
+    assert result.status == 128 + number, result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.splitlines(keepends=True)[-1]  # a slow machine has time for a line of progress before
     assert last.startswith("error: interrupted")
@@ -199,12 +199,13 @@ def test_it_is_not_taken_for_the_error_that_a_library_makes_of_it(config, tmp_pa
     assert interrupted(process) == "error: interrupted\n"
 
 
-def test_a_process_that_was_started_to_ignore_it_goes_on(config, tmp_path):
-    """As a shell starts what a script leaves in the background."""
-    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_process_that_was_started_to_ignore_it_goes_on(config, tmp_path, number):
+    """As a shell starts what a script leaves in the background, and nohup everything."""
+    ignoring = {"preexec_fn": lambda: signal.signal(number, signal.SIG_IGN)}
     process = start(config, tmp_path / "out", **ignoring)
     while process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         time.sleep(0.02)
     assert outcome(process).status == 0
     assert (tmp_path / "out" / "config.json").exists()
@@ -239,8 +240,12 @@ def test_a_server_that_does_not_answer_is_not_waited_for(checkpoint, tmp_path, w
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("left_behind", ["", A_THREAD_LEFT_BEHIND], ids=["waited for", "left behind"])
-def test_a_download_that_is_ended_leaves_no_half_of_a_file(checkpoint, tmp_path, left_behind):
+@pytest.mark.parametrize(
+    ("left_behind", "number"),
+    [("", signal.SIGINT), (A_THREAD_LEFT_BEHIND, signal.SIGINT), ("", signal.SIGTERM)],
+    ids=["waited for", "left behind", "terminated"],
+)
+def test_a_download_that_is_ended_leaves_no_half_of_a_file(checkpoint, tmp_path, left_behind, number):
     config = write_config(tmp_path / "config.yml", "org/model", ["org/model"] * 2)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     with serving() as hub:
@@ -254,16 +259,17 @@ def test_a_download_that_is_ended_leaves_no_half_of_a_file(checkpoint, tmp_path,
         wait_until(process, (tmp_path / "standing still").exists)
         blobs = tmp_path / "home" / "hub" / "models--org--model" / "blobs"
         assert len(list(blobs.glob("*.incomplete"))) == 1
-        interrupted(process)
+        interrupted(process, number)
     assert list(blobs.glob("*.incomplete")) == []
 
 
-def test_scores_that_were_to_be_looked_at_do_not_stay_behind(config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_scores_that_were_to_be_looked_at_do_not_stay_behind(config, tmp_path, number):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
     process = start("routes", config, code=STANDING_STILL + IN_A_KERNEL + MAIN, env=environment)
     wait_until(process, (tmp_path / "standing still").exists)
     assert len(list(temporary.glob("moeplan-routes-*"))) == 1
-    interrupted(process)
+    interrupted(process, number)
     assert list(temporary.glob("moeplan-routes-*")) == []
