@@ -415,6 +415,18 @@ def test_a_second_merge_into_the_same_directory_is_refused(tmp_path):
         assert (stage.directory / "config.json").exists()
 
 
+def test_nor_is_anything_planned_or_moved_where_a_merge_is_writing(tmp_path):
+    with staged(tmp_path, SAME) as stage:
+        write_model(stage)
+        with pytest.raises(OutputError, match="a merge is writing there; wait until it is done"):
+            check_unfinished(tmp_path, SAME)
+        finish_publication(tmp_path)
+        stage.journal.begin_publishing([*MODEL, INDEX], [])
+        with pytest.raises(OutputError, match="another merge is writing there"):
+            finish_publication(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
+
+
 def test_a_model_that_is_overwritten_stands_until_the_new_one_is_complete(tmp_path):
     put_old_model(tmp_path)
     for name in ("notes.txt", "model-00003-of-00003.safetensors"):
