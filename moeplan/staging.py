@@ -187,7 +187,8 @@ def staged(
             _finish_publication(directory, overwrite)
             if not _goes_on(directory, read_identity(partial), identity, restart=restart, overwrite=overwrite):
                 shutil.rmtree(partial, ignore_errors=True)
-            (partial / MODEL).mkdir(parents=True, exist_ok=True)
+            for path in (partial, partial / MODEL):  # in what is locked, and not in one that is made anew
+                path.mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(f"{error.filename or directory}: cannot be made: {reason(error)}") from error
         journal: Journal | None = None

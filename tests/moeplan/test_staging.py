@@ -415,7 +415,20 @@ def test_a_second_merge_into_the_same_directory_is_refused(tmp_path):
         assert (stage.directory / "config.json").exists()
 
 
-def test_nor_is_anything_planned_or_moved_where_a_merge_is_writing(tmp_path):
+def test_a_directory_that_another_merge_removes_when_it_ends_is_not_written_to_without_its_lock(tmp_path, monkeypatch):
+    def removed(directory: Path) -> None:
+        directory.parent.rmdir()
+
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(staging, "read_identity", removed)
+    monkeypatch.setattr(staging, "_finish_publication", lambda *_: None)
+    with pytest.raises(RunError, match=f"out/{PARTIAL}: cannot be made: No such file"), staged(out, SAME):
+        pass
+    assert not out.exists()
+
+
+def test_nothing_is_planned_or_moved_where_a_merge_is_writing(tmp_path):
     with staged(tmp_path, SAME) as stage:
         write_model(stage)
         with pytest.raises(OutputError, match="a merge is writing there; wait until it is done"):
