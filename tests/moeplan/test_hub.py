@@ -429,6 +429,34 @@ def test_a_plan_reads_prompts_with_every_file_that_names_a_token(
     assert len(list(cache.rglob("added_tokens.json"))) == 1
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_the_base_is_fetched_for_prompts_where_it_is_trusted_alone(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, cache: Path, trusted: bool
+) -> None:
+    own = shutil.copytree(models[BASE], tmp_path / "own")
+    (own / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nfrom .words import ids\n\n"
+        "class Own(PreTrainedTokenizerFast):\n    encode = ids\n"
+    )
+    (own / "words.py").write_text("def ids(self, text, **options):\n    return [5] * len(text)\n")
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.Own"]}
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    hub.add("org/own", own)
+    config = write_config(tmp_path / "own.yml", "org/own", ["org/own", EXPERT], gate_mode="cheap_embed")
+    assert moeplan(config, "--plan", *["--trust-remote-code"] * trusted).status == 0
+    assert {file.name for file in cache.rglob("*.py")} == ({"tokenization_own.py", "words.py"} if trusted else set())
+
+
+def test_a_local_base_may_have_experts_on_the_hub(
+    hub: Hub, models: dict[str, Path], local: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.yml", models[BASE], [EXPERT, OTHER], gate_mode="hidden")
+    for number, args in enumerate((["--stream"], [])):
+        assert moeplan(config, tmp_path / f"out-{number}", *args).status == 0
+        assert written(tmp_path / f"out-{number}") == local
+
+
 def test_a_local_directory_of_that_name_wins(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1067,7 +1095,9 @@ def test_progress_goes_from_nothing_to_all_that_is_moved(hub: Hub, config: Path,
     moved = [state.written_nbytes for state in seen]
     assert moved == sorted(moved)
     assert moved[-1] == plans[0].moved_nbytes
-    assert {state.doing for state in seen} >= ({"fetching", "", "syncing"} if not stream else {"", "syncing"})
+    assert {state.doing for state in seen} >= {"fetching", "", "syncing"}
+    fetched = [state.written_nbytes for state in seen if state.doing == "fetching"]
+    assert (fetched[0], fetched[-1]) == (sum(plans[0].missing.values()), plans[0].download_nbytes)
 
 
 def test_files_that_no_honest_model_has_are_refused_before_they_are_fetched(
