@@ -122,14 +122,14 @@ def cgroup_limit_nbytes(
 
 
 class CapError(UserError):
-    """A merge does not fit its memory cap."""
+    """What is to be done does not fit its memory cap."""
 
     def __init__(self, cap: MemoryCap, needed_nbytes: int) -> None:
         self.cap = cap
         process, buffers = (-(-nbytes // MIB) for nbytes in (cap.process_nbytes, needed_nbytes))
         build = f", {ESTIMATE}" if cap.is_estimate else ""
         super().__init__(
-            f"the merge may take {cap.nbytes // MIB} MiB of memory, which is too little; the smallest that works is "
+            f"the process may take {cap.nbytes // MIB} MiB of memory, which is too little; the smallest that works is "
             f"--max-memory {process + buffers}MiB ({process} MiB for Python and its libraries, {buffers} MiB for "
             f"buffers){build}"
         )

@@ -156,7 +156,7 @@ def test_a_wrong_config_is_refused_with_file_and_line_and_status_2(tmp_path):
         (
             "--max-memory",
             "1MiB",
-            "the merge may take 1 MiB of memory, which is too little; the smallest that works is ",
+            "the process may take 1 MiB of memory, which is too little; the smallest that works is ",
         ),
     ],
 )
@@ -410,7 +410,7 @@ def test_where_memory_is_limited_an_error_that_may_come_of_it_says_so(checkpoint
 def test_v_shows_where_an_error_came_from(config, tmp_path):
     result = moeplan(config, tmp_path / "out", "--max-memory", "1MiB", "-v")
     assert result.stderr.startswith("Traceback")
-    assert result.error.startswith("the merge may take 1 MiB")
+    assert result.error.startswith("the process may take 1 MiB")
 
 
 def test_what_a_terminal_would_obey_is_escaped_in_messages(tmp_path):

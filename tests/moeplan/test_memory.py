@@ -92,7 +92,7 @@ def test_a_container_s_limit_counts_for_a_finished_model_too(checkpoint, merge, 
 def test_a_cap_that_is_too_small_names_the_smallest_that_works():
     message = str(CapError(MemoryCap(100 * MIB, 280 * MIB), 3 * MIB // 2))
     assert message == (
-        "the merge may take 100 MiB of memory, which is too little; the smallest that works is --max-memory 282MiB "
+        "the process may take 100 MiB of memory, which is too little; the smallest that works is --max-memory 282MiB "
         "(280 MiB for Python and its libraries, 2 MiB for buffers)"
     )
 
