@@ -42,6 +42,7 @@ def test_a_card_that_moeplan_did_not_write_stays_where_there_is_no_new_one(old_m
     (old_model / "README.md").write_text("A model of mine, which moeplan merged.\n")
     assert moeplan(tmp_path / "new.yml", old_model, "--overwrite", "--no-write-model-card").status == 0
     assert (old_model / "README.md").read_text() == "A model of mine, which moeplan merged.\n"
+    assert " replaces README.md, " in moeplan(tmp_path / "new.yml", old_model, "--overwrite", "--plan").stdout
     assert moeplan(tmp_path / "new.yml", old_model, "--overwrite").status == 0
     assert "merged with moeplan" in (old_model / "README.md").read_text()
 
