@@ -160,6 +160,14 @@ def test_what_appeared_in_the_meantime_is_not_overwritten(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_nor_is_it_taken_away_where_no_new_file_has_its_name(tmp_path):
+    with staged(tmp_path, SAME) as stage:
+        write_model(stage)
+        (tmp_path / "pytorch_model.bin").write_text("a user's")
+    assert (tmp_path / "pytorch_model.bin").read_text() == "a user's"
+    assert {path.name for path in tmp_path.iterdir()} == {*MODEL, INDEX, "pytorch_model.bin"}
+
+
 def test_nothing_is_kept_where_the_same_run_would_fail_again(tmp_path):
     out = tmp_path / "out"
 
