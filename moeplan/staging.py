@@ -195,7 +195,6 @@ def staged(
         was_begun = is_begun(directory)
         try:
             journal = Journal(partial, identity)
-            cleanup.callback(journal.close)
             stage = Stage(partial / MODEL, journal)
             yield stage
             if not stage.is_complete:
