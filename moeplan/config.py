@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from difflib import get_close_matches
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
@@ -310,13 +311,13 @@ def load_config(path: str | os.PathLike[str], *, allow_all_same: bool = False) -
     document = read_document(file)
     lines = document.lines
 
-    unknown: list[KeyPath] = []
+    unknown: dict[KeyPath, str | None] = {}
     data = _keep_known(document.data, MergeConfig, (), unknown)
-    misspelt = {path: name for path in unknown if (name := _nearest_key(path))}
+    misspelt = [(path, f"unknown key, did you mean {name}?") for path, name in unknown.items() if name]
     if misspelt:
-        raise _config_error(lines, [(path, f"unknown key, did you mean {name}?") for path, name in misspelt.items()])
+        raise _config_error(lines, misspelt)
     if unknown:
-        listed = [f"{lines.where(path)}: unknown key, ignored" for path in unknown[:_MAX_LISTED]]
+        listed = [f"{lines.where(path)}: unknown key, ignored" for path in islice(unknown, _MAX_LISTED)]
         warnings.warn("\n".join([*listed, *_rest(unknown)]), MoeplanWarning, stacklevel=2)
 
     try:
@@ -340,16 +341,21 @@ def _config_error(lines: KeyLines, problems: list[tuple[KeyPath, str]]) -> Confi
     return ConfigError("\n".join([*listed, *_rest(problems)]))
 
 
-def _rest(items: list[Any]) -> list[str]:
+def _rest(items: Sized) -> list[str]:
     return [f"and {len(items) - _MAX_LISTED} more"] if len(items) > _MAX_LISTED else []
 
 
-def _keep_known(data: dict[str, Any], model: type[BaseModel], path: KeyPath, unknown: list[KeyPath]) -> dict[str, Any]:
-    """`data` without nulls, which mean absent, and without unknown keys, whose paths are added to `unknown`."""
+def _keep_known(
+    data: dict[str, Any], model: type[BaseModel], path: KeyPath, unknown: dict[KeyPath, str | None]
+) -> dict[str, Any]:
+    """`data` without nulls, which mean absent, and without unknown keys, whose paths are added to `unknown`, each with
+    the key that it is a misspelling of, if it is one: what stands beside that key is none."""
     kept: dict[str, Any] = {}
     for key, value in data.items():
         if key not in model.model_fields:
-            unknown.append((*path, key))
+            # A bar that typos pass and that names with another meaning (model, models, prompts) do not.
+            nearest = _nearest(key, tuple(model.model_fields), 0.75)
+            unknown[(*path, key)] = None if nearest in data else nearest
         elif key in ("experts", "shared_experts") and isinstance(value, list):
             kept[key] = [
                 _keep_known(item, Expert, (*path, key, index), unknown) if isinstance(item, dict) else item
@@ -358,12 +364,6 @@ def _keep_known(data: dict[str, Any], model: type[BaseModel], path: KeyPath, unk
         elif value is not None:
             kept[key] = value
     return kept
-
-
-def _nearest_key(path: KeyPath) -> str | None:
-    model = MergeConfig if len(path) == 1 else Expert
-    # A bar that typos pass and that names with another meaning (model, models, prompts) do not.
-    return _nearest(str(path[-1]), tuple(model.model_fields), 0.75)
 
 
 def _nearest(word: str, known: tuple[str, ...], cutoff: float) -> str | None:

@@ -249,7 +249,18 @@ def test_a_misspelt_key_of_an_expert_is_refused_with_the_right_spelling() -> Non
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_right_spelling(typed: str, meant: str) -> None:
-    assert refusal(CLOWN_CAR + f"{typed}: x\n") == f"config.yml:9: {typed}: unknown key, did you mean {meant}?"
+    without = CLOWN_CAR.replace(f"{meant}:", "weight:")  # of as many lines
+    assert refusal(without + f"{typed}: x\n") == f"config.yml:9: {typed}: unknown key, did you mean {meant}?"
+
+
+def test_a_key_beside_the_one_that_it_looks_like_is_no_misspelling_of_it() -> None:
+    with pytest.warns(MoeplanWarning) as warned:
+        config = load(CLOWN_CAR + "    x_source_model: 1\nnum_experts: 2\n")
+    assert config == clown_car()
+    assert str(warned[0].message) == (
+        "config.yml:9: experts[1].x_source_model: unknown key, ignored\n"
+        "config.yml:10: num_experts: unknown key, ignored"
+    )
 
 
 def test_every_misspelt_key_is_named_in_the_order_of_the_file() -> None:
