@@ -118,7 +118,8 @@ def _without_torch(name: Any) -> Any:
 
 
 def _refuse_true(expected: Literal["int_type", "float_type"]) -> BeforeValidator:
-    """Numbers are read as mergekit's pydantic reads them, in quotes, too, and 2.0 as 2. Only true is no 1."""
+    """Numbers are read as mergekit's pydantic reads them: in quotes, too, as 1e-3, which is text in YAML, and 2.0 as 2.
+    Only true is no 1."""
 
     def check(value: Any) -> Any:
         if isinstance(value, bool):

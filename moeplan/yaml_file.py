@@ -7,7 +7,6 @@ and the line if there is one.
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -136,7 +135,7 @@ def _read_text(file: str) -> str:
 class _Loader(yaml.SafeLoader):
     """Turns the one document of a config into plain data, and remembers where each part stands.
 
-    What it accepts, it reads as `yaml.safe_load` does, but for `1e-3`, which is a number here.
+    What it accepts, it reads as `yaml.safe_load` does.
     """
 
     def __init__(self, file: str, text: str) -> None:
@@ -254,12 +253,6 @@ class _Loader(yaml.SafeLoader):
                 raise self._refusal(part, message, (*path, "<<"))
             data.update(self._mapping(part, path))
         return data
-
-
-# YAML 1.1 wants 1.0e-3, mergekit's users write 1e-3 (and its pydantic turns that text into a number).
-_Loader.add_implicit_resolver(
-    _TAG + "float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
-)
 
 
 def _compose(file: str, text: str) -> tuple[yaml.MappingNode, _Loader]:
