@@ -84,7 +84,7 @@ class Teller:
         self.stop()
         for what, lines in (("wrong: ", found.wrong), ("unknown: ", found.unknown)):
             for line in lines:
-                self._messages.print(Text.assemble((what, "red"), printable(line)))
+                self._say(what, "red", line)
         self._tell("verification", report_data.verification_data(out, found), report.verification_view)
 
     def routes(self, data: dict[str, Any]) -> None:
@@ -95,10 +95,9 @@ class Teller:
 
     def checked(self, nbytes: int) -> None:
         """How much of a finished model was read again."""
-        if self._progress is not None:
-            from executor.engine import Progress
+        from executor.engine import Progress  # here, so that a plan does without
 
-            self._progress.show(Progress(nbytes, nbytes, "verifying"))
+        self.progress(Progress(nbytes, nbytes, "verifying"))
 
     def start(self, total_nbytes: int) -> None:
         if not self._quiet:
@@ -106,7 +105,8 @@ class Teller:
 
     def progress(self, state: Progress) -> None:
         if self._progress is not None:
-            self._progress.show(state)
+            with writing_to_stderr():
+                self._progress.show(state)
 
     def stop(self) -> None:
         if self._progress is not None:
@@ -118,16 +118,20 @@ class Teller:
         if issubclass(category, MoeplanWarning) and str(message) not in self._data["warnings"]:
             self._data["warnings"].append(str(message))
             if not self._quiet:
-                self._messages.print(Text.assemble(("warning: ", "yellow"), printable(str(message))))
+                self._say("warning: ", "yellow", str(message))
 
     def note(self, message: str) -> None:
         """Something that does not matter to the result."""
         if not self._quiet:
-            self._messages.print(Text.assemble(("note: ", "dim"), printable(message)))
+            self._say("note: ", "dim", message)
 
     def error(self, message: str) -> None:
         self.stop()
-        self._messages.print(Text.assemble(("error: ", "red"), printable(message)))
+        self._say("error: ", "red", message)
+
+    def _say(self, what: str, style: str, message: str) -> None:
+        with writing_to_stderr():
+            self._messages.print(Text.assemble((what, style), printable(message)))
 
     def finish(self) -> None:
         if self._as_json:
@@ -135,10 +139,16 @@ class Teller:
                 print(json.dumps(self._data, indent=2))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the error to who prints: rich would end the program, and standard output first."""
+        raise
+
+
 def _console(stream: TextIO) -> Console:
     """`stream`, for text that is to be shown as it is. Only what a terminal shows is folded at an edge."""
     width = None if stream.isatty() else 10_000
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -155,6 +165,16 @@ def writing_to_stdout() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(1) from error
         raise RunError(f"standard output: {reason(error)}") from error
+
+
+@contextmanager
+def writing_to_stderr() -> Iterator[None]:
+    """Where standard error takes no more, because the log's disk is full, say, that ends nothing: what follows goes
+    unsaid."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager
@@ -175,7 +195,8 @@ def told(teller: Teller, verbose: bool, interrupted: str = INTERRUPTED) -> Itera
     except (KeyboardInterrupt, Exception) as error:
         teller.stop()
         if verbose:
-            traceback.print_exc()
+            with writing_to_stderr():
+                traceback.print_exc()
         message, status = _explained(error)
         teller.error("; ".join([message, *_limits(error), *getattr(error, "__notes__", ())]))
         raise typer.Exit(status) from error

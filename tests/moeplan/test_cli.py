@@ -582,6 +582,19 @@ def test_output_that_cannot_be_written_is_an_error(config, args, unbuffered):
     assert (result.stderr, result.status) == ("error: standard output: the disk is full; free some space\n", 1)
 
 
+def test_messages_that_cannot_be_written_end_no_merge_and_change_no_status(config, tmp_path):
+    """A line of progress would, hours later: the log's disk is full, or whoever read it is gone."""
+    code = f"import moeplan.progress\nmoeplan.progress.LINE_SECONDS = 0\n{MAIN}"
+    reading, writing = os.pipe()
+    os.close(reading)
+    for name, stderr in (("full", os.open("/dev/full", os.O_WRONLY)), ("unread", writing)):
+        out = tmp_path / name
+        assert outcome(start(config, out, "--lazy-unpickle", code=code, stderr=stderr)).status == 0
+        assert moeplan("verify", out).status == 0
+        assert outcome(start(config, out, "-v", code=code, stderr=stderr)).status == 2  # it is not empty any more
+        os.close(stderr)
+
+
 # ------------------------------------------------------------------------------------------------ a plan takes a second
 
 
