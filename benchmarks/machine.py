@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 from benchmarks.results import Machine
@@ -15,7 +16,7 @@ def machine(directory: Path, load_before: float) -> Machine:
         num_cpus=len(os.sched_getaffinity(0)),
         memory_nbytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         kernel=f"{os.uname().sysname} {os.uname().release}",
-        file_system=file_system(directory.resolve()),
+        file_system=file_system(directory),
         load_before=load_before,
         load_after=os.getloadavg()[0],
     )
@@ -27,8 +28,6 @@ def _first_after(file: str, key: str) -> str:
 
 
 def file_system(directory: Path) -> str:
-    """The type of the file system that `directory`, a resolved path, is on."""
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    above = [mount for mount in mounts if directory.is_relative_to(mount[1])]
-    # Of several mounts at one place, the last is the one that is seen.
-    return max(reversed(above), key=lambda mount: len(mount[1]))[2]
+    """The type of the file system that `directory` is on, as `df` has it: /proc/mounts is not as plain as it looks."""
+    command = ["df", "--output=fstype", str(directory)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]

@@ -36,7 +36,7 @@ def python(run, code: str) -> Measurement:
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Path:
     """A directory whose files are not in memory alone."""
-    if file_system(tmp_path.resolve()) in ("tmpfs", "ramfs"):
+    if file_system(tmp_path) in ("tmpfs", "ramfs"):
         pytest.skip("the temporary directory is in memory")
     return tmp_path
 
@@ -44,7 +44,7 @@ def on_disk(tmp_path: Path) -> Path:
 @pytest.fixture
 def ramfs(tmp_path: Path) -> Iterator[Path]:
     """A file system that has no direct I/O."""
-    place = tmp_path / "ramfs"
+    place = tmp_path / "ram fs"
     place.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "ramfs", "none", place], capture_output=True).returncode:
         pytest.skip("only root can mount a file system without direct I/O")
@@ -173,3 +173,10 @@ def test_the_floor_moves_as_many_bytes_as_asked_for_in_whole_pages(tmp_path: Pat
 def test_the_floor_says_where_there_is_no_direct_io(ramfs: Path) -> None:
     assert floor.write(str(ramfs / "x"), MIB) == (MIB, False)
     assert floor.read([str(ramfs / "x")], MIB) == (MIB, False)
+
+
+def test_a_file_system_is_known_by_any_directory_in_it(ramfs: Path) -> None:
+    below = ramfs / "below"
+    below.mkdir()
+    assert {file_system(place) for place in (ramfs, below)} == {"ramfs"}
+    assert file_system(ramfs.parent) != "ramfs"
