@@ -105,7 +105,7 @@ def _draft(
     graph: TensorGraph, shards: Sequence[Shard], kernels: Sequence[Opaque], budget_nbytes: int, most: Pool
 ) -> _Draft:
     """The draft that fills weights beside kernels, if it and a pool of the `most` that helps keep within the budget;
-    else the one that streams the weights of as few kernels as keep it within the budget, or of all."""
+    else the one that streams the weights of as few kernels as keep it within the budget."""
     products = (expr for expr in walk(graph.outputs) if isinstance(expr, AddLowRank))
     factors = dict.fromkeys(factor for product in products for factor in (product.b, product.a))  # in order
 
@@ -122,13 +122,15 @@ def _draft(
     ahead = draft((), beside=True)
     if max(ahead.held, default=0) <= budget_nbytes - most.nbytes:
         return ahead
-    limit_nbytes = budget_nbytes - most.workers * MIN_SLAB_NBYTES
+    # What leaves the pool its smallest slabs, or what is held in any case: streaming more gives the pool no more.
+    least = draft(kernels, beside=False)
+    limit_nbytes = max(budget_nbytes - most.workers * MIN_SLAB_NBYTES, *least.held, 0)
     streamed: set[Opaque] = set()
     while True:
         one_by_one = draft(streamed, beside=False)
-        resident = {kernel for kernel in kernels if kernel.weights} - streamed
-        if max(one_by_one.held, default=0) <= limit_nbytes or not resident:
+        if max(one_by_one.held, default=0) <= limit_nbytes:
             return one_by_one
+        resident = {kernel for kernel in kernels if kernel.weights} - streamed
         streamed |= set(_too_large(one_by_one, limit_nbytes)) & resident or resident
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from source_files import FACTORS, FILES
 
-from planner.errors import UserError
+from planner.errors import BudgetError, UserError
 from planner.expr import (
     Concat,
     DType,
@@ -33,9 +33,10 @@ from planner.plan import (
     KernelStep,
     MeanRoot,
     Plan,
+    Pool,
     StreamStep,
 )
-from planner.schedule import BESIDE_BLOCKS, COPYING, READ_AHEAD, compile
+from planner.schedule import BESIDE_BLOCKS, COPYING, MIN_SLAB_NBYTES, READ_AHEAD, compile
 
 
 def test_a_tensor_that_is_copied_scaled_and_needed_by_a_kernel_is_read_by_one_step() -> None:
@@ -265,6 +266,18 @@ def test_weights_that_are_in_the_way_of_an_earlier_kernel_are_streamed_though_th
     assert [bool(step.streamed) for step in wide.kernels] == [False, False]
     assert [bool(step.streamed) for step in narrow.kernels] == [False, True]
     assert narrow.peak_nbytes <= 30 << 20
+
+
+def test_weights_are_not_streamed_where_another_kernel_takes_more_than_they_do_and_no_budget_helps() -> None:
+    weight = Read(FILES[0], 8, DType.F32, (1 << 16, 16))
+    layer = Opaque("layer", "", (), DType.F32, (16,), 0, (weight,), block_nbytes=1 << 20)
+    graph = TensorGraph({"y": Opaque("fit", "", (layer,), DType.F32, (16,), 20 << 20)})
+    with pytest.raises(BudgetError) as refused:
+        compile(graph, budget_nbytes=0, shard_nbytes=1 << 40)
+    plan = compile(graph, budget_nbytes=refused.value.needed_nbytes, shard_nbytes=1 << 40)
+    assert plan.pool == Pool(1, MIN_SLAB_NBYTES)
+    assert plan.reread_nbytes == 0
+    assert [bool(step.streamed) for step in plan.kernels] == [False, False]
 
 
 def test_as_many_blocks_are_under_way_as_threads_and_budget_allow() -> None:
