@@ -113,6 +113,9 @@ def kernel_of(draw: st.DrawFn, x: Expr, number: int) -> Expr:
 budgets = st.integers(24 << 20, 64 << 20)
 
 
+threads = st.integers(1, 8)
+
+
 shard_sizes = st.sampled_from([1, 10_000, 3_000_000, 1 << 40])
 
 
@@ -187,10 +190,12 @@ def test_what_is_written_where_does_not_depend_on_the_budget(
     assert plan == again or budget != other
 
 
-@given(graphs(), st.integers(0, 64 << 20))
-def test_the_forecast_keeps_the_budget_or_the_smallest_that_works_is_named(graph: TensorGraph, budget: int) -> None:
+@given(graphs(), st.integers(0, 64 << 20), threads)
+def test_the_forecast_keeps_the_budget_or_the_smallest_that_works_is_named(
+    graph: TensorGraph, budget: int, threads: int
+) -> None:
     def plan_within(nbytes: int) -> Plan:
-        return compile(graph, budget_nbytes=nbytes, shard_nbytes=1 << 40)
+        return compile(graph, budget_nbytes=nbytes, shard_nbytes=1 << 40, threads=threads)
 
     try:
         plan = plan_within(budget)
@@ -241,11 +246,11 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
     assert freed == set(range(len(plan.buffer_nbytes)))
 
 
-@given(graphs(), budgets)
+@given(graphs(), budgets, threads)
 def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace(
-    graph: TensorGraph, budget: int
+    graph: TensorGraph, budget: int, threads: int
 ) -> None:
-    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40, threads=threads)
 
     def buffers(step: Step) -> set[int]:
         if isinstance(step, KernelStep):
@@ -266,9 +271,11 @@ def test_the_memory_forecast_counts_the_pool_every_live_buffer_and_the_workspace
         alive -= set(step.frees)
 
 
-@given(graphs(), budgets)
-def test_what_tensors_may_take_leaves_every_kernel_its_workspace_and_blocks(graph: TensorGraph, budget: int) -> None:
-    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40)
+@given(graphs(), budgets, threads)
+def test_what_tensors_may_take_leaves_every_kernel_its_workspace_and_blocks(
+    graph: TensorGraph, budget: int, threads: int
+) -> None:
+    plan = compile(graph, budget_nbytes=budget, shard_nbytes=1 << 40, threads=threads)
     for step in plan.kernels:
         assert plan.tensors_nbytes + plan.pool.nbytes + step.workspace_nbytes + step.blocks_nbytes <= plan.peak_nbytes
 

@@ -134,6 +134,14 @@ def test_a_plan_of_another_version_is_to_be_planned_again() -> None:
         Plan.from_json(replace(plan, format=FORMAT - 1).to_json())
 
 
+def test_sources_are_in_the_order_of_their_names_which_is_the_same_in_every_process() -> None:
+    there = RemoteFile("https://hub/weights", "e", 1 << 40)
+    files = (there, *reversed(FILES), FACTORS)
+    graph = TensorGraph({str(n): Read(file, 8, DType.F32, (4,)) for n, file in enumerate(files)})
+    plan = compile(graph, budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    assert plan.sources == (FACTORS, *FILES, there)
+
+
 def test_overlapping_reads_are_counted_as_read_again() -> None:
     table = Read(FILES[0], 8, DType.F32, (100, 4))
     graph = TensorGraph()
