@@ -4,8 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.cases import MEMORY_CAPS
-from benchmarks.contenders import CP, MATMUL, READ_BASE, WRITE_FLOOR, Contender, mergekit, moeplan
+from benchmarks.cases import MEMORY_CAPS, PLANNED_EXPERTS
+from benchmarks.contenders import (
+    COPY_CAPPED,
+    CP,
+    MATMUL,
+    READ_BASE,
+    READ_FLOOR,
+    WRITE_FLOOR,
+    Contender,
+    mergekit,
+    moeplan,
+)
 from benchmarks.results import CaseResult, Machine, Report, Result, not_run, ratios
 from benchmarks.targets import TargetRow, target_rows
 
@@ -23,6 +33,10 @@ def report(*results: Result, case: str = "random", tiny: bool = False) -> Report
     return Report("now", 1.0, 3, tiny, False, Machine("", 1, 1, "", "", 0.0, 0.0), (measured,))
 
 
+def together(*reports: Report) -> Report:
+    return replace(reports[0], cases=tuple(case for measured in reports for case in measured.cases))
+
+
 def row(measured: Report, words: str) -> TargetRow:
     return next(row for row in target_rows(measured) if words in row.target)
 
@@ -38,12 +52,65 @@ def test_a_target_holds_by_the_median(seconds: tuple[float, ...], holds: bool) -
     assert row(measured, "(warm): ≤ 1.5 × the write floor").holds is holds
 
 
+@pytest.mark.parametrize(("seconds", "holds"), [((1.0, 2.0, 9.0), True), ((1.0, 1.9, 9.0), False)])
+def test_as_fast_as_another_is_by_the_median_too(seconds: tuple[float, ...], holds: bool) -> None:
+    judged = row(report(result(CP, *seconds), result(moeplan(), 1.0, 1.0, 1.0)), "(warm): ≥ 2 × as fast as cp")
+    assert (judged.holds, judged.measured) == (holds, f"{seconds[1]:.2f} × (1.00–9.00)")
+
+
+@pytest.mark.parametrize(("seconds", "holds"), [((9.0, 10.0, 30.0), True), ((9.0, 10.1, 30.0), False)])
+def test_seconds_are_judged_by_the_median(seconds: tuple[float, ...], holds: bool) -> None:
+    judged = row(
+        report(result(moeplan(), *seconds, output_nbytes=1000), case="xfs-8x7b"),
+        "XFS, 8 × 7B from sparse files: ≤ 10 s",
+    )
+    assert (judged.holds, judged.measured) == (holds, f"{seconds[1]:.2f} s (9.00–30.00)")
+
+
+@pytest.mark.parametrize(("seconds", "holds"), [(3.2, True), (3.3, False)])
+def test_what_is_converted_is_allowed_the_longer_of_reading_and_writing(seconds: float, holds: bool) -> None:
+    measured = report(result(READ_FLOOR, 2.0), result(WRITE_FLOOR, 1.0), result(moeplan(), seconds), case="f32")
+    assert row(measured, "f32 → bf16").holds is holds
+
+
+@pytest.mark.parametrize(("larger", "holds"), [(210, True), (211, False)])
+def test_a_peak_is_the_same_to_five_in_a_hundred(larger: int, holds: bool) -> None:
+    peaks = {"growth-7b-2": 200, "growth-7b-8": larger}
+    measured = together(*(report(result(COPY_CAPPED, 1.0, peak_mib=mib), case=name) for name, mib in peaks.items()))
+    judged = row(measured, "copy, 7B: peak RSS the same")
+    assert (judged.holds, judged.measured) == (holds, f"200 MiB, then {larger} MiB")
+
+
+@pytest.mark.parametrize(("own", "holds"), [(30, True), (31, False)])
+def test_hidden_is_allowed_a_tenth_of_the_peer_s_memory(own: int, holds: bool) -> None:
+    peer = result(mergekit("hidden"), 1.0, peak_mib=300)
+    measured = report(result(moeplan(gate_mode="hidden"), 1.0, peak_mib=own), peer, case="hidden")
+    judged = row(measured, "hidden: ≤ a tenth of mergekit-moe's memory")
+    assert (judged.holds, judged.measured) == (holds, f"{own} MiB of 300 MiB: {own / 300:.2f} ×")
+
+
+@pytest.mark.parametrize(("seconds", "holds"), [((1.0, 2.0, 7.0), True), ((1.0, 2.0, 7.1), False)])
+def test_planning_is_linear_where_a_further_tensor_costs_as_much_at_the_end_or_little_more(
+    seconds: tuple[float, ...], holds: bool
+) -> None:
+    planned = [
+        report(
+            result(moeplan("--plan"), took, printed={"plan": {"output": {"tensors": tensors}}}),
+            case=f"plan-70b-{num_experts}",
+        )
+        for num_experts, took, tensors in zip(PLANNED_EXPERTS[1:], seconds, (1000, 2000, 6000), strict=True)
+    ]
+    assert row(together(*planned), "--plan: linear").holds is holds
+
+
 def test_a_memory_cap_is_judged_by_the_worst_run() -> None:
     runs = result(moeplan(), 1.0, 1.0, 1.0)
     exceeded = replace(runs.runs[1], peak_rss_nbytes=385 * MIB)
     measured = report(replace(runs, runs=(runs.runs[0], exceeded, runs.runs[2])))
     assert row(measured, "copy, 4 × 1.1B (warm): peak RSS").measured == "385 MiB"
     assert row(measured, "copy, 4 × 1.1B (warm): peak RSS").holds is False
+    kept = report(result(moeplan(), 1.0, peak_mib=384))
+    assert row(kept, "copy, 4 × 1.1B (warm): peak RSS").holds is True
 
 
 def test_a_target_whose_run_failed_is_missed() -> None:
@@ -79,6 +146,13 @@ def test_hidden_is_allowed_the_longer_of_reading_and_computing(seconds: float, h
 def test_reading_once_is_what_the_engine_counts_and_what_the_kernel_saw(counted: int, kernel: int, holds: bool) -> None:
     run = result(moeplan(), 1.0, printed={"result": {"read_nbytes": counted}}, read_nbytes=kernel)
     assert row(report(run, case="upcycling"), "upcycling").holds is holds
+
+
+@pytest.mark.parametrize(("counted", "holds"), [(1000, True), (1001, False)])
+def test_hidden_gates_are_to_read_nothing_again(counted: int, holds: bool) -> None:
+    run = result(moeplan(gate_mode="hidden"), 1.0, printed={"result": {"read_nbytes": counted}})
+    judged = row(report(run, case="hidden"), "hidden: each byte of the base read once")
+    assert (judged.holds, f"{counted - 1000} more" in judged.measured) == (holds, True)
 
 
 def test_what_is_read_once_and_what_is_shared_is_so_in_every_round() -> None:
