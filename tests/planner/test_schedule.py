@@ -151,6 +151,14 @@ def test_overlapping_reads_are_counted_as_read_again() -> None:
     assert (plan.read_nbytes, plan.reread_nbytes) == (1632, 32)
 
 
+def test_what_is_copied_comes_before_what_is_computed_in_the_order_of_the_output_s_files() -> None:
+    """A tensor of no whole page lies behind those of whole pages."""
+    reads = [Read(FILES[0], 8 + n * (1 << 20), DType.F32, shape) for n, shape in enumerate([(1024,), (3,), (2048,)])]
+    outputs: dict[str, Expr] = {"computed": cast(scale(reads[0], 0.5), DType.F32), "small": reads[1], "large": reads[2]}
+    plan = compile(TensorGraph(outputs), budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    assert [step.numel for step in plan.steps if isinstance(step, StreamStep)] == [2048, 3, 1024]
+
+
 def test_kernels_hold_their_inputs_only_while_they_run() -> None:
     """state 0 → state 1 → state 2, each from a layer's tensor: one layer in memory at a time, not three."""
     layers = [Read(FILES[0], 8 + i * (1 << 22), DType.F32, (1 << 20,)) for i in range(3)]
