@@ -28,7 +28,7 @@ def in_order(
 ) -> Iterator[tuple[Node, Opaque | None]]:
     """Streams and kernel runs, each after what it depends on, and with the kernel that runs during it.
 
-    `beside`: kernels run beside streams that fill the weights of the next one.
+    `streams` are in the output's order. `beside`: kernels run beside streams that fill the weights of the next one.
     """
     of_result: dict[Opaque, list[Stream]] = defaultdict(list)
     for stream in streams:
@@ -53,7 +53,7 @@ def in_order(
             for each in with_factors(stream):
                 yield each, None
 
-    yield from after(*sorted(independent, key=lambda stream: (stream.computes(), stream.position())))
+    yield from after(*sorted(independent, key=Stream.computes))
     following = _next_with_weights(kernels) if beside else {}
     for kernel in kernels:
         for whole in kernel.inputs:

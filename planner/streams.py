@@ -49,11 +49,6 @@ class Stream:
         """Whether its elements are anything else than copied."""
         return isinstance(self.root, Mean) or any(ops for ops, _ in self.sinks)
 
-    def position(self) -> tuple[int, int]:
-        """Where in the output it first writes."""
-        files = (s for sinks in self.sinks.values() for s in sinks if isinstance(s, FileSink))
-        return min((sink.shard, sink.offset) for sink in files)
-
 
 def whole_tensors(kernels: Sequence[Opaque], streamed: Collection[Opaque], factors: Iterable[Expr]) -> dict[Expr, int]:
     """What must be whole in memory at some time, with its buffer's index: all that kernels take and give, factors."""
@@ -66,7 +61,8 @@ def whole_tensors(kernels: Sequence[Opaque], streamed: Collection[Opaque], facto
 def streams_of(
     graph: TensorGraph, shards: Sequence[Shard], buffers: Mapping[Expr, int], factors: Collection[Expr]
 ) -> list[Stream]:
-    """The streams that fill the output and, but for what kernels fill, the `buffers`, some of which hold `factors`."""
+    """The streams that fill the output, in its order, and, but for what kernels fill, the `buffers`, some of which hold
+    `factors`."""
     streams: dict[Leaf, Stream] = {}
     feeders: dict[Leaf, Stream] = {}
 
