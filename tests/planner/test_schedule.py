@@ -152,11 +152,19 @@ def test_overlapping_reads_are_counted_as_read_again() -> None:
 
 
 def test_what_is_copied_comes_before_what_is_computed_in_the_order_of_the_output_s_files() -> None:
-    """A tensor of no whole page lies behind those of whole pages."""
-    reads = [Read(FILES[0], 8 + n * (1 << 20), DType.F32, shape) for n, shape in enumerate([(1024,), (3,), (2048,)])]
-    outputs: dict[str, Expr] = {"computed": cast(scale(reads[0], 0.5), DType.F32), "small": reads[1], "large": reads[2]}
+    """A tensor of no whole page lies behind those of whole pages. What is copied and adjusted, too, is computed."""
+    numels = {"halved": 1024, "small": 3, "mean": 3072, "large": 2048}
+    reads = {
+        name: Read(FILES[0], 8 + n * (1 << 20), DType.F32, (size,)) for n, (name, size) in enumerate(numels.items())
+    }
+    outputs: dict[str, Expr] = {
+        **reads,
+        "half of it": scale(reads["halved"], 0.5),
+        "mean": mean([reads["mean"], replace(reads["mean"], file=FILES[1])]),
+    }
     plan = compile(TensorGraph(outputs), budget_nbytes=8 << 20, shard_nbytes=1 << 40)
-    assert [step.numel for step in plan.steps if isinstance(step, StreamStep)] == [2048, 3, 1024]
+    steps = [step.numel for step in plan.steps if isinstance(step, StreamStep)]
+    assert steps == [numels[name] for name in ("large", "small", "halved", "mean")]
 
 
 def test_kernels_hold_their_inputs_only_while_they_run() -> None:
