@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+from executor.errors import naming
 from executor.finished import Interval
 from executor.journal import Journal
 from executor.verifying import Range, wrong
@@ -66,7 +67,8 @@ def confirm(plan: Plan, directory: Path, journal: Journal) -> None:
 
 
 def _has_size(path: Path, nbytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == nbytes
+    with naming(path):
+        return path.is_file() and path.stat().st_size == nbytes
 
 
 def remaining(plan: Plan, ways: Ways, journal: Journal) -> Work:

@@ -95,7 +95,7 @@ def file_system(fd: int) -> str:
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
-        with open("/proc/self/mountinfo") as mounts:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
             for line in mounts:
                 mount, _, kind = line.partition(" - ")
                 if mount.split()[2] == wanted:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from executor.errors import naming
 from executor.manifest import Segment, manifest
 from moeplan.adapter_config import ADAPTER_CONFIG
 from moeplan.checkpoint import CONFIG
@@ -129,13 +130,14 @@ def _source(source: Source) -> dict[str, Any]:
     """Size, time of the last change in nanoseconds, and digests of the header and of a sample of the weights of a
     source; of a remote one, its ETag.
 
-    The digests are None of a file that is gone: the run will say so.
+    The digests are None of a file that is gone: the run will say so. Raises RunError for one that cannot be read.
     """
     if isinstance(source, RemoteFile):
         return {"nbytes": source.nbytes, "etag": source.etag}
     of_header = of_sample = None
-    with suppress(OSError):
-        of_header, of_sample = header_sha256(Path(source.path)), sample_sha256(Path(source.path))
+    path = Path(source.path)
+    with naming(path), suppress(FileNotFoundError):
+        of_header, of_sample = header_sha256(path), sample_sha256(path)
     return {
         "nbytes": source.nbytes,
         "mtime_ns": source.mtime_ns,

@@ -206,7 +206,7 @@ def _what_is_wrong(what: str, tokens: tuple[int, ...], base: DenseModel) -> str 
         return f"{what} has no tokens, and the tokenizer of {path} has no BOS token"
     context = base.settings["max_position_embeddings"]
     if len(tokens) > context:
-        return f"{what} has {len(tokens)} tokens, and the context of {path} is {context}"
+        return f"{what} has {len(tokens)} tokens, and the context of {path} is {context}; shorten it"
     if not 0 <= min(tokens) <= max(tokens) < base.sizes["vocab_size"]:
         return (
             f"{what} has token {max(tokens)}, and the embeddings of {path} have {base.sizes['vocab_size']} rows; its "

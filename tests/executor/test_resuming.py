@@ -340,6 +340,16 @@ def test_a_journal_that_ends_in_the_middle_of_a_line_counts_up_to_there(plan: Pl
     assert digest(place / "model") == whole[0]
 
 
+def test_a_shard_that_cannot_be_looked_at_is_named(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        go_on(plan, tmp_path, on_progress=stopping_after(plan.written_nbytes // 2))
+    shard = tmp_path / "model" / plan.shards[0].filename
+    shard.unlink()
+    shard.symlink_to(300 * "x")
+    with pytest.raises(RunError, match=f"^{shard}: File name too long$"):
+        go_on(plan, tmp_path)
+
+
 def test_rows_that_a_kernel_needs_of_what_is_written_already_are_read_again_and_nothing_else(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(3001, 1000, generator=generator)

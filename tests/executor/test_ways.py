@@ -7,10 +7,11 @@ import os
 import random
 import shutil
 import struct
+import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import BinaryIO
 
 import pytest
@@ -377,6 +378,18 @@ def test_the_kind_of_file_system_is_known() -> None:
     with open("/dev/shm/moeplan-test", "w+b") as file:
         Path(file.name).unlink()
         assert shortcuts.file_system(file.fileno()) == "tmpfs"
+
+
+def test_a_mount_may_have_any_name(tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"\xff \\040")
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", place], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        with TemporaryFile(dir=place) as file:
+            assert shortcuts.file_system(file.fileno()) == "tmpfs"
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_large_copies_go_to_the_disk_directly(tmp_path: Path) -> None:

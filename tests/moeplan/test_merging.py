@@ -261,7 +261,7 @@ def test_a_tokenizer_config_that_names_no_bos_token_of_the_tokenizer_is_refused(
 def test_a_prompt_that_is_longer_than_the_context_is_refused(models, refused):
     message = refused(gate_mode="hidden", prompt="x" * 256)
     where = "config.yml:1: experts[1].positive_prompts[0]"
-    assert message == f"{where}: the prompt '{'x' * 40}…' has 257 tokens, and the context of base is 256"
+    assert message == f"{where}: the prompt '{'x' * 40}…' has 257 tokens, and the context of base is 256; shorten it"
 
 
 def test_a_prompt_without_any_token_is_refused(models, refused):
@@ -344,6 +344,15 @@ def test_a_source_of_the_same_size_time_and_header_is_told_from_another_by_its_w
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     now = record.identity(api.plan(config, options=options))["source"]
     assert [path for path in now if now[path] != before[path]] == [str(file)]
+
+
+def test_a_source_that_cannot_be_read_is_named_before_the_merge_is_told_from_others(models, configure):
+    config, options = configure(models[0], list(models))
+    planned, file = api.plan(config, options=options), models[1] / "model.safetensors"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # reading it is an I/O error
+    with pytest.raises(RunError, match=f"^{file}: Input/output error$"):
+        record.identity(planned)
 
 
 def test_the_device_that_is_used_tells_an_unfinished_merge_from_another(models, configure):
