@@ -347,7 +347,16 @@ def test_what_is_finished_is_kept_gone_on_with_and_then_gone(tmp_path):
         ({**SAME, "config": {"experts": 3}}, "config experts was 2 and is 3"),
         ({**SAME, "config": {}}, "config experts was 2 and is absent"),
         ({**SAME, "config": {"experts": "a\nb\x1b"}}, r"config experts was 2 and is a\nb\x1b. Undo"),
-        ({**SAME, "source": {"a": 1, "b": 2, "c": 3}, "config": {"x": 1}}, "; and 2 more"),
+        ({**SAME, "config": {"experts": 61 * "x"}}, f"config experts was 2 and is {60 * 'x'}…. Undo"),
+        (
+            {**SAME, "config": {"x": 1, "y": 2}},
+            "is absent; config x was absent and is 1; config y was absent and is 2. ",
+        ),
+        (
+            {**SAME, "source": {"a": 1, "b": 2, "c": 3}, "config": {"x": 1}},
+            "is absent; config x was absent and is 1; source a was absent and is 1; and 2 more. Undo",
+        ),
+        ({**SAME, "source": {"a": 2}, "plan": {"fingerprint": "1"}}, ", of something else: source a was absent"),
         ({**SAME, "plan": {"fingerprint": "1"}}, ", of something else: plan fingerprint was absent and is 1. Undo"),
         ({**OTHER, "plan": {"fingerprint": "1"}}, ", of something else: config experts was 2 and is 3. Undo"),
         ({**SAME, "file": {"a": {"sha256": "1"}}}, "file a is new."),
