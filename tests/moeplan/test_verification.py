@@ -79,7 +79,14 @@ def test_what_was_shared_with_a_source_is_compared_with_it_as_long_as_it_is_the_
     (out / "moeplan.json").write_text(json.dumps(record))
     assert f"wrong: {name} (model.safetensors, from byte " in moeplan("verify", out).stderr
 
-    for harm in (lambda: os.utime(source / "model.safetensors"), lambda: (source / "model.safetensors").unlink()):
+    file = source / "model.safetensors"
+
+    def change_the_header_alone() -> None:
+        status = file.stat()
+        file.write_bytes(file.read_bytes().replace(b'"format":"pt"', b'"format":"np"', 1))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    for harm in (change_the_header_alone, lambda: os.utime(file), file.unlink):
         harm()
         result = moeplan("verify", out)
         assert result.status == 1
@@ -207,6 +214,16 @@ def test_without_a_record_that_can_be_read_nothing_is_verified(tmp_path, content
     assert f"{tmp_path}/moeplan.json" in result.error
 
 
+def test_a_record_of_another_format_or_without_end_is_told_to_be(model, tmp_path):
+    record = json.loads((model / "moeplan.json").read_text())
+    (tmp_path / "moeplan.json").write_text(json.dumps(record | {"format": 2}))
+    result = moeplan("verify", tmp_path)
+    assert result.error == f"{tmp_path}/moeplan.json: is of format 2, and this moeplan reads 1"
+    os.truncate(tmp_path / "moeplan.json", 1 << 40)
+    result = moeplan("verify", tmp_path)
+    assert result.error.startswith(f"{tmp_path}/moeplan.json: is larger than 67,108,864 bytes")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -263,8 +280,9 @@ def test_of_a_file_without_a_header_its_beginning_is_told_from_another(tmp_path)
     assert header_sha256(file) != before
 
 
-def test_a_record_that_leaves_out_a_shard_is_told_to_be_damaged(model):
+def test_a_record_that_leaves_out_a_shard_or_what_is_in_one_is_told_to_be_damaged(model):
     assert_said_to_be_damaged(model, lambda record: record["shards"].clear())
+    assert_said_to_be_damaged(model, lambda record: record.update(tensors=dict.fromkeys(record["tensors"])))
 
 
 def test_a_model_is_not_verified_while_a_merge_writes_there_nor_does_a_merge_begin_while_it_is(model):
