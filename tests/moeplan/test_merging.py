@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,20 @@ def test_the_device_that_is_used_tells_an_unfinished_merge_from_another(models, 
     experts = [{"source_model": str(path), "positive_prompts": [path.name]} for path in models]
     config, options = configure(models[0], experts, gate_mode="hidden", device="auto")
     assert record.identity(api.plan(config, options=options))["option"]["--device"] == "cpu"
+
+
+def test_a_merge_is_known_by_each_setting_as_it_counts_however_it_was_said(models, configure):
+    experts = [{"source_model": str(path), "positive_prompts": [path.name]} for path in models]
+    plain, same = (
+        api.plan(config, options=options)
+        for said in ({}, {"expert_layout": "separate", "dtype": None})
+        for config, options in [configure(models[0], experts, gate_mode="hidden", **said)]
+    )
+    known = record.identity(plain)
+    assert record.identity(same) == known
+    assert known["config"]["experts[1].positive_prompts[0]"] == models[1].name
+    quantised = replace(plain, options=replace(plain.options, load_in_8bit=True))
+    assert record.identity(quantised)["option"] == known["option"] | {"--load-in-8bit": True}
 
 
 def test_a_tokenizer_of_another_model_is_refused(models, refused):
