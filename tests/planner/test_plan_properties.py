@@ -42,7 +42,8 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
     """A merge in small: a few source tensors, used again and again, as they are, adjusted, stacked, and by kernels.
 
     Low-rank factors are used again, too, and may be written, or be what another product is added to. So may what goes
-    into means, which are written, and taken by kernels, whole, as weights, or some rows of them.
+    into means, which are written, and taken by kernels, whole, as weights, or some rows of them. Kernels form a chain,
+    in which one takes all of what another gives, or a part, or makes something of it first.
     """
     shapes = st.sampled_from([(1,), (7, 3), (64, 32), (2048,), (512, 256), (0, 4)])
     reads: list[Read] = []
@@ -61,7 +62,7 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
         return draw(st.sampled_from(known))
 
     graph = TensorGraph()
-    state: Expr | None = None
+    state: Opaque | None = None
     for number in range(draw(st.integers(1, 12))):
         x: Expr = draw(st.sampled_from(reads))
         kinds = ["copy", "adjust", "stack", "kernel", "chain", "low rank", "layer", "rows", "mean"]
@@ -94,7 +95,9 @@ def graphs(draw: st.DrawFn) -> TensorGraph:
                 graph.add(f"mean {number}", x)
                 x = kernel_of(draw, cast(averaged, draw(st.sampled_from(DType))), number)
             case "chain":
-                state = Opaque("chain", "{}", (x,) if state is None else (state, x), DType.F32, (64,))
+                taken = [] if state is None else [state, rows(state, 3, 60), scale(state, 0.5)]
+                before = [draw(st.sampled_from(taken))] if taken else []
+                state = Opaque("chain", json.dumps(number), (*before, x), DType.F32, (64,))
                 x = state if draw(st.booleans()) else rows(state, 3, 60)
         graph.add(f"tensor {number}", x)
     return graph
@@ -231,6 +234,7 @@ def test_buffers_are_filled_before_they_are_used_and_freed_after_the_last_use(gr
             for branch in step.branches:
                 for sink in branch.sinks:
                     if isinstance(sink, BufferSink):
+                        assert 0 <= sink.first <= step.numel - sink.numel
                         filled[sink.buffer] += sink.numel * branch.dtype.itemsize
                         used.add(sink.buffer)
             if index <= last:  # beside a kernel, with which it has nothing to do

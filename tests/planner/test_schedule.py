@@ -83,7 +83,7 @@ def test_a_mean_is_one_step_that_reads_each_part_once_in_chunks_that_do_not_depe
 def test_rows_that_a_kernel_needs_of_what_is_written_are_taken_as_it_passes_by(is_mean: bool) -> None:
     tables = [Read(file, 8 + 2 * n, (DType.F32, DType.BF16)[n], (100, 4)) for n, file in enumerate(FILES[:2])]
     table = cast(mean(tables), DType.BF16) if is_mean else tables[0]
-    taken = Concat(tuple(rows(table, row, row + 1) for row in (97, 3)), (2, 4))
+    taken = Concat(tuple(rows(table, row, row + 1) for row in (97, 3, 0)), (3, 4))
     graph = TensorGraph()
     graph.add("embeddings", table)
     graph.add("gate", Opaque("gate", "{}", (taken,), DType.F32, (4,)))
@@ -92,7 +92,8 @@ def test_rows_that_a_kernel_needs_of_what_is_written_are_taken_as_it_passes_by(i
     assert isinstance(written, StreamStep)
     ((file, *buffers),) = [branch.sinks for branch in written.branches]
     assert isinstance(file, FileSink)
-    assert buffers == [BufferSink(0, 0, 97 * 4, 4), BufferSink(0, 8 if is_mean else 16, 3 * 4, 4)]
+    row_nbytes = table.nbytes // 100
+    assert buffers == [BufferSink(0, n * row_nbytes, row * 4, 4) for n, row in enumerate((97, 3, 0))]
     assert (plan.read_nbytes, plan.reread_nbytes) == (1600 + 800 * is_mean, 0)
 
 
@@ -211,6 +212,16 @@ def test_what_is_added_to_and_is_a_factor_of_what_is_added_is_read_twice() -> No
     assert isinstance(fill, StreamStep)
     assert add.factors() == {sink.buffer for branch in fill.branches for sink in branch.sinks}
     assert plan.reread_nbytes == square.nbytes
+
+
+def test_a_factor_that_a_kernel_takes_is_there_before_it_is_added_to_for_another() -> None:
+    square = Read(FILES[0], 8, DType.F32, (64, 64))
+    first = Opaque("first", "", (square,), DType.F32, (4,))
+    second = Opaque("second", "", (add_low_rank(square, square, square, 1.0),), DType.F32, (4,))
+    plan = compile(TensorGraph({"1": first, "2": second}), budget_nbytes=8 << 20, shard_nbytes=1 << 40)
+    fill, add = [step for step in plan.steps if isinstance(step, StreamStep) and isinstance(step.root, FileRoot)]
+    assert fill.factors() == set()
+    assert add.factors() == {sink.buffer for branch in fill.branches for sink in branch.sinks}
 
 
 def layer_graph(num_layers: int, nbytes: int) -> TensorGraph:
