@@ -245,6 +245,7 @@ def test_weights_that_fit_the_budget_are_held_and_read_once_and_others_are_read_
     for plan, form in ((resident, BufferView), (streamed, FileView)):
         kernels = [step for step in plan.steps if isinstance(step, KernelStep)]
         assert [type(weight) for step in kernels for weight in step.weights] == [form] * 3
+    assert {type(weight.root) for step in streamed.kernels for weight in step.streamed} == {FileRoot}
     assert (resident.read_nbytes, resident.reread_nbytes) == (3 * nbytes, 0)
     assert (streamed.read_nbytes, streamed.reread_nbytes) == (3 * nbytes * (1 + 3), 3 * nbytes * 3)
     assert streamed.peak_nbytes <= nbytes
