@@ -509,6 +509,29 @@ def test_no_setting_of_an_output_family_is_left_to_its_default_and_none_is_missp
     assert written.keys() - known <= WRITTEN_FOR_ALL | OF_WINDOWS
 
 
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
+        ({}, "float16"),
+        ({"dtype": "auto"}, "float16"),
+        ({"dtype": ["bfloat16"]}, "float16"),
+    ],
+)
+def test_a_model_is_in_the_dtype_that_its_config_names_else_in_that_of_its_embeddings(
+    said, dtype, checkpoint, plan, tmp_path
+):
+    source = shutil.copytree(checkpoint("llama-f16"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (source / "config.json").write_text(json.dumps(kept | said | {"tokenizer_class": "OwnTokenizer"}))
+    written = plan(source, [source] * 2, architecture="deepseek").model_config
+    assert written["dtype"] == dtype
+    assert written["tokenizer_class"] == "OwnTokenizer"  # nor is that left to what the family has for others
+
+
 @pytest.mark.parametrize("output", ["qwen2-moe", "qwen3-moe"])
 def test_a_sliding_window_is_written_for_every_layer(output, checkpoint, plan):
     case = next(case for case in CASES if case.output == output and case.source in ("qwen2", "qwen3"))
