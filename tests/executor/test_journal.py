@@ -4,6 +4,7 @@ import json
 import os
 import random
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -92,23 +93,24 @@ def test_a_result_stands_until_that_of_the_next_kernel_is_sure_to_count(
     assert [file.name for file in (tmp_path / journal.RESULTS).iterdir()] == ["second"]
 
 
-def test_a_result_that_fails_before_it_is_used_is_computed_by_the_next_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda file: file.write_bytes(b"y" * 100),
+            "is not what was saved there any more; the next run computes it again",
+        ),
+        (Path.unlink, "No such file or directory"),
+    ],
+    ids=["damaged", "gone"],
+)
+def test_a_result_that_fails_before_it_is_used_is_computed_by_the_next_run(
+    tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
     kept = Journal(tmp_path, {})
     kept.save_result("first", memoryview(bytes(100)))
-    (tmp_path / journal.RESULTS / "first").write_bytes(b"y" * 100)
-    with pytest.raises(RunError, match="/first: is not what was saved there any more; the next run computes it again"):
-        kept.load_result("first", memoryview(bytearray(100)))
-    kept.close()
-    again = Journal(tmp_path, {})
-    again.close()
-    assert not again.finished.results
-
-
-def test_a_result_that_is_gone_is_computed_by_the_next_run(tmp_path: Path) -> None:
-    kept = Journal(tmp_path, {})
-    kept.save_result("first", memoryview(bytes(100)))
-    (tmp_path / journal.RESULTS / "first").unlink()
-    with pytest.raises(RunError, match="/first: No such file or directory"):
+    spoil(tmp_path / journal.RESULTS / "first")
+    with pytest.raises(RunError, match=f"/first: {message}"):
         kept.load_result("first", memoryview(bytearray(100)))
     kept.close()
     again = Journal(tmp_path, {})
